@@ -1,0 +1,2436 @@
+#!/usr/bin/env python3
+"""Bark over HTTP: Suno's text-to-speech model behind the standard library's web server.
+
+    python bark-worker.py            # settings come from the environment; --help lists them
+
+    curl -s http://127.0.0.1:8080/synthesize -H 'Content-Type: application/json' \\
+         -H 'Accept: audio/wav' -d '{"text": "Hello, world!"}' -o hello.wav
+
+Endpoints: GET /health, GET /ready, GET /voices, POST /synthesize, and a short page at GET /.
+
+Reading order is bottom-up, each section knows only what stands above it: errors, configuration,
+text, audio, model, engine, narrator, scheduler, HTTP, main.
+
+    HTTP threads --- request ---> scheduler thread --- segments ---> engine --- tensors ---> Bark
+    HTTP threads <-- audio ------ scheduler thread <-- finished ---- engine <-- tokens ----- Bark
+
+A *request* is a text to speak, a *segment* a piece of it that fits one Bark generation. Bark makes
+a segment's audio in four stages: semantic tokens from text, coarse codes (codebooks 0 and 1) from
+semantic tokens, fine codes (codebooks 2 to 7) from coarse ones, and a waveform from the codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import difflib
+import hashlib
+import hmac
+import io
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import unicodedata
+import wave
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, BarkModel
+from transformers.models.bark.generation_configuration_bark import (
+    BarkCoarseGenerationConfig,
+    BarkFineGenerationConfig,
+    BarkSemanticGenerationConfig,
+)
+from transformers.utils.logging import disable_progress_bar
+
+VERSION = "0.1.0"
+
+log = logging.getLogger("bark-worker")
+
+
+# -----------------------------------------------------------------------------
+# Errors: what can go wrong, in words for the person who has to act on it
+
+class WorkerError(Exception):
+    """Something a person is told about. `code` is for programs, `param` names the field at fault.
+
+    The HTTP section maps each subclass to a status; nothing else does.
+    """
+
+    kind = "server_error"
+
+    def __init__(self, message: str, *, code: str, param: str | None = None):
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
+class ConfigError(WorkerError):
+    """A setting is wrong; the worker does not start."""
+
+    def __init__(self, message: str):
+        super().__init__(message, code="invalid_configuration")
+
+
+class ModelError(WorkerError):
+    """The model cannot be had, read or used as it is."""
+
+    def __init__(self, message: str):
+        super().__init__(message, code="model_unavailable")
+
+
+class InvalidRequest(WorkerError):
+    """The client has to change something."""
+
+    kind = "invalid_request_error"
+
+
+class NothingToSpeak(InvalidRequest):
+    """The text is well-formed, but no word, digit or cue is in it."""
+
+
+class Unavailable(WorkerError):
+    """Not now: loading, draining or full. Try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, *, code: str, retry_after: int):
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
+
+
+class RequestTimeout(WorkerError):
+    """The request's time is up; its work was dropped."""
+
+
+class GenerationFailed(WorkerError):
+    """Bark gave no usable audio, also when asked again."""
+
+
+class Abandoned(WorkerError):
+    """The client went away; nobody reads this."""
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """`value` as a short printable literal, for messages about input of any size."""
+    text = ascii(value if not isinstance(value, str) else value[: limit + 1])
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+# -----------------------------------------------------------------------------
+# Configuration: the only place that reads the environment
+
+MANAGER_VARIABLES = frozenset({"BARK_LABEL", "BARK_IMAGE", "BARK_POLL"})  # of the manager script
+
+
+def parse_integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", value) or not low <= int(value) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(value)
+    return parse
+
+
+def parse_seconds(value: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", value) or float(value) == 0:
+        raise ValueError("seconds, more than 0 and less than 1000000")
+    return float(value)
+
+
+def parse_choice(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(" or ".join(allowed))
+        return value
+    return parse
+
+
+def parse_device(value: str) -> str:
+    if not re.fullmatch(r"cpu|cuda|cuda:[0-9]{1,2}", value):
+        raise ValueError("cpu, cuda or cuda:N")
+    return "cuda:0" if value == "cuda" else value
+
+
+def parse_switch(value: str) -> bool:
+    return parse_choice("on", "off")(value) == "on"
+
+
+def parse_text(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("printable characters")
+    return value
+
+
+def parse_key(value: str) -> str:
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("printable ASCII without blanks (its value is not shown)")
+    return value
+
+
+class Variable(NamedTuple):
+    """One environment variable: its `Config` field, its default as shown, and what it means."""
+
+    name: str
+    field: str
+    default: str
+    parse: Callable[[str], Any]
+    meaning: str
+
+
+VARIABLES = (
+    Variable("BARK_VOICE", "voice", "v2/en_speaker_6", parse_text,
+             "voice when a request names none"),
+    Variable("TTS_MAX_LENGTH", "max_text_length", "500", parse_integer(1, 1_000_000),
+             "most characters in one /synthesize text"),
+    Variable("PORT", "port", "8080", parse_integer(0, 65535),
+             "port to listen on; 0 takes a free one and logs it"),
+    Variable("HOST", "host", "0.0.0.0", parse_text, "address to listen on"),
+    Variable("BARK_MODEL", "model", "suno/bark on a GPU, suno/bark-small on a CPU", parse_text,
+             "hub id or local folder of the model"),
+    Variable("BARK_DEVICE", "device", "cuda:0 if there is one, else cpu", parse_device,
+             "cpu, cuda or cuda:N"),
+    Variable("BARK_DTYPE", "dtype", "float16 on a GPU, float32 on a CPU",
+             parse_choice("float16", "bfloat16", "float32"), "precision of the weights"),
+    Variable("BARK_API_KEY", "api_key", "none", parse_key,
+             "when set, requests need 'Authorization: Bearer KEY'"),
+    Variable("BARK_MAX_BATCH", "max_batch", "from free memory", parse_integer(1, 256),
+             "segments generated at once"),
+    Variable("BARK_MAX_QUEUE", "max_queue", "32", parse_integer(1, 100_000),
+             "requests that may wait; more get 503"),
+    Variable("BARK_TIMEOUT", "timeout", "600", parse_seconds,
+             "seconds one request may take in all; then 504"),
+    Variable("BARK_DETERMINISTIC", "deterministic", "off", parse_switch,
+             "on: one fixed batch shape, so that audio never depends on the neighbours"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings, checked. None means: decided when device and free memory are known."""
+
+    voice: str = "v2/en_speaker_6"
+    max_text_length: int = 500
+    port: int = 8080
+    host: str = "0.0.0.0"
+    model: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    max_batch: int | None = None
+    max_queue: int = 32
+    timeout: float = 600.0
+    deterministic: bool = False
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Config:
+        """Reads VARIABLES; an empty one is unset. Raises ConfigError naming every wrong one."""
+        values, wrong = {}, []
+        for variable in VARIABLES:
+            raw = environ.get(variable.name, "")
+            if not raw:
+                continue
+            try:
+                values[variable.field] = variable.parse(raw)
+            except ValueError as allowed:
+                found = "" if variable.name == "BARK_API_KEY" else f" is {shown(raw)};"
+                wrong.append(f"{variable.name}{found} allowed: {allowed}")
+        if wrong:
+            raise ConfigError("wrong configuration:\n  " + "\n  ".join(wrong))
+        return cls(**values)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Names in `environ` that look like ours and are not, so that a typing error is noticed."""
+    known = {variable.name for variable in VARIABLES} | MANAGER_VARIABLES
+    return sorted(name for name in environ if name.startswith("BARK_") and name not in known)
+
+
+# -----------------------------------------------------------------------------
+# Text: from a request's text to the pieces that Bark speaks
+
+SENTENCE_PAUSE, PARAGRAPH_PAUSE, CLAUSE_PAUSE = 0.25, 0.5, 0.1  # seconds
+
+# Without width and without sound: soft hyphen, joiners, direction marks, byte order mark, lone
+# surrogates. BERT's tokenizer, which Bark uses, drops them too.
+_SILENT = r"\xad\u061c\u180e\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+_BLANK = r"\s\x00-\x1f\x7f-\x9f\u200b"  # control characters and the zero-width space separate words
+_SILENT_RE = re.compile(f"[{_SILENT}]+")
+_BLANK_RE = re.compile(f"[{_BLANK}]+")
+_GAP_RE = re.compile(f"[{_BLANK}{_SILENT}]")
+_SPEAKABLE_RE = re.compile(r"[^\W_]|[♩-♬]")  # Bark sings what stands between ♪
+_CUE_RE = re.compile(r"\[[^\[\]]{1,60}\]")
+
+# Characters a second. 150 words a minute of English with its blanks are 15; blanks are free here,
+# so that an estimate is a plain sum, and the rest pays for them. Others follow the syllable rates
+# of Pellegrino et al., "A cross-language perspective on speech information rate" (2011), Mandarin
+# 5.2/s and Japanese 7.8/s, less the pauses; an Indic syllable is written with about two signs.
+_LETTER_RATE, _DIGIT_RATE, _SYMBOL_RATE = 12.5, 2.5, 2.5  # "7" is a word, and so are "%" and "€"
+_INDIC = "DEVANAGARI BENGALI GURMUKHI GUJARATI ORIYA TAMIL TELUGU KANNADA MALAYALAM SINHALA THAI"
+_SCRIPT_RATE = {"CJK": 4.5, "HIRAGANA": 7.0, "KATAKANA": 7.0, "HANGUL": 5.0, "ETHIOPIC": 6.0}
+_SCRIPT_RATE |= dict.fromkeys(_INDIC.split(), 11.0)
+
+# Titles that sentencex 1.0 does not know. A single capital before a dot is an initial.
+_TITLES = {"Mme", "Mmes", "Mlle", "Mgr", "डॉ", "श्री", "श्रीमती", "सुश्री", "प्रो", "Doç", "Sn", "Av"}
+_LAST_WORD_RE = re.compile(r"(?:^|[\s\"'“«(\[„‘¿¡-])([^\s\"'“«(\[„‘¿¡.-]{1,9})\.$")
+_CONTINUED_RE = re.compile(r"(?:\b(?:\w{1,3}|\d+)\.|\.\.|…|[\"'”’»“])$")  # by a small letter
+_CLOSING_RE = re.compile(rf"[!?;:,.%)\]}}»›\"']+(?:[{_BLANK}]|$)|[」』）】》〉。、，！？；：…”’]")
+_DASH_RE = re.compile(rf"(?:[—–]|-{{1,3}})[{_BLANK}]+")
+_CLOSERS, _OPENERS = "\"'”’»›“)]}」』）】》〉", "«‹([{¿¡„"
+_FULL_STOPS = "。！？…।॥"  # end a sentence without a blank after them
+
+_HAN = r"\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_NO_LINE_START = "」』）】》〉”’。、，！？；：…—ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮー"
+_CUT_RE = re.compile(
+    rf"{_CUE_RE.pattern}"  # swallowed whole, as is "3 000", so that no cut falls inside
+    r"|(?<!\d)\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3}){1,4}(?!\d)"
+    rf"|(?P<gap>[{_BLANK}{_SILENT}]+)"
+    rf"|(?![{_NO_LINE_START}{_BLANK}])(?:"
+    r"(?P<strong>(?<=[。！？；：…])|(?<=[。！？…][」』”’])|(?<=\w—)|(?<=\w--)(?=\w))"
+    rf"|(?P<comma>(?<=[、，」』）】》〉])|(?<=[”’])(?=[{_HAN}ぁ-ヿ]))"
+    rf"|(?P<phrase>(?<=[ぁ-ゟ])(?=[{_HAN}ァ-ヺ])|(?<=[{_HAN}ぁ-ヿ])(?=[「『（【《〈“]))"
+    rf"|(?P<pair>(?<=[{_HAN}])(?=[{_HAN}ァ-ヺ])|(?<=[ァ-ヿ])(?=[{_HAN}])|(?<=[ぁ-ゟ])(?=[ぁ-ゟ]))"
+    r"|(?P<inside>(?<=[^\w\s])(?=[^\W_])))"
+)
+# How bad a cut is. A piece of no length costs up to 2 more, and so does a tiny rest (_choose_cut),
+# so that no balance is worth the last two: they are for what is longer than a whole segment.
+_CLAUSE, _COMMA, _CONJUNCTION, _WORD, _PAIR, _GLUED, _INSIDE = 1.0, 1.3, 1.8, 2.5, 3.5, 100.0, 200.0
+_UNSPACED = {"strong": _CLAUSE, "comma": _COMMA, "phrase": _WORD, "pair": _PAIR, "inside": _INSIDE}
+_CONJUNCTIONS = {  # a comma is often missing before them
+    "en": " and or but because while which that when where if so then than who with ",
+    "de": " und oder aber weil dass denn sondern wenn als ob ",
+    "es": " y e o u pero porque que cuando si donde con ",
+    "fr": " et ou mais parce que qui car quand si où donc avec ",
+    "it": " e o ma perché che quando se dove con ",
+    "pt": " e ou mas porque que quando se onde com ",
+    "pl": " i a ale oraz lub bo że który która które gdy ",
+    "ru": " и а но или что потому когда если который которая которые чтобы ",
+    "tr": " ve veya ama fakat çünkü ki ile ",
+    "hi": " और लेकिन या कि क्योंकि जो जब तो ",
+    "ko": " 그리고 그러나 하지만 그래서 ",
+}
+
+
+@dataclass(frozen=True)
+class SegmentLimits:
+    """What one Bark generation can hold. `max_tokens` and `max_seconds` are the model's own."""
+
+    count_tokens: Callable[[str], int]
+    max_tokens: int
+    max_seconds: float
+    min_chars: int = 110
+    max_chars: int = 175
+
+
+@dataclass(frozen=True)
+class Span:
+    """One segment, `text[start:end]` in code points, and the seconds of silence after it."""
+
+    start: int
+    end: int
+    pause: float
+
+
+_Cut = tuple[int, int, float]  # end of the left piece, start of the right one, cost (below)
+
+
+def normalize_text(text: str) -> str:
+    """What the tokenizer gets: NFC, single blanks, nothing invisible."""
+    visible = _SILENT_RE.sub("", text)
+    return unicodedata.normalize("NFC", _BLANK_RE.sub(" ", visible)).strip()
+
+
+def is_speakable(text: str) -> bool:
+    """True where the text has a letter, a digit or a note; False for `***`, emoji, dots."""
+    return _SPEAKABLE_RE.search(text) is not None
+
+
+@lru_cache(maxsize=4096)
+def _speech_millis(char: str) -> int:
+    category, name = unicodedata.category(char), unicodedata.name(char, "")
+    script = name.removeprefix("HALFWIDTH ").partition(" ")[0]
+    if category[0] in "ZC" or script in ("COMBINING", "VARIATION"):
+        return 0
+    if category[0] == "N":
+        rate = _DIGIT_RATE
+    elif category == "Sc" or char in "%&@":
+        rate = _SYMBOL_RATE
+    else:
+        rate = _SCRIPT_RATE.get(script.partition("-")[0], _LETTER_RATE)
+    return round(1000 / rate)
+
+
+def estimate_seconds(text: str) -> float:
+    """Seconds of speech at an ordinary pace, from the scripts the text is written in."""
+    return sum(map(_speech_millis, text)) / 1000
+
+
+def split_text(text: str, language: str, limits: SegmentLimits) -> list[Span]:
+    """Cut a text into segments that each fit one generation, in order, without overlap.
+
+    Pieces of a paragraph are merged up to `limits`, cut between sentences where that does not
+    leave a tiny one, else at the best clause boundary; paragraphs stay apart.
+
+    `language` is a voice's two letters; an unknown one is read as English. Whatever is speakable
+    is in exactly one span. A line with nothing speakable ends a paragraph, as a blank one does.
+    Only a single character of more than `limits.max_tokens` tokens can break a limit.
+    """
+    elapsed = list(accumulate(map(_speech_millis, text), initial=0))
+    pieces = [
+        piece
+        for start, end in _paragraphs(text)
+        for piece in _Paragraph(text, start, end, language.lower(), limits, elapsed).pieces()
+    ]
+    after = [*(pause_before for _, _, pause_before in pieces[1:]), 0.0]
+    return [Span(start, end, pause) for (start, end, _), pause in zip(pieces, after, strict=False)]
+
+
+def _paragraphs(text: str) -> Iterator[tuple[int, int]]:
+    start, pos = -1, 0
+    for line in [*text.splitlines(keepends=True), ""]:
+        if is_speakable(line):
+            start = pos if start < 0 else start
+        elif start >= 0:
+            yield _trim(text, start, pos)
+            start = -1
+        pos += len(line)
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    while start < end and _GAP_RE.match(text, start):
+        start += 1
+    while start < end and _GAP_RE.match(text, end - 1):
+        end -= 1
+    return start, end
+
+
+@dataclass(frozen=True)
+class _Paragraph:
+    text: str
+    start: int
+    end: int
+    language: str
+    limits: SegmentLimits
+    elapsed: list[int]  # elapsed[i]: milliseconds of speech in text[:i]
+
+    def pieces(self) -> Iterator[tuple[int, int, float]]:
+        """Start, end and the pause before each segment, filled up to the best cut in reach."""
+        start, pause = self.start, PARAGRAPH_PAUSE
+        while start < self.end:
+            end, resume, cost = self._choose_cut(start, self._farthest(start))
+            while (excess := self._token_excess(start, end)) > 1 and end - start > 1:
+                room = max(1, int((end - start) / max(excess, 1.1)))
+                end, resume, cost = self._choose_cut(start, start + room)
+            left, right = _trim(self.text, start, end)
+            if is_speakable(self.text[left:right]):
+                yield left, right, pause
+                pause = 0.0
+            pause = max(pause, CLAUSE_PAUSE if cost else SENTENCE_PAUSE)
+            start = resume
+
+    def _token_excess(self, start: int, end: int) -> float:
+        spoken = self.text[start:end]
+        if not is_speakable(spoken):
+            return 0.0
+        return self.limits.count_tokens(normalize_text(spoken)) / self.limits.max_tokens
+
+    def _farthest(self, start: int) -> int:
+        """The last position a segment from `start` may reach by its characters and seconds."""
+        until = self.elapsed[start] + int(self.limits.max_seconds * 1000)
+        by_seconds = bisect_right(self.elapsed, until, start, self.end + 1) - 1
+        return max(start + 1, min(by_seconds, start + self.limits.max_chars))
+
+    def _choose_cut(self, start: int, limit: int) -> _Cut:
+        """The cheapest cut in (start, limit]: a good place, nothing short, like halves."""
+        if self.end <= limit:
+            return self.end, self.end, 0.0
+        enough = min(self.limits.min_chars, 0.63 * (limit - start))  # 110 of 175
+
+        def too_short(length: int) -> float:
+            return 2 * (max(0.0, enough - length) / enough) ** 2
+
+        first, last = (bisect_right(self._cuts, (pos, math.inf)) for pos in (start, limit))
+        nearest = bisect_right(self._sentence_ends, limit)
+        sentence_end = [*self._sentence_ends[nearest : nearest + 1], self.end][0]
+        best, lowest = None, math.inf
+        for left, right, cost in reversed(self._cuts[first:last]):
+            if cost >= lowest:
+                continue
+            length = left - start
+            if cost == 0:
+                sentence_end, total = left, too_short(length) + too_short(self.end - right)
+            else:
+                run = sentence_end - start
+                even = run / math.ceil(run / (limit - start))
+                total = cost + too_short(length) + too_short(sentence_end - right)
+                total += 0.5 * (length / even - 1) ** 2
+            if total < lowest:
+                best, lowest = (left, right, cost), total
+        return best or self._hard_cut(start, limit)
+
+    def _hard_cut(self, start: int, limit: int) -> _Cut:
+        """For what is longer than a segment: at a blank, or at least between whole letters."""
+        text = self.text
+        blank = text.rfind(" ", start + 1, limit)
+        if blank > 0:
+            return blank, blank + 1, math.inf
+        for pos in range(limit, start, -1):
+            joined = "\u200d" in text[pos - 1 : pos + 1] or "🏻" <= text[pos] <= "🏿"  # skin tones
+            joined |= unicodedata.combining(text[pos - 1]) == 9  # a virama, as in क्ष
+            if not joined and not unicodedata.category(text[pos]).startswith("M"):
+                return pos, pos, math.inf
+        return limit, limit, math.inf
+
+    @cached_property
+    def _cuts(self) -> list[_Cut]:
+        """Every place to cut, in order: the ends of sentences cost nothing, others by kind."""
+        ends = set(self._sentence_ends)
+        cuts: list[_Cut] = []
+        for match in _CUT_RE.finditer(self.text, self.start, self.end):
+            (left, right), kind = match.span(), match.lastgroup
+            if right in ends:
+                ends.discard(right)
+                cuts.append((left, right, 0.0))
+            elif kind == "gap":
+                if _BLANK_RE.search(match[0]):  # a soft hyphen alone is no place to cut
+                    cuts.append((left, right, self._blank_cost(left, right)))
+            elif kind and unicodedata.category(self.text[left - 1])[0] not in "MC":
+                cuts.append((left, right, _UNSPACED[kind]))
+        return sorted([*cuts, *((pos, pos, 0.0) for pos in ends)])
+
+    def _blank_cost(self, left: int, right: int) -> float:
+        """The cost of a cut at the blank text[left:right] inside a sentence."""
+        text, before = self.text, self.text[max(self.start, left - 12) : left]
+        bare = before.rstrip(_CLOSERS)
+        if _CLOSING_RE.match(text, right) or _DASH_RE.match(text, right) or before[-1] in _OPENERS:
+            return _GLUED
+        if before[-1] == "." and not before.endswith(".."):  # an abbreviation, not an end
+            return _GLUED
+        if bare.endswith(("—", "–", " -", "--")):  # a dash, unless it opens somebody's reply
+            reply = bare.rstrip("—–- ").endswith((".", "!", "?", "…", *_CLOSERS))
+            return _GLUED if reply else _CLAUSE
+        if bare.endswith((".", "!", "?", "…", ";", ":")):
+            return _CLAUSE
+        if bare != before.rstrip("'’") or bare.endswith((",", "،", "、", "，")):
+            return _COMMA
+        if "\n" in text[left:right] and not text[right].islower():
+            return _CLAUSE  # a line of verse or of a list
+        word = text[right : right + 12].split(maxsplit=1)[0]
+        return _CONJUNCTION if f" {word} " in _CONJUNCTIONS.get(self.language, "") else _WORD
+
+    @cached_property
+    def _sentence_ends(self) -> list[int]:
+        """Where the paragraph's second, third, ... sentences start."""
+        from sentencex import get_sentence_boundaries
+
+        # sentencex takes square time in some input (unclosed quotes), so it sees 2000 characters
+        # at a time, each time from the last end that it found.
+        ends, block, step = [], self.start, 2000
+        while block < self.end:
+            masked = _GAP_RE.sub(" ", self.text[block : min(block + step, self.end)])
+            masked = _CUE_RE.sub(lambda cue: f"[{'x' * (len(cue[0]) - 2)}]", masked)
+            found = get_sentence_boundaries(self.language, masked)[1:]
+            starts = [block + sentence["start_index"] for sentence in found]
+            ends += [start for start in starts if self._is_sentence_end(start)]
+            far = starts and starts[-1] > block + step // 4 and block + step < self.end
+            block = starts[-1] if far else block + step
+        return ends
+
+    def _is_sentence_end(self, right: int) -> bool:
+        """What sentencex misses: titles, small letters after "3." or "»", closing marks."""
+        text = self.text
+        left = _trim(text, self.start, right)[1]
+        before = text[max(self.start, left - 12) : left]
+        word = _LAST_WORD_RE.search(before)
+        if word and (word[1] in _TITLES or (len(word[1]) == 1 and word[1].isupper())):
+            return False
+        if _CLOSING_RE.match(text, right):
+            return False
+        if left == right and text[right].isalnum():  # 3.5, example.com, 「…。」と
+            return before[-1] in _FULL_STOPS
+        follows = text[right : right + 8].lstrip("—–- ")
+        dash = text[right] in "—–-"
+        return not (follows[:1].islower() and (dash or _CONTINUED_RE.search(before)))
+
+
+# -----------------------------------------------------------------------------
+# Audio: float samples to bytes
+
+def to_pcm16(samples: np.ndarray) -> np.ndarray:
+    """float32 in [-1, 1] to int16; louder samples are clipped."""
+    return np.round(np.clip(samples, -1.0, 1.0) * 32767.0).astype(np.int16)
+
+
+def join_segments(
+    pieces: list[np.ndarray], pauses: list[float], rate: int
+) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Segments with `pauses` seconds of silence after each; and each one's start and end."""
+    parts, times, position = [], [], 0
+    for samples, pause in zip(pieces, pauses, strict=True):
+        silence = np.zeros(round(pause * rate), np.int16)
+        times.append((position / rate, (position + len(samples)) / rate))
+        parts += [samples, silence]
+        position += len(samples) + len(silence)
+    return np.concatenate(parts), times
+
+
+def encode_wav(samples: np.ndarray, rate: int) -> bytes:
+    """int16 samples as a mono 16-bit PCM WAV with true sizes in its header."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return buffer.getvalue()
+
+
+# -----------------------------------------------------------------------------
+# Model: a folder in the hub's layout, found or downloaded, read and checked
+
+TABLE_FILE = "speaker_embeddings_path.json"
+NEEDED_FILES = ("config.json", "generation_config.json", TABLE_FILE)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")  # either will do
+EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")  # the first that is there
+HUB_SECONDS = 20.0  # for the hub to answer a question about a model
+PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
+VOICE_ALIASES = {
+    "male": ("v2/en_speaker_6", "natural male narrator"),
+    "female": ("v2/en_speaker_9", "natural female narrator"),
+    "narrator": ("v2/en_speaker_1", "calm male voice"),
+}
+MAX_SPEECH_SECONDS = 12.0  # beyond 13 to 14 s Bark drifts off its text (Suno's README)
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolve_device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype to use. Raises ModelError if the device asked for is not there."""
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(config.device or ("cuda:0" if has_gpu else "cpu"))
+    if device.type == "cuda" and not (has_gpu and device.index < torch.cuda.device_count()):
+        raise ModelError(
+            f"BARK_DEVICE is {device}, but torch {torch.__version__} sees"
+            f" {torch.cuda.device_count()} GPUs; install a driver that fits this torch build,"
+            " or set BARK_DEVICE=cpu"
+        )
+    dtype = config.dtype or ("float16" if device.type == "cuda" else "float32")
+    return device, DTYPES[dtype]
+
+
+def default_model(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "suno/bark"
+    log.warning("no GPU: serving suno/bark-small, several times slower than speech;"
+                " BARK_MODEL chooses another")
+    return "suno/bark-small"
+
+
+def match_root(names: Iterable[str], pattern: str) -> list[str]:
+    """The names at a repository's root that match `pattern`, in which * stands for anything."""
+    expression = re.escape(pattern).replace(r"\*", "[^/]*")
+    return sorted(name for name in names if re.fullmatch(expression, name))
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """Safetensors if there are any, else the pickled weights; [] if neither."""
+    names = list(names)
+    return next(filter(None, (match_root(names, pattern) for pattern in WEIGHT_PATTERNS)), [])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return value
+
+
+def voice_paths(folder: Path) -> dict[str, dict[str, str]]:
+    """The voice table: name to the three prompt files, relative to `folder`."""
+    table = read_json(folder / TABLE_FILE)
+    table.pop("repo_or_path", None)
+    for name, paths in table.items():
+        if not isinstance(paths, dict) or not all(isinstance(paths.get(p), str) for p in PROMPTS):
+            raise ModelError(f"voice {shown(name)} in {folder / TABLE_FILE} lacks one of {PROMPTS}")
+    return table
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a usable model folder would have and this one has not."""
+    missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        missing.append(" or ".join(TOKENIZER_FILES))
+    if not weight_files(path.name for path in folder.iterdir()):
+        missing.append("model.safetensors or pytorch_model.bin")
+    if TABLE_FILE not in missing:
+        missing += sorted({path for paths in voice_paths(folder).values() for path in
+                           (paths[p] for p in PROMPTS) if not (folder / path).is_file()})
+    return missing
+
+
+def find_model(name: str, check_voices: Callable[[Iterable[str]], None],
+               on_download: Callable[[int, Path], None]) -> Path:
+    """The folder of model `name`: local, from the cache, or downloaded into it, in that order.
+
+    A complete cache is used without asking the hub, so a warm start needs no network.
+    `check_voices` sees the voice names before the weights are fetched; `on_download` gets the
+    bytes needed in all and the cache folder in which they grow. Raises ModelError.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if missing := missing_files(folder):
+            raise ModelError(f"model folder {folder} lacks {', '.join(missing[:5])}")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ModelError(f"BARK_MODEL is {shown(name)}: neither an existing folder nor a hub id"
+                         " such as suno/bark")
+    return cached_model(name) or download_model(name, check_voices, on_download)
+
+
+def cached_model(name: str) -> Path | None:
+    """The cache's folder of hub model `name` if it is whole, else None."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=NEEDED_FILES))
+        return None if missing_files(folder) else folder
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        return None
+
+
+def download_model(name: str, check_voices: Callable[[Iterable[str]], None],
+                   on_download: Callable[[int, Path], None]) -> Path:
+    """Fetches what is needed of hub model `name`, going on where a broken download stopped.
+
+    Raises ModelError with what to do next.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return fetch_snapshot(name, check_voices, on_download)
+    except WorkerError:
+        raise
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise ModelError(f"{name} is not in the cache and the hub is off; unset HF_HUB_OFFLINE or"
+                         " set BARK_MODEL to a local folder") from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"the hub refuses {name}: {first_line(error)}; check BARK_MODEL, and"
+                         " HF_TOKEN if the model is private") from error
+    except Exception as error:  # which HTTP library is underneath changes with the hub's client
+        raise ModelError(f"downloading {name} broke off: {type(error).__name__}:"
+                         f" {first_line(error)}; a restart goes on from there") from error
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def fetch_snapshot(name: str, check_voices: Callable[[Iterable[str]], None],
+                   on_download: Callable[[int, Path], None]) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # /health and our own log lines tell the progress
+    info = HfApi().model_info(name, files_metadata=True, timeout=HUB_SECONDS)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    absent = [path for path in NEEDED_FILES if path not in sizes]
+    if absent or not (weights := weight_files(sizes)):
+        raise ModelError(f"{name} on the hub is no Bark model: it lacks"
+                         f" {', '.join(absent) or 'weights'}")
+    small = [path for path in (*NEEDED_FILES, *TOKENIZER_FILES, *EXTRA_FILES) if path in sizes]
+    voices = voice_paths(Path(snapshot_download(name, allow_patterns=small)))
+    check_voices(voices)
+    small += {paths[prompt] for paths in voices.values() for prompt in PROMPTS} & sizes.keys()
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
+    on_download(sum(sizes[path] for path in (*small, *weights)), blobs)
+    for path in weights:
+        fetch_blob(name, path, info.sha, sizes[path], blobs)
+    return Path(snapshot_download(name, allow_patterns=[*small, *weights]))
+
+
+def fetch_blob(name: str, path: str, revision: str | None, size: int, blobs: Path) -> None:
+    """Puts a large file where the hub's client looks for it before it downloads anything.
+
+    The client itself (2.4) starts a file over when its process ended before it was whole; here
+    the part that arrived stays and the rest is asked for. Raises ModelError for a wrong hash.
+    """
+    import fcntl
+
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    url, headers = hf_hub_url(name, path, revision=revision), build_hf_headers()
+    etag = get_hf_file_metadata(url, timeout=HUB_SECONDS).etag or ""
+    blob, part = blobs / etag, blobs / f"{etag}.part"
+    if not re.fullmatch(r"[0-9a-f]{64}", etag) or blob.exists():
+        return  # no SHA-256 to check by: left to the client
+    with part.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # one worker at a time, on a shared cache
+        if file.tell() > size:
+            file.truncate(0)
+        http_get(url, file, resume_size=file.tell(), expected_size=size, headers=headers)
+        file.seek(0)
+        if hashlib.file_digest(file, "sha256").hexdigest() != etag:
+            part.unlink()
+            raise ModelError(f"{path} of {name} arrived damaged and was removed; start again")
+    os.replace(part, blob)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a stage picks its next token. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+# what `generate` takes for what a generation config leaves open (GenerationConfig in transformers)
+DEFAULT_TEMPERATURE, DEFAULT_TOP_K, DEFAULT_TOP_P = 1.0, 50, 1.0
+UNSUPPORTED = {  # with the values that mean nothing
+    "num_beams": 1, "repetition_penalty": 1.0, "typical_p": 1.0, "min_p": 0,
+    "no_repeat_ngram_size": 0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+
+
+def read_sampling(section: Mapping[str, Any]) -> Sampling:
+    """The sampling of a causal stage's section of generation_config.json."""
+    def value(key: str, default: Any) -> Any:
+        return default if section.get(key) is None else section[key]
+
+    for key, neutral in UNSUPPORTED.items():
+        if value(key, neutral) != neutral:
+            log.warning("generation_config.json: %s=%s is not supported and ignored",
+                        key, section[key])
+    if not value("do_sample", False):
+        return Sampling(temperature=0.0)
+    return Sampling(float(value("temperature", DEFAULT_TEMPERATURE)),
+                    int(value("top_k", DEFAULT_TOP_K)), float(value("top_p", DEFAULT_TOP_P)))
+
+
+def read_fine_sampling(section: Mapping[str, Any], coarse: Sampling) -> Sampling:
+    """The fine stage knows only a temperature, and there 1.0 or none means greedy (BarkFineModel).
+
+    `do_sample` counts only in a folder whose coarse stage is greedy too: every saved
+    BarkFineGenerationConfig holds the base class's `do_sample: false`, whatever it means.
+    """
+    temperature = section.get("temperature")
+    greedy = temperature in (None, 1.0) or (
+        section.get("do_sample") is False and coarse.temperature == 0)
+    return Sampling(0.0 if greedy else float(temperature))
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A voice preset: what the model is told it said before. Token ids, 49.9 and 75 a second."""
+
+    semantic: np.ndarray  # (n,) int64
+    coarse: np.ndarray    # (2, m) int64
+    fine: np.ndarray      # (8, m) int64
+
+
+class ModelFacts:
+    """Everything a model folder says but its weights: windows, sampling, tokenizer, voices.
+
+    `semantic`, `coarse`, `fine` are transformers' own generation configs, so that a number that
+    the folder leaves out has the default that `BarkModel.generate` gives it.
+    """
+
+    def __init__(self, folder: Path):
+        generation = read_json(folder / "generation_config.json")
+        sections = {name: generation.get(name) or {} for name in
+                    ("semantic_config", "coarse_acoustics_config", "fine_acoustics_config")}
+        self.semantic = BarkSemanticGenerationConfig(**sections["semantic_config"])
+        self.coarse = BarkCoarseGenerationConfig(**sections["coarse_acoustics_config"])
+        self.fine = BarkFineGenerationConfig(**sections["fine_acoustics_config"])
+        self.sample_rate = int(generation.get("sample_rate", 24_000))
+        self.codebook_size = int(generation.get("codebook_size", 1024))
+        self.semantic_sampling = read_sampling(sections["semantic_config"])
+        self.coarse_sampling = read_sampling(sections["coarse_acoustics_config"])
+        self.fine_sampling = read_fine_sampling(
+            sections["fine_acoustics_config"], self.coarse_sampling)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.voices = self._read_voices(folder)
+
+    @property
+    def semantic_to_coarse(self) -> float:
+        """Coarse tokens for each semantic one: 3.006 for Bark (75 Hz x 2 codebooks / 49.9 Hz)."""
+        return (self.coarse.coarse_rate_hz / self.semantic.semantic_rate_hz
+                * self.coarse.n_coarse_codebooks)
+
+    @property
+    def max_seconds(self) -> float:
+        """Most seconds of speech to plan for: what the token limit holds, less a fifth."""
+        limit = self.semantic.max_new_tokens / self.semantic.semantic_rate_hz
+        return min(MAX_SPEECH_SECONDS, 0.8 * limit)
+
+    def tokenize(self, text: str) -> list[int]:
+        """WordPiece ids without special tokens, as Bark was trained (BarkProcessor)."""
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _read_voices(self, folder: Path) -> dict[str, Voice]:
+        voices = {}
+        for name, paths in voice_paths(folder).items():
+            try:
+                voices[name] = self._read_voice(folder, paths)
+            except (OSError, ValueError) as error:
+                log.warning("voice %s left out: %s", name, error)
+        return voices
+
+    def _read_voice(self, folder: Path, paths: Mapping[str, str]) -> Voice:
+        """Raises OSError or ValueError for a file that is no preset of this model."""
+        limits = (self.semantic.semantic_vocab_size, self.codebook_size, self.codebook_size)
+        arrays = []
+        for prompt, limit in zip(PROMPTS, limits, strict=True):
+            path = folder / paths[prompt]
+            if ".." in Path(paths[prompt]).parts or Path(paths[prompt]).is_absolute():
+                raise ValueError(f"{paths[prompt]} leads out of the model folder")
+            ids = np.load(path, allow_pickle=False).astype(np.int64)  # `announcer` is uint16
+            if ids.size == 0 or ids.min() < 0 or ids.max() >= limit:
+                raise ValueError(f"{paths[prompt]} has ids outside 0 to {limit - 1}")
+            arrays.append(ids)
+        shapes = [ids.shape[:-1] for ids in arrays]
+        if shapes != [(), (self.coarse.n_coarse_codebooks,), (self.fine.n_fine_codebooks,)]:
+            raise ValueError(f"prompts have shapes {[ids.shape for ids in arrays]}")
+        return Voice(*arrays)
+
+
+def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> BarkModel:
+    """The four networks on `device` in `dtype`. Raises ModelError, also for weights left out."""
+    disable_progress_bar()
+    try:
+        model, info = BarkModel.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise ModelError(f"cannot load the weights in {folder}: {first_line(error)}") from error
+    if absent := sorted(info["missing_keys"]):
+        raise ModelError(f"the weights in {folder} lack {len(absent)} tensors: {absent[0]} ...")
+    return model.eval().to(device)
+
+
+# -----------------------------------------------------------------------------
+# Engine: segments in, PCM out. Knows tensors; no text, no threads, no HTTP
+
+MASK64 = (1 << 64) - 1
+STAGE_SEMANTIC, STAGE_COARSE, STAGE_FINE = 1, 2, 3  # keeps the stages' random streams apart
+TAKES = 3  # generations tried for a segment before it counts as failed
+SHORTEST_SECONDS = 0.2  # a shorter take of anything speakable is no speech
+SHORTEST_PER_TOKEN = 0.1  # seconds; a text token of running speech lasts about 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One generation to make. The same segment gives the same audio, whatever runs beside it."""
+
+    text_ids: list[int]
+    voice: Voice
+    seed: int                     # 64 bits
+    semantic_sampling: Sampling
+    coarse_sampling: Sampling
+    fine_sampling: Sampling
+    min_eos_p: float | None = None
+    max_new_tokens: int | None = None  # semantic; None is the model's own limit
+
+
+class Finished(NamedTuple):
+    """A segment's samples, float32 in [-1, 1] at the model's rate, or None and why not."""
+
+    segment: Segment
+    samples: np.ndarray | None
+    error: str = ""
+
+
+def as_int64(value: int) -> int:
+    """The low 64 bits of `value`, read as a signed number as torch.int64 wants it."""
+    return ((value & MASK64) ^ (1 << 63)) - (1 << 63)
+
+
+def mix64(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014) on int64, wrapping: a hash an element."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * as_int64(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * as_int64(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def gumbel_noise(keys: torch.Tensor, columns: int) -> torch.Tensor:
+    """Gumbel(0, 1) noise (B, columns) from one int64 key a row.
+
+    Counter-based: the same key gives the same row on any device and beside any neighbours, and
+    nothing has to be kept between steps.
+    """
+    counter = torch.arange(columns, device=keys.device) * as_int64(0x9E3779B97F4A7C15)
+    bits = (mix64(keys[:, None] + counter) >> 41) & 0x7FFFFF  # 23 bits: exact in float32
+    uniform = (bits.float() + 0.5) * 2.0 ** -23
+    return -torch.log(-torch.log(uniform))
+
+
+def noise_keys(seeds: torch.Tensor, stage: int, counters: torch.Tensor) -> torch.Tensor:
+    """Keys (B,) for `gumbel_noise`: one for each seed, stage and count of tokens made so far."""
+    return mix64(mix64(seeds + as_int64(stage * 0x9E3779B97F4A7C15)) + counters)
+
+
+def apply_top_k(scores: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
+    """Keeps each row's top_k (B,) best scores (B, V); 0 keeps all."""
+    columns = scores.shape[-1]
+    kept = torch.where((top_k > 0) & (top_k < columns), top_k, columns)
+    best = scores.topk(int(kept.max()), dim=-1).values
+    return scores.masked_fill(scores < best.gather(-1, kept[:, None] - 1), -math.inf)
+
+
+def apply_top_p(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Keeps each row's smallest set of best scores that holds top_p (B,) of the probability."""
+    ordered, indices = scores.sort(dim=-1)
+    dropped = ordered.softmax(-1).cumsum(-1) <= 1.0 - top_p[:, None]
+    dropped[:, -1] = False
+    return scores.masked_fill(torch.zeros_like(dropped).scatter(-1, indices, dropped), -math.inf)
+
+
+def sample(scores: torch.Tensor, sampling: list[Sampling], keys: torch.Tensor) -> torch.Tensor:
+    """One column for each row of scores (B, V), float32; -1 where the model gave NaN or infinity.
+
+    Temperature, then top_k, then top_p, in `generate`'s order. Adding Gumbel noise and taking the
+    best is a draw from the softmax.
+    """
+    finite = torch.isfinite(scores.amax(-1))
+    temperature = torch.tensor([s.temperature for s in sampling], device=scores.device)
+    greedy = temperature == 0
+    if not bool(all(s.temperature == 0 for s in sampling)):
+        scores = scores / torch.where(greedy, 1.0, temperature)[:, None]
+        if any(s.top_k for s in sampling):
+            top_k = torch.tensor([s.top_k for s in sampling], device=scores.device)
+            scores = apply_top_k(scores, top_k)
+        if any(s.top_p < 1 for s in sampling):
+            top_p = torch.tensor([s.top_p for s in sampling], device=scores.device)
+            scores = apply_top_p(scores, top_p)
+        noise = gumbel_noise(keys, scores.shape[-1])
+        scores = scores + noise.masked_fill(greedy[:, None], 0.0)
+    return torch.where(finite, scores.argmax(-1), -1)
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)  # (B, T, C) -> (B, heads, T, C / heads)
+
+
+def run_blocks(model: Any, x: torch.Tensor,
+               attend: Callable[[int, Any, Any, Any], torch.Tensor]) -> torch.Tensor:
+    """The transformer's blocks and last norm over x (B, T, C).
+
+    The same arithmetic as BarkBlock.forward, but attention, `attend(layer, q, k, v)` -> q's shape,
+    is left to the caller: the stages differ in nothing else.
+    """
+    for layer, block in enumerate(model.layers):
+        qkv = block.attn.att_proj(block.layernorm_1(x)).chunk(3, dim=-1)
+        y = attend(layer, *(split_heads(part, block.attn.num_heads) for part in qkv))
+        x = x + block.attn.out_proj(y.transpose(1, 2).reshape(x.shape))
+        x = x + block.mlp(block.layernorm_2(x))
+    return model.layernorm_final(x)
+
+
+class CausalGPT:
+    """The semantic or coarse network over a static KV cache. Rows [0, n) are in use, in one block.
+
+    `head` is the slice of output ids that the stage may ever choose from; the others' logits
+    are not computed.
+    """
+
+    def __init__(self, model: Any, slots: int, head: slice, fixed_shape: bool):
+        config = model.config
+        self.model, self.slots, self.fixed_shape = model, slots, fixed_shape
+        self.head = model.lm_head.weight[head]
+        shape = (config.num_layers, slots, config.num_heads, config.block_size,
+                 config.hidden_size // config.num_heads)
+        self.k, self.v = (torch.zeros(shape, dtype=model.dtype, device=model.device)
+                          for _ in range(2))
+        self.columns = torch.arange(config.block_size, device=model.device)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.input_embeds_layer(ids)
+
+    def prefill(self, slot: int, x: torch.Tensor) -> torch.Tensor:
+        """Fills `slot` with token embeddings x (T, C); the logits (1, V) of what follows."""
+        length = x.shape[0]
+        x = (x + self.model.position_embeds_layer(self.columns[:length]))[None]
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self.k[layer, slot, :, :length], self.v[layer, slot, :, :length] = k[0], v[0]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return F.linear(run_blocks(self.model, x, attend)[:, -1], self.head).float()
+
+    def decode(self, ids: list[int], positions: list[int]) -> torch.Tensor:
+        """One step for rows [0, n): ids at positions in, logits (n, V) of what follows out."""
+        rows = len(ids)
+        if self.fixed_shape:
+            spare = self.slots - rows
+            ids, positions = ids + [0] * spare, positions + [0] * spare
+        span = len(self.columns) if self.fixed_shape else max(positions) + 1
+        at = torch.tensor(positions, device=self.model.device)
+        row = self.columns[: len(ids)]
+        mask = (self.columns[:span] <= at[:, None])[:, None, None]  # (B, 1, 1, span)
+        x = self.embed(torch.tensor(ids, device=self.model.device))
+        x = (x + self.model.position_embeds_layer(at))[:, None]  # (B, 1, C)
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self.k[layer, row, :, at], self.v[layer, row, :, at] = k[:, :, 0], v[:, :, 0]
+            keys, values = self.k[layer, : len(ids), :, :span], self.v[layer, : len(ids), :, :span]
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+        hidden = run_blocks(self.model, x, attend)[:, 0]
+        return F.linear(hidden, self.head)[:rows].float()
+
+    def move(self, source: int, target: int) -> None:
+        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+
+
+class Sequence:
+    """A segment on its way through the stages; made anew for each take."""
+
+    def __init__(self, segment: Segment, take: int = 0, min_new_tokens: int = 0):
+        self.segment, self.take, self.min_new_tokens = segment, take, min_new_tokens
+        digest = hashlib.sha256(f"{segment.seed}/{take}".encode()).digest()
+        self.seed = as_int64(int.from_bytes(digest[:8], "little"))
+        self.semantic: list[int] = []
+        self.coarse: list[int] = []
+        self.coarse_length = 0   # coarse tokens to make
+        self.position = 0        # of the last token in the KV cache's slot
+        self.window_left = 0     # coarse tokens still to make before the next window
+        self.codes: torch.Tensor | None = None  # (frames, codebooks), history first
+        self.fine_window = 0
+
+
+class Batch:
+    """The sequences that hold a slot of one CausalGPT, in slot order."""
+
+    def __init__(self, gpt: CausalGPT):
+        self.gpt = gpt
+        self.live: list[Sequence] = []
+
+    def leave(self, sequence: Sequence) -> None:
+        """Frees the slot; the last slot's content moves there, so that the rest stays one block."""
+        slot, last = self.live.index(sequence), len(self.live) - 1
+        if slot != last:
+            self.gpt.move(last, slot)
+        self.live[slot] = self.live[last]
+        self.live.pop()
+
+
+def check_windows(model: BarkModel, facts: ModelFacts) -> None:
+    """Raises ModelError if the two configuration files of the folder contradict each other."""
+    semantic, coarse, fine = facts.semantic, facts.coarse, facts.fine
+    lengths = {
+        "semantic": (model.semantic, semantic.max_input_semantic_length + 1),
+        "coarse_acoustics": (model.coarse_acoustics, coarse.max_coarse_input_length + 1
+                             + coarse.max_coarse_history + coarse.sliding_window_len - 1),
+        "fine_acoustics": (model.fine_acoustics, fine.max_fine_input_length),
+    }
+    for name, (stage, needed) in lengths.items():
+        if needed > stage.config.block_size:
+            raise ModelError(f"config.json: {name} has {stage.config.block_size} positions, but"
+                             f" generation_config.json asks for {needed}")
+    if semantic.eos_token_id != semantic.semantic_vocab_size:
+        raise ModelError(f"generation_config.json: eos_token_id is {semantic.eos_token_id}, not"
+                         f" semantic_vocab_size, {semantic.semantic_vocab_size}")
+
+
+class Engine:
+    """Bark for any number of segments at once, `slots` of them in the works.
+
+    `add` segments, call `step` again and again; each call does a little of all stages and returns
+    the segments that it finished. `abort` forgets one. One thread only.
+    """
+
+    def __init__(self, model: BarkModel, facts: ModelFacts, slots: int, fixed_shape: bool = False):
+        self.model, self.facts, self.slots = model, facts, slots
+        first, book = facts.semantic.semantic_vocab_size, facts.codebook_size
+        check_windows(model, facts)
+        coarse_ids = slice(first, first + facts.coarse.n_coarse_codebooks * book)
+        self.semantic = Batch(CausalGPT(model.semantic, slots, slice(0, first + 1), fixed_shape))
+        self.coarse = Batch(CausalGPT(model.coarse_acoustics, slots, coarse_ids, fixed_shape))
+        self.to_semantic: deque[Sequence] = deque()  # wait for a prefill
+        self.to_coarse: deque[Sequence] = deque()    # wait for a window's prefill
+        self.to_fine: deque[Sequence] = deque()
+        self.finished: list[Finished] = []
+
+    def _queues(self) -> tuple[Any, ...]:
+        return (self.to_semantic, self.to_coarse, self.to_fine, self.semantic.live,
+                self.coarse.live)
+
+    @property
+    def free_slots(self) -> int:
+        return self.slots - sum(map(len, self._queues()))
+
+    def add(self, segment: Segment) -> None:
+        assert self.free_slots > 0, f"all {self.slots} slots are taken"
+        assert 0 < len(segment.text_ids) <= self.facts.semantic.max_input_semantic_length
+        self.to_semantic.append(Sequence(segment))
+
+    def abort(self, segment: Segment) -> None:
+        """Forgets `segment` and frees its slot; nothing happens if it is not here."""
+        for batch in (self.semantic, self.coarse):
+            for sequence in [s for s in batch.live if s.segment is segment]:
+                batch.leave(sequence)
+        for queue in (self.to_semantic, self.to_coarse, self.to_fine):
+            for sequence in [s for s in queue if s.segment is segment]:
+                queue.remove(sequence)
+
+    def reset(self) -> None:
+        """Forgets everything, after an exception left a step half done."""
+        for queue in self._queues():
+            queue.clear()
+        self.finished.clear()
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        """One token for every live sequence, at most one prefill a stage and one fine window."""
+        self._step_semantic()
+        self._step_coarse()
+        self._step_fine()
+        finished, self.finished = self.finished, []
+        return finished
+
+    # Semantic: 256 positions of text plus history, the infer token, then one token a step
+
+    def _step_semantic(self) -> None:
+        batch = self.semantic
+        if batch.live:
+            for sequence in batch.live:
+                sequence.position += 1
+            logits = batch.gpt.decode([s.semantic[-1] for s in batch.live],
+                                      [s.position for s in batch.live])
+            self._take_semantic(list(batch.live), logits)
+        if self.to_semantic:
+            sequence = self.to_semantic.popleft()
+            x = self._semantic_prompt(sequence.segment)
+            sequence.position = len(x) - 1
+            logits = batch.gpt.prefill(len(batch.live), x)
+            batch.live.append(sequence)
+            self._take_semantic([sequence], logits)
+
+    def _semantic_prompt(self, segment: Segment) -> torch.Tensor:
+        """Embeddings (257, C): text and voice history *summed* position by position, then infer."""
+        numbers, gpt = self.facts.semantic, self.semantic.gpt
+        length = numbers.max_input_semantic_length
+        text = np.full(length, numbers.text_pad_token)
+        text[: len(segment.text_ids)] = np.array(segment.text_ids) + numbers.text_encoding_offset
+        history = np.full(length, numbers.semantic_pad_token)
+        recent = segment.voice.semantic[-length:]
+        history[: len(recent)] = recent
+        ids = torch.from_numpy(np.concatenate([text, history, [numbers.semantic_infer_token]]))
+        x = gpt.embed(ids.to(self.model.device))
+        return torch.cat([x[:length] + x[length:-1], x[-1:]])
+
+    def _take_semantic(self, sequences: list[Sequence], scores: torch.Tensor) -> None:
+        """Picks each sequence's next token from scores (B, vocabulary + EOS)."""
+        eos = scores.shape[-1] - 1
+        for row, sequence in enumerate(sequences):
+            if len(sequence.semantic) < sequence.min_new_tokens:
+                scores[row, eos] = -math.inf
+        stops = [s.segment.min_eos_p or math.inf for s in sequences]
+        early = scores.softmax(-1)[:, eos] > torch.tensor(stops, device=scores.device)
+        tokens = sample(scores, [s.segment.semantic_sampling for s in sequences],
+                        self._keys(sequences, STAGE_SEMANTIC, [len(s.semantic) for s in sequences]))
+        tokens = torch.where(early & (tokens >= 0), eos, tokens)
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            self._add_semantic(sequence, token, eos)
+
+    def _add_semantic(self, sequence: Sequence, token: int, eos: int) -> None:
+        if token < 0:
+            self.semantic.leave(sequence)
+            self._retake(sequence)
+            return
+        if token != eos:
+            sequence.semantic.append(token)
+        limit = sequence.segment.max_new_tokens or self._max_new_tokens()
+        if token == eos or len(sequence.semantic) >= limit:
+            self.semantic.leave(sequence)
+            self._start_coarse(sequence)
+
+    def _max_new_tokens(self) -> int:
+        """The folder's limit, and no more than the position table has room for."""
+        room = len(self.semantic.gpt.columns) - self.facts.semantic.max_input_semantic_length
+        return min(self.facts.semantic.max_new_tokens, room)
+
+    def _keys(self, sequences: list[Sequence], stage: int, counters: list[int]) -> torch.Tensor:
+        seeds = torch.tensor([s.seed for s in sequences], device=self.model.device)
+        return noise_keys(seeds, stage, torch.tensor(counters, device=self.model.device))
+
+    def _retake(self, sequence: Sequence) -> None:
+        """Starts over with another random stream after NaN or infinity, or gives up."""
+        if sequence.take + 1 < TAKES:
+            self.to_semantic.append(Sequence(sequence.segment, take=sequence.take + 1))
+        else:
+            self.finished.append(Finished(sequence.segment, None, f"{TAKES} takes were not finite"))
+
+    # Coarse: a window of 60 tokens (0.4 s) at a time, each with a prefill of its own
+
+    def _start_coarse(self, sequence: Sequence) -> None:
+        numbers = self.facts.coarse
+        if not sequence.semantic:  # EOS came first: again, with EOS barred for a plausible while
+            seconds = max(SHORTEST_SECONDS, SHORTEST_PER_TOKEN * len(sequence.segment.text_ids))
+            tokens = math.ceil(seconds * self.facts.semantic.semantic_rate_hz)
+            self.to_semantic.append(
+                Sequence(sequence.segment, sequence.take, min(tokens, self._max_new_tokens())))
+            return
+        # in float32, as BarkCoarseModel.generate counts; whole frames, so that codebooks pair
+        frames = torch.floor(torch.tensor(len(sequence.semantic)) * self.facts.semantic_to_coarse
+                             / numbers.n_coarse_codebooks)
+        sequence.coarse_length = int(frames) * numbers.n_coarse_codebooks
+        self.to_coarse.append(sequence)
+
+    def _step_coarse(self) -> None:
+        batch = self.coarse
+        if batch.live:
+            for sequence in batch.live:
+                sequence.position += 1
+            logits = batch.gpt.decode([s.coarse[-1] for s in batch.live],
+                                      [s.position for s in batch.live])
+            self._take_coarse(list(batch.live), logits)
+        if self.to_coarse:
+            sequence = self.to_coarse.popleft()
+            ids = torch.from_numpy(self._coarse_window(sequence)).to(self.model.device)
+            sequence.position = len(ids) - 1
+            sequence.window_left = self.facts.coarse.sliding_window_len
+            logits = batch.gpt.prefill(len(batch.live), batch.gpt.embed(ids))
+            batch.live.append(sequence)
+            self._take_coarse([sequence], logits)
+
+    def _voice_history(self, voice: Voice) -> tuple[np.ndarray, np.ndarray]:
+        """The voice's last semantic (n,) and coarse (m,) tokens that still belong together.
+
+        Coarse tokens are interleaved by frame; the last two are dropped, which "sounds better"
+        (Suno's generation.py).
+        """
+        ratio, numbers = self.facts.semantic_to_coarse, self.facts.coarse
+        books = np.arange(numbers.n_coarse_codebooks)[:, None] * self.facts.codebook_size
+        coarse = (voice.coarse + books + self.facts.semantic.semantic_vocab_size).T.reshape(-1)
+        semantic = voice.semantic
+        kept = min(int(numbers.max_coarse_history // ratio), len(semantic) - len(semantic) % 2,
+                   int(len(coarse) // ratio))
+        return semantic[-kept:], coarse[-round(kept * ratio):][:-2]
+
+    def _coarse_window(self, sequence: Sequence) -> np.ndarray:
+        """Token ids of the next window's prefill: 256 semantic, infer, up to 630 coarse so far."""
+        numbers, ratio = self.facts.coarse, self.facts.semantic_to_coarse
+        old_semantic, old_coarse = self._voice_history(sequence.segment.voice)
+        semantic = np.concatenate([old_semantic, sequence.semantic]).astype(np.int64)
+        at = len(old_semantic) + round(len(sequence.coarse) / ratio)
+        first = max(0, at - int(numbers.max_coarse_history // ratio))
+        heard = semantic[first : first + numbers.max_coarse_input_length]
+        padding = numbers.max_coarse_input_length - len(heard)
+        coarse = np.concatenate([old_coarse, sequence.coarse]).astype(np.int64)
+        return np.concatenate([
+            np.pad(heard, (0, padding), constant_values=numbers.coarse_semantic_pad_token),
+            [numbers.coarse_infer_token], coarse[-numbers.max_coarse_history:]])
+
+    def _take_coarse(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        """Picks each next token among its own codebook's 1024, as Suno does, unlike `generate`."""
+        numbers, book = self.facts.coarse, self.facts.codebook_size
+        made = [numbers.sliding_window_len - s.window_left for s in sequences]
+        codebook = torch.tensor([n % numbers.n_coarse_codebooks for n in made],
+                                device=logits.device)
+        rows = torch.arange(len(sequences), device=logits.device)
+        scores = logits.view(len(sequences), -1, book)[rows, codebook]
+        tokens = sample(scores, [s.segment.coarse_sampling for s in sequences],
+                        self._keys(sequences, STAGE_COARSE, [len(s.coarse) for s in sequences]))
+        base = self.facts.semantic.semantic_vocab_size
+        ids = torch.where(tokens >= 0, tokens + codebook * book + base, -1)
+        for sequence, token in zip(sequences, ids.tolist(), strict=True):
+            self._add_coarse(sequence, token)
+
+    def _add_coarse(self, sequence: Sequence, token: int) -> None:
+        if token < 0:
+            self.coarse.leave(sequence)
+            self._retake(sequence)
+            return
+        sequence.coarse.append(token)
+        sequence.window_left -= 1
+        if len(sequence.coarse) >= sequence.coarse_length:
+            self.coarse.leave(sequence)
+            self._start_fine(sequence)
+        elif sequence.window_left == 0:
+            self.coarse.leave(sequence)
+            self.to_coarse.append(sequence)
+
+    # Fine: codebooks 2 to 7 of a 1024-frame window, one pass for each codebook; then the codec
+
+    def _start_fine(self, sequence: Sequence) -> None:
+        """Lays out codes (frames, 8): voice history, coarse codes, padding up to one window."""
+        numbers, book = self.facts.fine, self.facts.codebook_size
+        coarse = np.array(sequence.coarse).reshape(-1, self.facts.coarse.n_coarse_codebooks)
+        coarse = (coarse - self.facts.semantic.semantic_vocab_size) % book
+        history = sequence.segment.voice.fine[:, -numbers.max_fine_history_length:].T
+        frames = max(len(history) + len(coarse), numbers.max_fine_input_length)
+        codes = np.full((frames, numbers.n_fine_codebooks), book)
+        codes[: len(history)] = history
+        codes[len(history) : len(history) + len(coarse), : coarse.shape[1]] = coarse
+        sequence.codes = torch.from_numpy(codes).to(self.model.device)
+        self.to_fine.append(sequence)
+
+    def _step_fine(self) -> None:
+        if not self.to_fine:
+            return
+        sequence, numbers = self.to_fine[0], self.facts.fine
+        window, hop = numbers.max_fine_input_length, numbers.max_fine_history_length
+        history = min(sequence.segment.voice.fine.shape[1], hop)
+        frames = len(sequence.coarse) // self.facts.coarse.n_coarse_codebooks
+        start = min(sequence.fine_window * hop, len(sequence.codes) - window)
+        fill = min(history + sequence.fine_window * hop, len(sequence.codes) - hop)
+        self._fill_window(sequence, start, fill)
+        sequence.fine_window += 1
+        if sequence.fine_window > max(0, math.ceil((frames - (window - history)) / hop)):
+            self.to_fine.popleft()
+            self._decode_codes(sequence, sequence.codes[history : history + frames])
+
+    def _fill_window(self, sequence: Sequence, start: int, fill: int) -> None:
+        """Predicts the fine codebooks of [fill, start + window) from [start, start + window)."""
+        numbers, book = self.facts.fine, self.facts.codebook_size
+        codes = sequence.codes[start : start + numbers.max_fine_input_length]
+        for codebook in range(self.facts.coarse.n_coarse_codebooks, numbers.n_fine_codebooks):
+            scores = self._fine_logits(codes, codebook)[fill - start :, :book].float()
+            frames = torch.arange(fill, start + len(codes), device=scores.device)
+            keys = noise_keys(torch.tensor(sequence.seed, device=scores.device), STAGE_FINE,
+                              frames * numbers.n_fine_codebooks + codebook)
+            sampling = sequence.segment.fine_sampling
+            codes[fill - start :, codebook] = sample(scores, [sampling] * len(scores), keys)
+
+    def _fine_logits(self, codes: torch.Tensor, codebook: int) -> torch.Tensor:
+        """Logits (T, V) of one codebook from codes (T, 8): its own and the lower ones, summed."""
+        fine = self.model.fine_acoustics
+        codes = codes.clamp(min=0)  # -1 marks frames that were not finite
+        x = sum(fine.input_embeds_layers[i](codes[:, i]) for i in range(codebook + 1))
+        x = (x + fine.position_embeds_layer.weight[: len(codes)])[None]
+        hidden = run_blocks(
+            fine, x, lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v))
+        return fine.lm_heads[codebook - fine.config.n_codes_given](hidden[0])
+
+    def _decode_codes(self, sequence: Sequence, codes: torch.Tensor) -> None:
+        """EnCodec turns codes (frames, 8) into samples, alone, for its LSTM would see padding."""
+        codec = self.model.codec_model
+        latent = codec.quantizer.decode(codes.clamp(min=0).T[:, None])
+        samples = codec.decoder(latent)[0, 0].float().cpu().numpy()
+        if bool((codes < 0).any()) or not np.isfinite(samples).all():
+            self._retake(sequence)
+        else:
+            self.finished.append(Finished(sequence.segment, samples))
+
+
+def slots_for(facts: ModelFacts, model: BarkModel) -> int:
+    """Segments at once that fit in half of the memory that the weights left free: 1 to 16."""
+    rows = [(m.config.num_layers * m.config.hidden_size * m.config.block_size)
+            for m in (model.semantic, model.coarse_acoustics)]
+    per_slot = 2 * sum(rows) * model.dtype.itemsize  # keys and values
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+        return max(1, min(16, free // 2 // per_slot))
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not counted on this system
+        free = 2 << 30
+    return max(1, min(8, free // 2 // per_slot))
+
+
+# -----------------------------------------------------------------------------
+# Narrator: what a request asks for, as segments
+
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+RANDOM_SEED = -1
+
+
+@dataclass(frozen=True)
+class Speech:
+    """A request, planned: one span of the text for each segment, in order."""
+
+    text: str
+    voice: str
+    seed: int
+    spans: list[Span]
+    segments: list[Segment]
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed in 0 to MAX_SEED that depends on `parts` alone."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") & MAX_SEED
+
+
+class Narrator:
+    """Turns text, voice and seed into segments for one model. Any thread may call it."""
+
+    def __init__(self, facts: ModelFacts, default_voice: str):
+        self.facts = facts
+        self.aliases = {alias: target for alias, (target, _) in VOICE_ALIASES.items()
+                        if target in facts.voices and alias not in facts.voices}
+        self.limits = SegmentLimits(
+            count_tokens=lambda text: len(facts.tokenize(text)),
+            max_tokens=facts.semantic.max_input_semantic_length, max_seconds=facts.max_seconds)
+        self.default_voice = self.find_voice(default_voice)
+
+    def find_voice(self, name: str) -> str:
+        """The table's own name for `name`. Raises InvalidRequest with the nearest names."""
+        name = self.aliases.get(name, name)
+        if name not in self.facts.voices:
+            raise unknown_voice(name, [*self.facts.voices, *self.aliases])
+        return name
+
+    def voice_list(self) -> list[dict[str, str]]:
+        """Every voice a request may name, as {id, name, language}; aliases first."""
+        voices = [{"id": name, "name": name, "language": voice_language(name)}
+                  for name in sorted(self.facts.voices)]
+        aliases = [{"id": alias, "name": VOICE_ALIASES[alias][1],
+                    "language": voice_language(target), "alias_of": target}
+                   for alias, target in self.aliases.items()]
+        return aliases + voices
+
+    def plan(self, text: str, voice: str | None, seed: int | None) -> Speech:
+        """Raises NothingToSpeak, and InvalidRequest for a voice that is not there."""
+        voice = self.find_voice(voice) if voice is not None else self.default_voice
+        if seed is None:
+            seed = derived_seed(voice, text)
+        elif seed == RANDOM_SEED:
+            seed = secrets.randbelow(MAX_SEED + 1)
+        spans = split_text(text, voice_language(voice), self.limits)
+        if not spans:
+            raise NothingToSpeak("text has no word, digit or cue that could be spoken",
+                                 param="text", code="nothing_to_speak")
+        segments = [self._segment(text[span.start : span.end], voice, derived_seed(seed, index))
+                    for index, span in enumerate(spans)]
+        return Speech(text, voice, seed, spans, segments)
+
+    def _segment(self, text: str, voice: str, seed: int) -> Segment:
+        facts = self.facts
+        return Segment(
+            facts.tokenize(normalize_text(text)), facts.voices[voice], seed,
+            facts.semantic_sampling, facts.coarse_sampling, facts.fine_sampling,
+            facts.semantic.min_eos_p)
+
+
+def voice_language(name: str) -> str:
+    """Two letters from a name such as v2/de_speaker_3; English where the name tells none."""
+    match = re.search(r"(?:^|/)([a-z]{2})_", name)
+    return match[1] if match else "en"
+
+
+def unknown_voice(name: str, known: list[str]) -> InvalidRequest:
+    near = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InvalidRequest(f"voice {shown(name)} is unknown; {hint}GET /voices lists all"
+                          f" {len(known)}", param="voice", code="unknown_voice")
+
+
+# -----------------------------------------------------------------------------
+# Scheduler: one thread owns the engine; requests wait, take turns and come back as audio
+
+DRAIN_SECONDS = 10.0
+RETRY_FULL, RETRY_LOADING, RETRY_DRAINING = 5, 10, 30  # seconds, for Retry-After
+MAX_STEP_FAILURES = 3  # in a row; then the device is taken for lost
+
+
+class State:
+    """What /health tells. Written by the scheduler's thread, read by any."""
+
+    def __init__(self, config: Config):
+        self.status = "loading"
+        self.error: WorkerError | None = None
+        self.facts: dict[str, Any] = {"model_id": config.model, "device": config.device,
+                                      "dtype": config.dtype, "voice": config.voice}
+        self.progress: Callable[[], dict[str, int]] | None = None
+        self.narrator: Narrator | None = None
+        self.ended = threading.Event()  # failed, or the process shall stop
+
+    def enter(self, status: str, **facts: Any) -> None:
+        self.facts.update(facts)
+        if status != "downloading":
+            self.progress = None
+        if self.status in ("draining", status):
+            return
+        self.status = status
+        log.info("status=%s", status)
+
+    def fail(self, error: WorkerError) -> None:
+        self.error, self.status = error, "failed"
+        log.error("failed: %s", error)
+        self.ended.set()
+
+
+class Request:
+    """A speech on its way. `future` gets the segments' float32 samples, in order, or an error."""
+
+    def __init__(self, speech: Speech, deadline: float, is_abandoned: Callable[[], bool]):
+        self.segments = speech.segments
+        self.deadline, self.is_abandoned = deadline, is_abandoned
+        self.samples: list[np.ndarray | None] = [None] * len(speech.segments)
+        self.started = 0
+        self.missing = len(speech.segments)
+        self.turn = 0
+        self.future: Future[list[np.ndarray]] = Future()
+
+
+class Scheduler:
+    """Feeds segments to the engine in turns: one of every request a round, in order of arrival.
+
+    So a long text waits for nobody's whole length, and nobody for its. `load` runs in the
+    scheduler's own thread, the only one that touches the engine.
+    """
+
+    def __init__(self, load: Callable[[State], Any], state: State, max_queue: int):
+        self._load, self.state, self.max_queue = load, state, max_queue
+        self._engine: Any = None
+        self._changed = threading.Condition()
+        self._requests: list[Request] = []  # in order of arrival
+        self._owner: dict[Segment, tuple[Request, int]] = {}  # of segments in the engine
+        self._dropped: list[Segment] = []  # to be aborted by the scheduler's thread
+        self._turn = 0  # of the segment that was admitted last
+        self._stopping = False
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> Future[list[np.ndarray]]:
+        """Queues `request`. Raises Unavailable while loading, draining or full."""
+        with self._changed:
+            if self._stopping:
+                raise Unavailable("the worker is shutting down", code="draining",
+                                  retry_after=RETRY_DRAINING)
+            if self._engine is None or self.state.status != "ready":
+                raise not_ready(self.state)
+            room = self.max_queue + self._engine.slots - len(self._owner)
+            if self._waiting() >= room:
+                raise Unavailable(f"{self._waiting()} requests are waiting already and at most"
+                                  f" {self.max_queue} may; try again soon",
+                                  code="queue_full", retry_after=RETRY_FULL)
+            request.turn = self._turn + 1
+            self._requests.append(request)
+            self._changed.notify_all()
+        return request.future
+
+    def _waiting(self) -> int:
+        return sum(request.started == 0 for request in self._requests)
+
+    def stats(self) -> dict[str, int]:
+        """Requests running and waiting, and how many may wait."""
+        requests = list(self._requests)  # a snapshot; no lock, so that it never waits for one
+        waiting = sum(request.started == 0 for request in requests)
+        return {"running": len(requests) - waiting, "waiting": waiting,
+                "capacity": self.max_queue}
+
+    def drain(self, seconds: float = DRAIN_SECONDS) -> None:
+        """Takes nothing new, waits for what was accepted, gives the rest up after `seconds`."""
+        with self._changed:
+            self._stopping = True
+            if self.state.status == "ready":
+                self.state.enter("draining")
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._requests, timeout=seconds)
+            for request in list(self._requests):
+                self._end(request, Unavailable("the worker shut down before this was done",
+                                               code="draining", retry_after=RETRY_DRAINING))
+
+    def _run(self) -> None:
+        try:
+            self._engine = self._load(self.state)
+            self.state.enter("ready")
+            while not self._stopping or self._requests:
+                self._work()
+        except WorkerError as error:
+            self._give_up(error)
+        except Exception as error:
+            log.exception("the scheduler broke")
+            self._give_up(ModelError(f"{type(error).__name__}: {first_line(error)}"))
+
+    def _give_up(self, error: WorkerError) -> None:
+        self.state.fail(error)
+        with self._changed:
+            for request in list(self._requests):
+                self._end(request, not_ready(self.state))
+
+    def _work(self) -> None:
+        with self._changed:
+            self._drop_dead()
+            while self._dropped:
+                self._engine.abort(self._dropped.pop())
+            self._admit()
+            if not self._owner:
+                self._changed.wait_for(lambda: self._requests or self._stopping)
+                return
+        try:
+            finished = self._engine.step()
+        except Exception as error:
+            self._recover(error)
+            return
+        self._failures = 0
+        with self._changed:
+            for done in finished:
+                self._collect(done)
+
+    def _drop_dead(self) -> None:
+        """Frees the slots of requests whose client left or whose time is up."""
+        now = time.monotonic()
+        for request in list(self._requests):
+            if request.is_abandoned():
+                self._end(request, Abandoned("the client left", code="client_closed_request"))
+            elif now >= request.deadline:
+                self._end(request, RequestTimeout(
+                    "the request took longer than BARK_TIMEOUT allows; send a shorter text",
+                    code="timeout"))
+
+    def _admit(self) -> None:
+        """Fills free slots. Turns make it fair; within a turn, who came first goes first."""
+        while self._engine.free_slots > 0:
+            open_requests = [r for r in self._requests if r.started < len(r.segments)]
+            if not open_requests:
+                return
+            request = min(open_requests, key=lambda r: r.turn)
+            segment = request.segments[request.started]
+            self._owner[segment] = (request, request.started)
+            self._turn = max(self._turn, request.turn)
+            request.started += 1
+            request.turn += 1
+            self._engine.add(segment)
+
+    def _collect(self, done: Finished) -> None:
+        if done.segment not in self._owner:
+            return
+        request, index = self._owner.pop(done.segment)
+        if done.samples is None:
+            self._end(request, GenerationFailed(
+                f"segment {index} gave no usable audio: {done.error}; another seed may",
+                code="generation_failed"))
+            return
+        request.samples[index] = done.samples
+        request.missing -= 1
+        if request.missing == 0:
+            self._end(request)
+
+    def _end(self, request: Request, error: WorkerError | None = None) -> None:
+        self._requests.remove(request)
+        for segment in [s for s, (owner, _) in self._owner.items() if owner is request]:
+            del self._owner[segment]
+            self._dropped.append(segment)
+        if error is None:
+            request.future.set_result(request.samples)
+        else:
+            request.future.set_exception(error)
+        self._changed.notify_all()
+
+    def _recover(self, error: Exception) -> None:
+        """A step broke, for lack of memory say: what was in it is lost, the next may do."""
+        log.error("engine step failed", exc_info=error)
+        self._failures += 1
+        with self._changed:
+            for request in {id(r): r for r, _ in self._owner.values()}.values():
+                self._end(request, GenerationFailed(
+                    f"the device failed: {type(error).__name__}; try again",
+                    code="generation_failed"))
+            self._engine.reset()
+        if self._failures >= MAX_STEP_FAILURES:
+            raise ModelError(f"{self._failures} steps failed in a row: {first_line(error)}")
+
+
+def not_ready(state: State) -> Unavailable:
+    what = f"has failed: {state.error}" if state.error else f"is not ready yet: {state.status}"
+    return Unavailable(f"the model {what}", code="not_ready", retry_after=RETRY_LOADING)
+
+
+# -----------------------------------------------------------------------------
+# HTTP: JSON in, audio out, and an answer to everything else that arrives
+
+MAX_BODY = 1 << 20          # bytes
+MAX_CONNECTIONS = 1024
+READ_SECONDS = 30.0         # for a whole request to arrive, or the next one on an idle connection
+WRITE_SECONDS = 30.0        # for a client to take what it is sent
+LINGER_SECONDS = 1.0        # for a client to read an error before its unread body is thrown away
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # answered without a key
+
+INDEX = """\
+bark-worker {version}: text to speech with Bark
+
+  curl -s {url}/synthesize -H 'Content-Type: application/json' \\
+       -H 'Accept: audio/wav' -d '{{"text": "Hello, world!"}}' -o hello.wav
+
+GET  /health      what the worker is doing
+GET  /ready       200 when it can speak, else 503
+GET  /voices      the voices a request may name
+POST /synthesize  {{"text": ..., "voice": ..., "seed": ...}}; only text is required
+"""
+
+
+class HttpError(InvalidRequest):
+    """A request that fails before its content counts; `headers` go with the answer."""
+
+    def __init__(self, status: HTTPStatus, code: str, message: str,
+                 headers: Mapping[str, str] | None = None):
+        super().__init__(message, code=code)
+        self.status, self.headers = status, dict(headers or {})
+
+
+STATUS_FOR_ERROR: tuple[tuple[type[WorkerError], HTTPStatus], ...] = (  # the first that fits
+    (NothingToSpeak, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (InvalidRequest, HTTPStatus.BAD_REQUEST),
+    (Unavailable, HTTPStatus.SERVICE_UNAVAILABLE),
+    (RequestTimeout, HTTPStatus.GATEWAY_TIMEOUT),
+    (GenerationFailed, HTTPStatus.SERVICE_UNAVAILABLE),
+    (WorkerError, HTTPStatus.INTERNAL_SERVER_ERROR),
+)
+
+
+def status_and_headers(error: WorkerError) -> tuple[HTTPStatus, dict[str, str]]:
+    if isinstance(error, HttpError):
+        return error.status, error.headers
+    status = next(status for kind, status in STATUS_FOR_ERROR if isinstance(error, kind))
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return status, {"Retry-After": str(getattr(error, "retry_after", RETRY_FULL))}
+    return status, {}
+
+
+def error_body(error: WorkerError) -> dict[str, Any]:
+    return {"status": "error", "error": {"message": str(error), "type": error.kind,
+                                         "param": error.param, "code": error.code}}
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The request's JSON object. Raises InvalidRequest, which tells where, never what is there."""
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        payload = json.loads(body.decode("utf-8-sig"), parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8: byte {error.start} is 0x"
+                             f"{body[error.start]:02x}", code="invalid_json") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error.msg} at line {error.lineno} column"
+                             f" {error.colno}", code="invalid_json") from None
+    except ValueError as error:  # NaN, Infinity, or a number of thousands of digits
+        raise InvalidRequest(f"the body is not JSON: {first_line(error)[:80]}",
+                             code="invalid_json") from None
+    if not isinstance(payload, dict):
+        raise InvalidRequest(f"the body is a JSON {json_type(payload)}; it must be an object such"
+                             ' as {"text": "Hello"}', code="invalid_json")
+    return payload
+
+
+def json_type(value: object) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def check_text(payload: Mapping[str, Any], limit: int) -> str:
+    """The text to speak. Raises InvalidRequest with what is wrong, where, and what is allowed."""
+    def wrong(message: str, code: str) -> InvalidRequest:
+        return InvalidRequest(message, param="text", code=code)
+
+    if payload.get("text") is None:
+        raise wrong('text is missing; send {"text": "Hello, world!"}', "missing_text")
+    text = payload["text"]
+    if not isinstance(text, str):
+        raise wrong(f"text is a {json_type(text)}; it must be a string", "invalid_type")
+    if not text.strip():
+        raise wrong("text is empty; at least one word is needed", "empty_text")
+    if len(text) > limit:
+        raise wrong(f"text has {len(text)} characters; at most {limit} are allowed"
+                    " (TTS_MAX_LENGTH)", "text_too_long")
+    if match := re.search("[\0\ud800-\udfff]", text):
+        name = "a NUL character" if match[0] == "\0" else "half of a surrogate pair"
+        raise wrong(f"text has {name} at position {match.start()}; remove it", "invalid_text")
+    return text
+
+
+def check_voice(payload: Mapping[str, Any]) -> str | None:
+    voice = payload.get("voice")
+    if voice is not None and not isinstance(voice, str):
+        raise InvalidRequest(f"voice is a {json_type(voice)}; it must be a string",
+                             param="voice", code="invalid_type")
+    return voice
+
+
+def check_seed(payload: Mapping[str, Any]) -> int | None:
+    seed = payload.get("seed")
+    if seed is None:
+        return None
+    if type(seed) is not int:
+        raise InvalidRequest(f"seed is a {json_type(seed)}; it must be a whole number",
+                             param="seed", code="invalid_type")
+    if not RANDOM_SEED <= seed <= MAX_SEED:
+        raise InvalidRequest(f"seed is {shown(seed)}; allowed are 0 to {MAX_SEED}, and"
+                             f" {RANDOM_SEED} to draw one", param="seed", code="invalid_seed")
+    return seed
+
+
+def prefers_wav(accept: str) -> bool:
+    """Whether an Accept header asks for the WAV itself rather than for JSON around it."""
+    best = {"wav": 0.0, "json": 0.0}
+    for part in accept.lower().split(","):
+        kind, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        weight = float(quality) if re.fullmatch(r"[01](\.[0-9]{0,3})?", quality) else 1.0
+        if kind in ("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave", "audio/*"):
+            best["wav"] = max(best["wav"], weight)
+        elif kind in ("application/json", "application/*", "*/*"):
+            best["json"] = max(best["json"], weight)
+    return best["wav"] > 0 and best["wav"] >= best["json"]
+
+
+def render_speech(speech: Speech, samples: list[np.ndarray],
+                  rate: int) -> tuple[bytes, float, list[dict[str, Any]]]:
+    """The whole WAV, its seconds, and each segment's text and place in it."""
+    audio, times = join_segments([to_pcm16(piece) for piece in samples],
+                                 [span.pause for span in speech.spans], rate)
+    segments = [{"text": speech.text[span.start : span.end], "from": span.start, "to": span.end,
+                 "start": round(start, 4), "end": round(end, 4)}
+                for span, (start, end) in zip(speech.spans, times, strict=True)]
+    return encode_wav(audio, rate), round(len(audio) / rate, 4), segments
+
+
+def has_left(connection: socket.socket) -> bool:
+    """Whether the client has closed its side. Never blocks, takes nothing from the stream."""
+    hung_up = getattr(select, "POLLRDHUP", 0)  # Linux: seen even behind unread bytes
+    try:
+        poll = select.poll()
+        poll.register(connection, select.POLLIN | hung_up)
+        events = dict(poll.poll(0)).get(connection.fileno(), 0)
+        if events & (hung_up | select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            return True
+        return bool(events & select.POLLIN) and connection.recv(1, socket.MSG_PEEK) == b""
+    except (OSError, ValueError):
+        return True
+
+
+class Connections:
+    """The open connections; those that the worker is waiting on, the longest waiting first."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[socket.socket, float] = OrderedDict()  # since when
+        self._busy: set[socket.socket] = set()
+
+    def admit(self, connection: socket.socket) -> bool:
+        """Makes room by cutting the longest waiting one; False if all are at work."""
+        with self._lock:
+            if len(self._waiting) + len(self._busy) >= self.limit:
+                if not self._waiting:
+                    return False
+                oldest, _ = self._waiting.popitem(last=False)
+                cut(oldest, socket.SHUT_RDWR)
+            self._waiting[connection] = time.monotonic()
+            return True
+
+    def busy(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._waiting.pop(connection, None)
+            self._busy.add(connection)
+
+    def waiting(self, connection: socket.socket) -> None:
+        with self._lock:
+            if connection in self._busy:
+                self._busy.remove(connection)
+                self._waiting[connection] = time.monotonic()
+
+    def forget(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._waiting.pop(connection, None)
+            self._busy.discard(connection)
+
+    def cut_slow(self) -> None:
+        """Stops reading from clients that have taken READ_SECONDS; they may still be answered."""
+        with self._lock:
+            limit = time.monotonic() - READ_SECONDS
+            slow = [c for c, since in self._waiting.items() if since < limit]
+            for connection in slow:
+                cut(connection, socket.SHUT_RD)
+
+    def wait_idle(self, seconds: float) -> None:
+        """Returns when nobody is being answered, or after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._busy and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def cut(connection: socket.socket, how: int) -> None:
+    with contextlib.suppress(OSError):  # it may be closed already
+        connection.shutdown(how)
+
+
+class WorkerServer(ThreadingHTTPServer):
+    """A thread for each connection; at most MAX_CONNECTIONS, the oldest idle one makes room."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, config: Config, state: State, scheduler: Scheduler):
+        self.config, self.state, self.scheduler = config, state, scheduler
+        self.connections = Connections(MAX_CONNECTIONS)
+        self.started = time.monotonic()
+        if ":" in config.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((config.host, config.port), RequestHandler)
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{host}:{self.server_address[1]}"
+
+    def server_bind(self) -> None:
+        # HTTPServer's own looks the host's name up, which may take seconds
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.connections.admit(request):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.forget(request)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        self.connections.cut_slow()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):  # an OSError is a client that went away
+            log.error("connection failed", exc_info=error)
+
+
+class RequestHandler(BaseHTTPRequestHandler):
+    """Answers one connection's requests, one after the other."""
+
+    server: WorkerServer
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # so that even a garbled request line gets a status line
+    timeout = WRITE_SECONDS
+    disable_nagle_algorithm = True
+
+    def version_string(self) -> str:
+        return f"bark-worker/{VERSION}"
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        if name.startswith("do_"):  # BaseHTTPRequestHandler asks for do_GET, do_POST, ...
+            return self.dispatch
+        raise AttributeError(name)
+
+    def dispatch(self) -> None:
+        """One request: find who answers it, and turn whatever goes wrong into an error's JSON."""
+        self.began, self.sent_status, self.notes = time.monotonic(), 0, ""
+        self.body_pending = self.declares_body()
+        try:
+            self.find_route()(self)
+        except Abandoned:
+            self.close_connection, self.sent_status = True, 499
+        except WorkerError as error:
+            self.send_failure(error)
+        except OSError:
+            self.close_connection = True
+        except Exception as error:
+            log.error("request failed", exc_info=error)
+            self.send_failure(WorkerError("internal error; the worker's log has more",
+                                          code="internal_error"))
+        self.log_answer()
+        self.finish_body()
+        self.server.connections.waiting(self.connection)
+
+    def log_answer(self) -> None:
+        path = self.path.partition("?")[0]
+        level = logging.DEBUG if path in OPEN_PATHS else logging.INFO  # probes come every second
+        log.log(level, "%s %s status=%d ms=%d%s", self.command[:16],
+                path if path in ROUTES else "?", self.sent_status,
+                1000 * (time.monotonic() - self.began), self.notes)
+
+    def declares_body(self) -> bool:
+        return ("Transfer-Encoding" in self.headers
+                or self.headers.get("Content-Length", "0").strip() != "0")
+
+    def find_route(self) -> Callable[[RequestHandler], None]:
+        try:
+            path = urlsplit(self.path).path
+        except ValueError:
+            raise HttpError(HTTPStatus.BAD_REQUEST, "malformed_request",
+                            "the request's address is malformed") from None
+        if path not in OPEN_PATHS:
+            self.check_key()
+        if path not in ROUTES:
+            raise HttpError(HTTPStatus.NOT_FOUND, "not_found", f"there is no {shown(path)};"
+                            f" there are {', '.join(ROUTES)}")
+        method, route = ROUTES[path]
+        if self.command not in ((method, "HEAD") if method == "GET" else (method,)):
+            allow = "GET, HEAD" if method == "GET" else method
+            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "method_not_allowed",
+                            f"{path} takes {allow}, not {shown(self.command, 16)}",
+                            {"Allow": allow})
+        if method == "GET":
+            self.server.connections.busy(self.connection)
+        return route
+
+    def check_key(self) -> None:
+        key = self.server.config.api_key
+        given = self.headers.get("Authorization", "")
+        scheme, _, token = given.partition(" ")
+        sent = token.strip().encode("utf-8", "surrogateescape")
+        if key and not (hmac.compare_digest(sent, key.encode()) and scheme.lower() == "bearer"):
+            what = "is wrong" if given else "is missing"
+            raise HttpError(HTTPStatus.UNAUTHORIZED, "invalid_api_key", f"the API key {what}; send"
+                            " the header 'Authorization: Bearer KEY'",
+                            {"WWW-Authenticate": "Bearer"})
+
+    # Reading
+
+    def handle_expect_100(self) -> bool:
+        return True  # answered in read_body, when it is clear that the body is wanted
+
+    def read_body(self) -> bytes:
+        """The JSON body. Raises HttpError for what design calls 400, 408, 411, 413 and 415."""
+        length = self.body_length()
+        kind = self.headers.get_content_type() if "Content-Type" in self.headers else ""
+        if kind and kind != "application/json" and not kind.endswith("+json"):
+            raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type",
+                            f"the body is {shown(kind)}; send JSON with"
+                            " 'Content-Type: application/json'")
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(HTTPStatus.CONTINUE)
+            self.end_headers()
+        try:
+            body = self.rfile.read(length)
+        except TimeoutError:
+            body = b""
+        if len(body) < length:
+            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "incomplete_body", f"{len(body)} bytes of"
+                            f" the body arrived and Content-Length says {length}")
+        self.body_pending = False
+        self.server.connections.busy(self.connection)
+        return body
+
+    def body_length(self) -> int:
+        if "Transfer-Encoding" in self.headers:
+            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "length_required",
+                            "chunked bodies are not taken; send Content-Length")
+        lengths = set(self.headers.get_all("Content-Length", []))
+        if not lengths:
+            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "length_required",
+                            "Content-Length is missing")
+        value = lengths.pop().strip()
+        if lengths or not re.fullmatch(r"[0-9]{1,30}", value):
+            raise HttpError(HTTPStatus.BAD_REQUEST, "invalid_length", f"Content-Length is"
+                            f" {shown(value)}; it must be one whole number, 0 or more")
+        if int(value) > MAX_BODY:
+            raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large",
+                            f"the body has {value} bytes; at most {MAX_BODY} are allowed")
+        return int(value)
+
+    def finish_body(self) -> None:
+        """Closes after an unread body, but only once the client had time to read the answer.
+
+        Closing at once would make its system throw the answer away (RFC 9112, section 9.6).
+        """
+        if not self.body_pending:
+            return
+        self.close_connection = True
+        deadline = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER_SECONDS)
+            while time.monotonic() < deadline and self.connection.recv(1 << 16):
+                pass
+
+    # Writing
+
+    def send_body(self, status: HTTPStatus, kind: str, body: bytes,
+                  headers: Mapping[str, str] | None = None) -> None:
+        self.sent_status = int(status)
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        if self.close_connection or self.body_pending:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_json(self, payload: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK,
+                  headers: Mapping[str, str] | None = None) -> None:
+        self.send_body(status, "application/json", json.dumps(payload).encode(), headers)
+
+    def send_failure(self, error: WorkerError) -> None:
+        status, headers = status_and_headers(error)
+        self.notes += f" code={error.code}"
+        try:
+            self.send_json(error_body(error), status, headers)
+        except OSError:
+            self.close_connection = True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself finds wrong. Its message quotes the client: dropped."""
+        self.close_connection, self.body_pending, self.notes = True, False, ""
+        status = HTTPStatus(code)
+        self.send_failure(HttpError(status, "malformed_request",
+                                    f"malformed HTTP request: {status.phrase}"))
+        log.info("malformed request status=%d", code)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass  # `dispatch` writes one line a request, without what the client sent
+
+    # Endpoints
+
+    def get_index(self) -> None:
+        page = INDEX.format(version=VERSION, url=self.server.url.replace("0.0.0.0", "127.0.0.1"))
+        self.send_body(HTTPStatus.OK, "text/plain; charset=utf-8", page.encode())
+
+    def get_health(self) -> None:
+        state, config = self.server.state, self.server.config
+        body = {"status": state.status, "ready": state.status == "ready", "model": "Bark",
+                **state.facts, "max_text_length": config.max_text_length, "version": VERSION,
+                "uptime": round(time.monotonic() - self.server.started, 1),
+                "queue": self.server.scheduler.stats()}
+        if progress := state.progress:
+            body["progress"] = progress()
+        if state.error:
+            body["error"] = str(state.error)
+        self.send_json(body)
+
+    def get_ready(self) -> None:
+        state = self.server.state
+        if state.status != "ready":
+            raise not_ready(state)
+        self.send_json({"ready": True})
+
+    def get_voices(self) -> None:
+        narrator = self.narrator()
+        self.send_json({"voices": narrator.voice_list(), "default": narrator.default_voice})
+
+    def narrator(self) -> Narrator:
+        if self.server.state.narrator is None:
+            raise not_ready(self.server.state)
+        return self.server.state.narrator
+
+    def post_synthesize(self) -> None:
+        payload = parse_json(self.read_body())
+        text = check_text(payload, self.server.config.max_text_length)
+        voice, seed = check_voice(payload), check_seed(payload)
+        speech = self.narrator().plan(text, voice, seed)
+        deadline = self.began + self.server.config.timeout
+        request = Request(speech, deadline, lambda: has_left(self.connection))
+        samples = self.server.scheduler.submit(request).result()
+        self.send_speech(speech, samples)
+
+    def send_speech(self, speech: Speech, samples: list[np.ndarray]) -> None:
+        rate = self.narrator().facts.sample_rate
+        wav, duration, segments = render_speech(speech, samples, rate)
+        seconds = round(time.monotonic() - self.began, 3)
+        self.notes = f" segments={len(segments)} audio_s={duration:.2f} seed={speech.seed}"
+        if prefers_wav(self.headers.get("Accept", "")):
+            self.send_body(HTTPStatus.OK, "audio/wav", wav, {
+                "X-Bark-Seed": str(speech.seed), "X-Bark-Duration": str(duration)})
+            return
+        self.send_json({
+            "audio": base64.b64encode(wav).decode(), "sample_rate": rate, "duration": duration,
+            "synthesis_time": seconds, "status": "success", "voice": speech.voice,
+            "seed": speech.seed, "segments": segments})
+
+
+ROUTES: dict[str, tuple[str, Callable[[RequestHandler], None]]] = {
+    "/": ("GET", RequestHandler.get_index),
+    "/health": ("GET", RequestHandler.get_health),
+    "/ready": ("GET", RequestHandler.get_ready),
+    "/voices": ("GET", RequestHandler.get_voices),
+    "/synthesize": ("POST", RequestHandler.post_synthesize),
+}
+
+
+# -----------------------------------------------------------------------------
+# Main: the wiring
+
+FAILED_SECONDS = 60.0  # that a failed worker stays up, so that a person can still ask why
+PROGRESS_SECONDS = 5.0
+EXIT_FAILED, EXIT_USAGE = 1, 2
+# Matrices this narrow gain nothing from a second thread, and when another process takes its core
+# the two wait for each other at every one of thousands of tiny steps: 20 times slower, measured.
+SMALL_HIDDEN_SIZE = 512
+
+
+def load_engine(config: Config, state: State) -> Engine:
+    """Finds, reads and warms up the model, telling `state` how far it is. Raises WorkerError."""
+    device, dtype = resolve_device(config)
+    model_id = config.model or default_model(device)
+    state.enter("loading", model_id=model_id, device=str(device),
+                dtype=str(dtype).removeprefix("torch."))
+
+    def check_voices(names: Iterable[str]) -> None:
+        names = [*names, *VOICE_ALIASES]
+        if config.voice not in names:
+            raise ConfigError(f"BARK_VOICE: {unknown_voice(config.voice, names)}")
+
+    def on_download(total: int, blobs: Path) -> None:
+        state.progress = lambda: {"bytes_done": min(total, folder_bytes(blobs)),
+                                  "bytes_total": total}
+        state.enter("downloading")
+
+    folder = find_model(model_id, check_voices, on_download)
+    state.enter("loading")
+    facts = ModelFacts(folder)
+    check_voices(facts.voices)
+    narrator = Narrator(facts, config.voice)
+    model = load_weights(folder, device, dtype)
+    if device.type == "cpu" and model.semantic.config.hidden_size < SMALL_HIDDEN_SIZE:
+        torch.set_num_threads(1)
+    engine = Engine(model, facts, config.max_batch or slots_for(facts, model),
+                    fixed_shape=config.deterministic)
+    state.enter("warming", sample_rate=facts.sample_rate, voice=narrator.default_voice)
+    warm_up(engine, narrator)
+    state.narrator = narrator
+    return engine
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes in the files of a cache's blobs folder, those still arriving included."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # renamed when complete
+                total += entry.stat().st_size
+    return total
+
+
+def warm_up(engine: Engine, narrator: Narrator) -> None:
+    """Speaks a third of a second, so that the first request finds every kernel loaded."""
+    segment = narrator.plan("Hello.", None, 0).segments[0]
+    engine.add(replace(segment, max_new_tokens=16))
+    finished: list[Finished] = []
+    while not finished:
+        finished = engine.step()
+    if finished[0].samples is None:
+        raise ModelError(f"the model gives no usable audio: {finished[0].error}; try another"
+                         " BARK_DTYPE")
+
+
+def parse_arguments(arguments: list[str]) -> None:
+    width = max(len(variable.name) for variable in VARIABLES)
+    rows = [f"  {v.name:<{width}}  {v.meaning} (default: {v.default})" for v in VARIABLES]
+    rows.append(f"  {'HF_HOME':<{width}}  where models are kept (default: as Hugging Face's)")
+    parser = argparse.ArgumentParser(
+        prog="bark-worker.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Serves the Bark text-to-speech model over HTTP.",
+        epilog="environment variables:\n" + "\n".join(rows))
+    parser.add_argument("--version", action="version", version=VERSION)
+    parser.parse_args(arguments)
+
+
+def allow_many_connections() -> None:
+    """Raises the limit of open files, often 1024, to what MAX_CONNECTIONS needs, if it may."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+class Signals:
+    """SIGTERM and SIGINT set `event`; the first is kept, a second one kills as usual."""
+
+    def __init__(self, event: threading.Event):
+        self.received = 0
+        self._event = event
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+        self._event.set()
+
+
+def serve(config: Config) -> int:
+    """Runs until a signal or a failure; the exit status."""
+    state = State(config)
+    state.facts["cuda_available"] = torch.cuda.is_available()
+    scheduler = Scheduler(lambda state: load_engine(config, state), state, config.max_queue)
+    try:
+        server = WorkerServer(config, state, scheduler)
+    except OSError as error:
+        log.error("cannot listen on HOST %s, PORT %d: %s; choose another PORT or end what uses it",
+                  config.host, config.port, error.strerror or error)
+        return EXIT_USAGE
+    signals = Signals(state.ended)
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    log.info("listening on %s", server.url)
+    scheduler.start()
+    while not state.ended.wait(PROGRESS_SECONDS):
+        if progress := state.progress:
+            log.info("downloading %.1f of %.1f MB", *(n / 1e6 for n in progress().values()))
+    if state.error and not signals.received:
+        linger(signals)
+    return shut_down(server, scheduler, state, signals)
+
+
+def linger(signals: Signals) -> None:
+    log.info("staying up for %d s to tell why on /health", FAILED_SECONDS)
+    deadline = time.monotonic() + FAILED_SECONDS
+    while not signals.received and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals: Signals) -> int:
+    scheduler.drain()
+    server.connections.wait_idle(1.0)  # the last answers are on their way out
+    server.shutdown()
+    server.server_close()
+    if state.error:
+        return EXIT_USAGE if isinstance(state.error, ConfigError) else EXIT_FAILED
+    return 0 if signals.received == signal.SIGTERM else 128 + signals.received
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
+                        format="%(asctime)s %(levelname)s %(message)s")
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        config = Config.from_env(os.environ)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    for name in unknown_variables(os.environ):
+        log.warning("%s is set, but there is no such setting; --help lists them", name)
+    allow_many_connections()
+    return serve(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

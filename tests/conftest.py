@@ -1,0 +1,174 @@
+"""What the tests share: the worker as a module, toy models, and real worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import toy_model
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "bark-worker.py"
+BUILTIN = ROOT / "builtin-voice"
+START_SECONDS = 90.0  # importing torch and transformers takes most of it on a busy machine
+
+torch.set_num_threads(1)  # the toys are too small for a second thread to do anything but wait
+
+
+def load_worker_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bark_worker", WORKER)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bark_worker"] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def bark() -> ModuleType:
+    return load_worker_module()
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy model folder that samples, as Suno's does."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy_model.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def greedy_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("greedy-toy")
+    toy_model.build(folder, greedy=True)
+    return folder
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    """The environment without settings of ours, with the hub switched off."""
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("BARK_", "TTS_", "HF_")) and name not in ("PORT", "HOST")}
+    return {**kept, "HOST": "127.0.0.1", "PORT": "0", "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1", **settings}
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Worker:
+    """A real worker process on a free port; `log` grows as it writes."""
+
+    process: subprocess.Popen[str]
+    log: list[str] = field(default_factory=list)
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def call(self, path: str, payload: object = None, *, method: str | None = None,
+             headers: dict[str, str] | None = None, timeout: float = 120.0) -> Answer:
+        """One request; `payload` (bytes as they are, else as JSON) makes it a POST."""
+        data = payload if isinstance(payload, bytes) or payload is None \
+            else json.dumps(payload).encode()
+        kind = {"Content-Type": "application/json"} if data is not None else {}
+        request = urllib.request.Request(
+            self.url + path, data, {**kind, **(headers or {})}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                return Answer(reply.status, dict(reply.headers), reply.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return Answer(error.code, dict(error.headers), error.read())
+
+    def speak(self, text: str, **fields: object) -> Answer:
+        return self.call("/synthesize", {"text": text, **fields})
+
+    def health(self) -> dict[str, Any]:
+        return self.call("/health").json
+
+    def wait_for(self, status: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+        return wait_until(lambda: (health := self.health())["status"] == status and health,
+                          f"status {status}", seconds)
+
+    def read_log(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.log.append(line)
+            if match := re.search(r"listening on http://\S+:(\d+)", line):
+                self.port = int(match[1])
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 20.0) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    """The first true value of `condition`; fails naming `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.01)  # between looks at another process
+    raise AssertionError(f"no {what} within {seconds:.0f} s")
+
+
+@contextlib.contextmanager
+def running_worker(script: Path | None = None, **settings: str) -> Iterator[Worker]:
+    """A worker that listens, ready or not; ended and its log shown on failure at the end."""
+    process = subprocess.Popen([sys.executable, str(script or WORKER)], text=True, cwd=ROOT,
+                               env=clean_environment(**settings), stderr=subprocess.PIPE)
+    worker = Worker(process)
+    reader = threading.Thread(target=worker.read_log, daemon=True)
+    reader.start()
+    try:
+        wait_until(lambda: worker.port or process.poll() is not None, "port", START_SECONDS)
+        yield worker
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(10)
+        reader.join(10)
+        print("".join(worker.log))
+
+
+@pytest.fixture(scope="session")
+def worker(toy: Path) -> Iterator[Worker]:
+    """One worker on the toy for all tests that only talk to it."""
+    with running_worker(BARK_MODEL=str(toy), TTS_MAX_LENGTH="2000", BARK_MAX_BATCH="4") as worker:
+        worker.wait_for("ready")
+        yield worker
+
+
+@pytest.fixture(scope="session")
+def builtin_worker() -> Iterator[Worker]:
+    """One worker on the built-in voice, for tests that listen."""
+    with running_worker(BARK_MODEL=str(BUILTIN)) as worker:
+        worker.wait_for("ready")
+        yield worker

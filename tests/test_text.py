@@ -1,0 +1,261 @@
+"""Text: what counts as speakable, how long it takes to say, and where it is cut into segments."""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+from types import ModuleType
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+PROPERTY = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+LANGUAGES = ["de", "en", "es", "fr", "hi", "it", "ja", "ko", "pl", "pt", "ru", "tr", "zh"]
+
+
+def limits(bark: ModuleType, chars: int = 175, seconds: float = 12.0, tokens: int = 256):
+    return bark.SegmentLimits(_count_words_and_marks, tokens, seconds, max_chars=chars)
+
+
+def _count_words_and_marks(text: str) -> int:
+    return sum(1 + len(word) // 4 for word in text.split())
+
+
+def pieces(bark: ModuleType, text: str, language: str = "en", **kwargs: float) -> list[str]:
+    spans = bark.split_text(text, language, limits(bark, **kwargs))
+    return [text[span.start : span.end] for span in spans]
+
+
+def pauses(bark: ModuleType, text: str, **kwargs: float) -> list[float]:
+    return [span.pause for span in bark.split_text(text, "en", limits(bark, **kwargs))]
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("  a\r\n\tb\u00a0c\u3000d  ", "a b c d"),
+        ("a\x00b\u200bc", "a b c"),
+        ("syl\u00adla\u2060ble\ufeff", "syllable"),
+        ("cafe\u0301", "café"),
+        ("lone \ud800surrogate", "lone surrogate"),
+        ("", ""),
+    ],
+)
+def test_normalizing_leaves_single_blanks_and_composed_letters(bark, text, normal):
+    assert bark.normalize_text(text) == normal
+    assert bark.normalize_text(normal) == normal
+
+
+@pytest.mark.parametrize("text", ["Hi", "7", "½", "你", "न", "[laughs]", "♪", "*** a ***", "é"])
+def test_letters_digits_cues_and_notes_are_speakable(bark, text):
+    assert bark.is_speakable(text)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "***", "...", "🎉", "[]", "—", "\u0301", "\ud800"])
+def test_marks_and_emoji_are_not_speakable(bark, text):
+    assert not bark.is_speakable(text)
+    assert bark.split_text(text, "en", limits(bark)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("The quick brown fox jumps over the lazy dog, twice.", 51 / 15),
+        ("Съешь же ещё этих мягких французских булок.", 43 / 15),
+        ("今天天气很好我们去公园散步", 13 / 4.5),
+        ("これはひらがなです", 9 / 7),
+        ("안녕하세요 반갑습니다", 10 / 5),
+        ("सभी मनुष्यों को गौरव और अधिकार", 30 / 12),
+        ("1990", 1.6),
+        ("5%", 0.8),
+    ],
+)
+def test_an_estimate_follows_the_script(bark, text, seconds):
+    assert bark.estimate_seconds(text) == pytest.approx(seconds, rel=0.15)
+
+
+def test_composed_and_decomposed_letters_take_the_same_time(bark):
+    text = "Él añadió: «Où êtes-vous ?»"
+    assert bark.estimate_seconds(unicodedata.normalize("NFD", text)) == bark.estimate_seconds(text)
+
+
+def test_a_short_text_is_one_segment_without_its_edges(bark):
+    (span,) = bark.split_text(" \u200b Hello, world!\r\n", "en", limits(bark))
+    assert (span.start, span.end, span.pause) == (3, 16, 0.0)
+
+
+def test_short_neighbours_are_merged_and_a_tiny_sentence_never_stands_alone(bark):
+    text = "Yes. No. Well. " + "It rained all day, and the river rose above the stone bridge. " * 4
+    assert pieces(bark, text)[0].startswith("Yes. No. Well. It rained")
+    assert all(60 <= len(piece) <= 175 for piece in pieces(bark, text))
+
+
+def test_pauses_tell_sentences_paragraphs_and_clauses_apart(bark):
+    long = "Here is a sentence of some length, which goes on and on; it does not end before it must"
+    text = f"One short line.\n\n{long}. The end, I am told, is quite near now.\n * * * \nLast."
+    assert pauses(bark, text, chars=60) == [0.5, 0.1, 0.25, 0.5, 0.0]
+
+
+def test_pauses_survive_what_is_skipped_between_the_segments(bark):
+    assert pauses(bark, "Hello. " + "*" * 50 + "\n\n" + "?" * 50 + "\nBye.", chars=20) == [0.5, 0.0]
+    assert pauses(bark, "Hello there. " + "*** " * 9 + "Bye now.", chars=20) == [0.25, 0.0]
+
+
+def test_paragraphs_are_never_merged_but_lines_are(bark):
+    assert pieces(bark, "A title\n\nWrapped\nlines. Go.\n \t\nEnd") == [
+        "A title",
+        "Wrapped\nlines. Go.",
+        "End",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("language", "kept"),
+    [
+        ("en", "Dr. Smith"), ("en", "e.g. this"), ("en", "U.S. Army"), ("en", "J. R. R. Tolkien"),
+        ("en", "No. 5"), ("en", "3 000"), ("en", "1,234.56"), ("en", "10:30"), ("en", "v2.0"),
+        ("en", "[clears throat]"), ("en", "[so :) Deep. Now]"), ("en", "St. Paul's"),
+        ("en", "\"Really?\""), ("de", "Dr. Müller"), ("de", "z. B. hier"), ("de", "3. Oktober"),
+        ("fr", "M. Dupont"), ("fr", "Mme. Curie"), ("fr", "« Viens"), ("fr", "oui !"),
+        ("fr", "1\u202f000"), ("es", "Sr. García"), ("it", "dott. Rossi"), ("pl", "prof. Nowak"),
+        ("pl", "r. w"), ("pt", "Dra. Costa"), ("ru", "т. е. да"), ("ru", "г. Москва"),
+        ("tr", "3. sınıf"), ("tr", "Dr. Ahmet"), ("hi", "डॉ. शर्मा"),
+    ],
+)  # fmt: skip
+def test_nothing_that_belongs_together_is_cut(bark, language, kept):
+    for before in range(30):  # so that the cut has to fall at every place around it
+        text = "la " * before + f"lala {kept} lala la lala la " + "la " * 12
+        cut = pieces(bark, text, language, chars=32)
+        assert len(cut) > 1
+        assert sum(piece.count(kept) for piece in cut) == 1, cut
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "expected"),
+    [
+        ("en", 'He said "Go. Now!" Then he left.', ['He said "Go. Now!"', "Then he left."]),
+        ("en", "“It is late.” She ran away then.", ["“It is late.”", "She ran away then."]),
+        ("en", "(It is very late.) She ran away.", ["(It is very late.)", "She ran away."]),
+        ("de", "„Es ist jetzt spät.“ Sie lief weg.", ["„Es ist jetzt spät.“", "Sie lief weg."]),
+        ("fr", "« Il est bien tard ! » Elle partit.", ["« Il est bien tard ! »", "Elle partit."]),
+        ("es", "¿Qué pasa aquí hoy? ¡No pasa nada!", ["¿Qué pasa aquí hoy?", "¡No pasa nada!"]),
+        ("ru", "— Это правда, да? — Нет, неправда.", ["— Это правда, да?", "— Нет, неправда."]),
+        ("hi", "मैं घर जा रहा हूँ। तुम कहाँ हो अभी?", ["मैं घर जा रहा हूँ।", "तुम कहाँ हो अभी?"]),
+        ("zh", "他说：“天气很好。”我们去公园吧！", ["他说：“天气很好。”", "我们去公园吧！"]),
+        ("ja", "吾輩は猫である。名前はまだ無い。", ["吾輩は猫である。", "名前はまだ無い。"]),
+        ("ja", "「これは何ですか。」と彼は言った。", ["「これは何ですか。」", "と彼は言った。"]),
+        ("ko", "안녕하세요 여러분. 반갑습니다 모두.", ["안녕하세요 여러분.", "반갑습니다 모두."]),
+        ("xx", "It is unknown now. It works here.", ["It is unknown now.", "It works here."]),
+    ],
+)
+def test_sentences_and_their_closing_marks_stay_whole(bark, language, text, expected):
+    assert pieces(bark, text, language, chars=len(text) - 4) == expected
+
+
+@pytest.mark.parametrize("text", ["La la la oui ! la la", "La « oui ? » la la la", "La la — la"])
+def test_no_segment_starts_with_a_closing_mark(bark, text):
+    for chars in range(9, len(text)):
+        assert not any(piece[0] in "!?»:—" for piece in pieces(bark, text, "fr", chars=chars))
+
+
+def test_a_long_sentence_is_cut_at_its_best_clause_boundary(bark):
+    text = "The house was old, very old and grey; the garden behind it, though, was in bloom again"
+    assert pieces(bark, text, chars=70)[0].endswith("grey;")
+    assert pieces(bark, text.replace(";", ""), chars=70)[0].endswith("behind it,")
+    assert pieces(bark, "alpha beta gamma delta and epsilon zeta eta theta", chars=40) == [
+        "alpha beta gamma delta",
+        "and epsilon zeta eta theta",
+    ]
+
+
+def test_pieces_of_an_endless_sentence_are_alike_in_length(bark):
+    lengths = [len(piece) for piece in pieces(bark, "word " * 120)]
+    assert max(lengths) - min(lengths) <= 10
+    assert min(lengths) >= 110
+
+
+@pytest.mark.parametrize("cluster", ["e\u0301\u0323", "👩🏽", "👨‍👩‍👧", "क्षि"])
+def test_a_word_longer_than_a_segment_is_cut_between_whole_letters(bark, cluster):
+    text = "x" + cluster * 60 + "x"
+    cut = pieces(bark, text, chars=20)
+    assert all(piece.lstrip("x").startswith(cluster[0]) for piece in cut[:-1] if piece != "x")
+    assert not any(unicodedata.category(piece[0]).startswith("M") for piece in cut)
+    assert not any(piece[0] in "\u200d🏽" or piece[-1] == "\u200d" for piece in cut)
+
+
+def test_the_tokens_of_a_small_model_bound_the_segments_too(bark):
+    calls: list[str] = []
+
+    def count_letters(text: str) -> int:
+        calls.append(text)
+        return len(text) - text.count(" ")
+
+    text = "The quick brown fox jumps over the lazy dog, and it is not tired at all. " * 10
+    small = bark.SegmentLimits(count_letters, max_tokens=48, max_seconds=6.5)
+    spans = bark.split_text(text, "en", small)
+    assert all(count_letters(text[span.start : span.end]) <= 48 for span in spans)
+    assert len(calls) - len(spans) <= 3 * len(spans)
+
+
+def _assert_contract(bark: ModuleType, text: str, language: str, bounds) -> None:
+    spans = bark.split_text(text, language, bounds)
+    assert spans == bark.split_text(text, language, bounds)
+    done = 0
+    for span in spans:
+        piece = text[span.start : span.end]
+        assert done <= span.start < span.end <= len(text)
+        assert not bark.is_speakable(text[done : span.start])
+        assert bark.is_speakable(piece) and piece == piece.strip()
+        assert len(piece) <= bounds.max_chars
+        assert bark.estimate_seconds(piece) <= bounds.max_seconds
+        assert bounds.count_tokens(bark.normalize_text(piece)) <= bounds.max_tokens
+        done = span.end
+    assert not bark.is_speakable(text[done:])
+    assert [span.pause > 0 for span in spans] == [True] * (len(spans) - 1) + [False] * bool(spans)
+    assert {span.pause for span in spans} <= {0.0, 0.1, 0.25, 0.5}
+
+
+SPICE = [*' \n\r\t.,;:!?…"“”‘’«»()[]—-。、」字ーカあ한کक🎉', "\u200d", "\u0301", "\ufeff", "\x00"]
+SPICE += ["Dr. ", "e.g. ", "[laughs]", "3 000", "1,234.56", "word ", "\n\n", "\u202e", "\ud800"]
+
+
+@PROPERTY
+@given(
+    st.one_of(st.text(max_size=300), st.lists(st.sampled_from(SPICE), max_size=150).map("".join)),
+    st.sampled_from([*LANGUAGES, "xx", ""]),
+    st.tuples(st.integers(8, 175), st.sampled_from([1.0, 6.5, 12.0]), st.integers(4, 256)),
+)
+def test_any_text_is_covered_in_order_within_every_limit(bark, text, language, bounds):
+    _assert_contract(bark, text, language, limits(bark, *bounds))
+
+
+ATOMS = ["Dr. Smith", "e.g. this", "U.S. Army", "3 000", "1,234.56", "10:30", "v2.0", "don't"]
+ATOMS += ["[clears throat]", "well-known", "café", "cafe\u0301", "слово", "the end.", "Ah!", "so,"]
+
+
+@PROPERTY
+@given(st.lists(st.sampled_from(ATOMS), min_size=5, max_size=60), st.integers(40, 175))
+def test_no_cut_falls_inside_a_word_a_number_an_abbreviation_or_a_cue(bark, atoms, chars):
+    text, inside = "", set()
+    for atom in atoms:
+        inside |= set(range(len(text) + 1, len(text) + len(atom)))
+        text += atom + " "
+    spans = bark.split_text(text, "en", limits(bark, chars))
+    assert not inside & {edge for span in spans for edge in (span.start, span.end)}
+
+
+@pytest.mark.parametrize("unit", ["a", ".", "“", "[", "字", "\n", "a\n\n", "\u200d", "a. "])
+def test_time_grows_with_the_length_and_not_with_its_square(bark, unit):
+    def seconds(length: int) -> float:
+        began = time.process_time()
+        bark.split_text((unit * length)[:length], "en", limits(bark))
+        return time.process_time() - began
+
+    seconds(1000)
+    assert seconds(100_000) < 1.0
