@@ -291,7 +291,10 @@ _SCRIPT_RATE = {"CJK": 4.5, "HIRAGANA": 7.0, "KATAKANA": 7.0, "HANGUL": 5.0, "ET
 _SCRIPT_RATE |= dict.fromkeys(_INDIC.split(), 11.0)
 
 # Titles that sentencex 1.0 does not know. A single capital before a dot is an initial.
-_TITLES = {"Mme", "Mmes", "Mlle", "Mgr", "डॉ", "श्री", "श्रीमती", "सुश्री", "प्रो", "Doç", "Sn", "Av"}
+_TITLES = {
+    "Mme", "Mmes", "Mlle", "Mgr",
+    "डॉ", "श्री", "श्रीमती", "सुश्री", "प्रो", "Doç", "Sn", "Av",
+}
 _LAST_WORD_RE = re.compile(r"(?:^|[\s\"'“«(\[„‘¿¡-])([^\s\"'“«(\[„‘¿¡.-]{1,9})\.$")
 _CONTINUED_RE = re.compile(r"(?:\b(?:\w{1,3}|\d+)\.|\.\.|…|[\"'”’»“])$")  # by a small letter
 _CLOSING_RE = re.compile(rf"[!?;:,.%)\]}}»›\"']+(?:[{_BLANK}]|$)|[」』）】》〉。、，！？；：…”’]")
@@ -686,10 +689,12 @@ def missing_files(folder: Path) -> list[str]:
         missing.append(" or ".join(TOKENIZER_FILES))
     if not weight_files(path.name for path in folder.iterdir()):
         missing.append("model.safetensors or pytorch_model.bin")
-    if TABLE_FILE not in missing:
-        missing += sorted({path for paths in voice_paths(folder).values() for path in
-                           (paths[p] for p in PROMPTS) if not (folder / path).is_file()})
     return missing
+
+
+def prompt_files(folder: Path) -> set[str]:
+    """Every prompt file that the folder's voice table names."""
+    return {paths[prompt] for paths in voice_paths(folder).values() for prompt in PROMPTS}
 
 
 def find_model(name: str, check_voices: Callable[[Iterable[str]], None],
@@ -718,7 +723,9 @@ def cached_model(name: str) -> Path | None:
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=NEEDED_FILES))
-        return None if missing_files(folder) else folder
+        whole = not missing_files(folder) and all(
+            (folder / path).is_file() for path in prompt_files(folder))
+        return folder if whole else None
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
 
@@ -763,9 +770,9 @@ def fetch_snapshot(name: str, check_voices: Callable[[Iterable[str]], None],
         raise ModelError(f"{name} on the hub is no Bark model: it lacks"
                          f" {', '.join(absent) or 'weights'}")
     small = [path for path in (*NEEDED_FILES, *TOKENIZER_FILES, *EXTRA_FILES) if path in sizes]
-    voices = voice_paths(Path(snapshot_download(name, allow_patterns=small)))
-    check_voices(voices)
-    small += {paths[prompt] for paths in voices.values() for prompt in PROMPTS} & sizes.keys()
+    folder = Path(snapshot_download(name, allow_patterns=small))
+    check_voices(voice_paths(folder))
+    small += prompt_files(folder) & sizes.keys()
     blobs = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
     on_download(sum(sizes[path] for path in (*small, *weights)), blobs)
     for path in weights:
@@ -894,12 +901,16 @@ class ModelFacts:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def _read_voices(self, folder: Path) -> dict[str, Voice]:
-        voices = {}
+        voices, broken = {}, {}
         for name, paths in voice_paths(folder).items():
             try:
                 voices[name] = self._read_voice(folder, paths)
             except (OSError, ValueError) as error:
-                log.warning("voice %s left out: %s", name, error)
+                broken[name] = error
+        if broken:
+            name, error = next(iter(broken.items()))
+            log.warning("%d of %d voices left out; %s: %s", len(broken),
+                        len(broken) + len(voices), name, error)
         return voices
 
     def _read_voice(self, folder: Path, paths: Mapping[str, str]) -> Voice:
@@ -994,12 +1005,13 @@ def noise_keys(seeds: torch.Tensor, stage: int, counters: torch.Tensor) -> torch
     return mix64(mix64(seeds + as_int64(stage * 0x9E3779B97F4A7C15)) + counters)
 
 
-def apply_top_k(scores: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
-    """Keeps each row's top_k (B,) best scores (B, V); 0 keeps all."""
+def apply_top_k(scores: torch.Tensor, top_k: list[int]) -> torch.Tensor:
+    """Keeps each row's top_k best scores (B, V); 0 keeps all."""
     columns = scores.shape[-1]
-    kept = torch.where((top_k > 0) & (top_k < columns), top_k, columns)
-    best = scores.topk(int(kept.max()), dim=-1).values
-    return scores.masked_fill(scores < best.gather(-1, kept[:, None] - 1), -math.inf)
+    kept = [k if 0 < k < columns else columns for k in top_k]
+    best = scores.topk(max(kept), dim=-1).values
+    last = torch.tensor(kept, device=scores.device)[:, None] - 1
+    return scores.masked_fill(scores < best.gather(-1, last), -math.inf)
 
 
 def apply_top_p(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
@@ -1019,11 +1031,10 @@ def sample(scores: torch.Tensor, sampling: list[Sampling], keys: torch.Tensor) -
     finite = torch.isfinite(scores.amax(-1))
     temperature = torch.tensor([s.temperature for s in sampling], device=scores.device)
     greedy = temperature == 0
-    if not bool(all(s.temperature == 0 for s in sampling)):
+    if any(s.temperature for s in sampling):
         scores = scores / torch.where(greedy, 1.0, temperature)[:, None]
         if any(s.top_k for s in sampling):
-            top_k = torch.tensor([s.top_k for s in sampling], device=scores.device)
-            scores = apply_top_k(scores, top_k)
+            scores = apply_top_k(scores, [s.top_k for s in sampling])
         if any(s.top_p < 1 for s in sampling):
             top_p = torch.tensor([s.top_p for s in sampling], device=scores.device)
             scores = apply_top_p(scores, top_p)
@@ -2045,7 +2056,10 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.began, self.sent_status, self.notes = time.monotonic(), 0, ""
         self.body_pending = self.declares_body()
         try:
-            self.find_route()(self)
+            route = self.find_route()
+            if not self.body_pending:
+                self.server.connections.busy(self.connection)
+            route(self)
         except Abandoned:
             self.close_connection, self.sent_status = True, 499
         except WorkerError as error:
@@ -2088,8 +2102,6 @@ class RequestHandler(BaseHTTPRequestHandler):
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "method_not_allowed",
                             f"{path} takes {allow}, not {shown(self.command, 16)}",
                             {"Allow": allow})
-        if method == "GET":
-            self.server.connections.busy(self.connection)
         return route
 
     def check_key(self) -> None:
@@ -2193,11 +2205,12 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself finds wrong. Its message quotes the client: dropped."""
-        self.close_connection, self.body_pending, self.notes = True, False, ""
+        self.close_connection, self.body_pending, self.notes = True, True, ""
         status = HTTPStatus(code)
         self.send_failure(HttpError(status, "malformed_request",
                                     f"malformed HTTP request: {status.phrase}"))
         log.info("malformed request status=%d", code)
+        self.finish_body()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass  # `dispatch` writes one line a request, without what the client sent
@@ -2288,9 +2301,9 @@ def load_engine(config: Config, state: State) -> Engine:
                 dtype=str(dtype).removeprefix("torch."))
 
     def check_voices(names: Iterable[str]) -> None:
-        names = [*names, *VOICE_ALIASES]
-        if config.voice not in names:
-            raise ConfigError(f"BARK_VOICE: {unknown_voice(config.voice, names)}")
+        voice, _ = VOICE_ALIASES.get(config.voice, (config.voice, ""))
+        if voice not in (known := list(names)):
+            raise ConfigError(f"BARK_VOICE: {unknown_voice(voice, known)}")
 
     def on_download(total: int, blobs: Path) -> None:
         state.progress = lambda: {"bytes_done": min(total, folder_bytes(blobs)),
@@ -2433,4 +2446,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    logging.shutdown()
+    os._exit(exit_status)  # an interpreter's orderly end may crash under a thread inside torch
