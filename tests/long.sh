@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs the checks that take too long for run.sh. Arguments go to pytest. Needs what run.sh needs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=manage-bark-worker.sh
+source ./manage-bark-worker.sh
+
+ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt"
+exec .venv/bin/python -m pytest -m long "$@"

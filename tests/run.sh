@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Runs every quick check: ruff, ShellCheck, pytest. Arguments go to pytest: tests/run.sh -k voice
+# Beyond pip it needs Python 3.11 or newer with its venv module, and curl.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=manage-bark-worker.sh
+source ./manage-bark-worker.sh
+
+failed=''
+
+# usage: step NAME COMMAND...    (a failure is kept, so that every check is seen)
+step() {
+  local name="$1" began=$SECONDS result=passed
+  shift
+  "$@" || { result=FAILED; failed="$failed $name"; }
+  say "-- $name $result in $((SECONDS - began)) s"
+}
+
+if ! command -v curl >/dev/null; then
+  say 'curl is missing; on Debian or Ubuntu: sudo apt install curl'
+  exit "$EX_MISSING"
+fi
+step venv ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt"
+step ruff .venv/bin/ruff check .
+step shellcheck .venv/bin/shellcheck -x manage-bark-worker.sh tests/*.sh .ci/run
+step pytest .venv/bin/python -m pytest -n 2 --dist loadfile -m 'not long' "$@"
+say "-- $SECONDS s in all"
+if [[ -n "$failed" ]]; then
+  say "-- failed:$failed"
+  exit 1
+fi
