@@ -1,0 +1,113 @@
+"""Samples to bytes: PCM, pauses, WAV; which form a client wants; and seeds that never change."""
+
+from __future__ import annotations
+
+import struct
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.mark.parametrize(("sample", "expected"), [
+    (0.0, 0), (1.0, 32767), (-1.0, -32767), (1.7, 32767), (-40.0, -32767), (np.inf, 32767),
+    (0.4 / 32767, 0), (0.6 / 32767, 1), (-0.6 / 32767, -1), (100.4 / 32767, 100), (0.5, 16384)])
+def test_a_sample_becomes_the_nearest_16_bit_number_and_loud_ones_are_clipped(
+        bark: ModuleType, sample: float, expected: int) -> None:
+    pcm = bark.to_pcm16(np.array([sample], np.float32))
+    assert pcm.dtype == np.int16 and pcm.tolist() == [expected]
+
+
+def test_every_16_bit_number_but_the_lowest_survives_the_way_through_float(
+        bark: ModuleType) -> None:
+    numbers = np.arange(-32767, 32768)
+    assert np.array_equal(bark.to_pcm16((numbers / 32767).astype(np.float32)), numbers)
+
+
+def test_segments_are_joined_in_order_with_their_pauses_after_them(bark: ModuleType) -> None:
+    first, second, third = (np.full(n, n, np.int16) for n in (2400, 1200, 600))
+    joined, times = bark.join_segments([first, second, third], [0.25, 0.5, 0.0], 24_000)
+    silence = np.zeros(6000, np.int16), np.zeros(12_000, np.int16)
+    expected = np.concatenate([first, silence[0], second, silence[1], third])
+    assert joined.dtype == np.int16 and np.array_equal(joined, expected)
+    assert np.array(times) == pytest.approx(np.array([(0.0, 0.1), (0.35, 0.4), (0.9, 0.925)]))
+
+
+def test_times_point_at_the_samples_also_when_pauses_do_not_fit_the_rate(
+        bark: ModuleType) -> None:
+    pieces = [np.full(n, 1 + n % 7, np.int16) for n in (331, 77, 1000, 5)]
+    joined, times = bark.join_segments(pieces, [0.0101, 0.33333, 0.1, 0.0], 22_050)
+    for piece, (start, end) in zip(pieces, times, strict=True):
+        assert np.array_equal(joined[round(start * 22_050) : round(end * 22_050)], piece)
+    assert len(joined) == round(times[-1][1] * 22_050)
+
+
+def test_a_pause_is_needed_for_each_segment(bark: ModuleType) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        bark.join_segments([np.zeros(3, np.int16)] * 2, [0.0], 24_000)
+
+
+@pytest.mark.parametrize("samples", [[], [1], [-32768, 32767, 258], list(range(-500, 500))])
+def test_a_wav_has_true_sizes_and_little_endian_mono_samples(
+        bark: ModuleType, samples: list[int]) -> None:
+    wav = bark.encode_wav(np.array(samples, np.int16), 24_000)
+    riff, size, wave, fmt, length, kind, channels, rate, speed, align, bits, data, count = \
+        struct.unpack("<4sI4s4sIHHIIHH4sI", wav[:44])
+    assert (riff, wave, fmt, data) == (b"RIFF", b"WAVE", b"fmt ", b"data")
+    assert (size, count, length) == (len(wav) - 8, len(wav) - 44, 16)
+    assert (kind, channels, rate, bits) == (1, 1, 24_000, 16)  # PCM
+    assert (speed, align) == (48_000, 2)
+    assert struct.unpack(f"<{len(samples)}h", wav[44:]) == tuple(samples)
+
+
+def test_samples_of_the_other_byte_order_or_with_gaps_are_written_right(
+        bark: ModuleType) -> None:
+    samples = np.array([1, 2, 300, 4], np.int16)
+    assert bark.encode_wav(samples.astype(">i2"), 8000) == bark.encode_wav(samples, 8000)
+    assert bark.encode_wav(samples[::2], 8000)[44:] == struct.pack("<2h", 1, 300)
+
+
+@pytest.mark.parametrize(("accept", "wav"), [
+    ("", False), ("*/*", False), ("application/json", False), ("text/html", False),
+    ("audio/wav", True), ("AUDIO/WAV", True), ("audio/x-wav", True), ("audio/*", True),
+    ("audio/wav, */*", True), ("audio/wav, application/json", True),
+    ("application/json, audio/wav;q=0.5", False), ("audio/wav;q=0.5, application/json;q=0.4", True),
+    ("audio/wav;q=0", False), ("audio/wav;q=0.0, */*", False),
+    ("audio/wav ; q=0.9 , */*;q=0.1", True),
+    ("audio/mpeg", False), ("audio/mpeg, audio/wav;q=0.1", True), ("audio/wav;q=abc", True),
+    ("audio/wav;q=", True), (",,;;", False), ("audio/wav;codec=1;q=0.2, application/json", False)])
+def test_the_wav_itself_is_sent_to_whom_it_is_no_worse_than_json(
+        bark: ModuleType, accept: str, wav: bool) -> None:
+    assert bark.prefers_wav(accept) is wav
+
+
+@pytest.mark.parametrize(("parts", "seed"), [
+    (("v2/en_speaker_6", "Hello, world!"), 4223033231954360),
+    (("v2/ja_speaker_2", "こんにちは、世界。"), 4180879345774454),
+    ((7, 0), 4411819796043341), ((7, 1), 1065677976869311),
+    ((2**53 - 1, 12), 8793703476451973)])
+def test_a_derived_seed_is_the_same_in_every_version(
+        bark: ModuleType, parts: tuple[object, ...], seed: int) -> None:
+    assert bark.derived_seed(*parts) == seed
+
+
+def test_derived_seeds_are_exact_in_json_and_differ(bark: ModuleType) -> None:
+    seeds = {bark.derived_seed(first, second) for first in range(50) for second in range(50)}
+    assert len(seeds) == 2500
+    assert 2**52 < max(seeds) <= 2**53 - 1 and min(seeds) >= 0
+
+
+def test_random_bits_are_those_of_splitmix64(bark: ModuleType) -> None:
+    """The generator's published first outputs from state 0."""
+    state = torch.tensor([bark.as_int64(i * 0x9E3779B97F4A7C15) for i in (1, 2, 3)])
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert bark.mix64(state).tolist() == [bark.as_int64(number) for number in expected]
+
+
+def test_the_noise_of_a_seed_is_the_same_in_every_version(bark: ModuleType) -> None:
+    keys = bark.noise_keys(torch.tensor([7, -1]), bark.STAGE_COARSE, torch.tensor([0, 59]))
+    assert keys.tolist() == [2793451718224172893, 4826969005519927420]
+    noise = bark.gumbel_noise(keys, 1024)
+    assert noise.argmax(-1).tolist() == [975, 857]
+    assert noise[:, 0].tolist() == pytest.approx([0.2603, -0.2981], abs=1e-4)

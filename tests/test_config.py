@@ -1,0 +1,164 @@
+"""What the environment may say: good values, wrong ones all named at once, and --help."""
+
+from __future__ import annotations
+
+import logging
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+DOCUMENTED = {
+    "BARK_VOICE", "TTS_MAX_LENGTH", "PORT", "HOST", "HF_HOME", "BARK_MODEL", "BARK_DEVICE",
+    "BARK_DTYPE", "BARK_API_KEY", "BARK_MAX_BATCH", "BARK_MAX_QUEUE", "BARK_TIMEOUT",
+    "BARK_DETERMINISTIC",
+}
+
+GOOD = [
+    ("BARK_VOICE", "male", "voice", "male"),
+    ("BARK_VOICE", "v2/de_speaker_3", "voice", "v2/de_speaker_3"),
+    ("TTS_MAX_LENGTH", "1", "max_text_length", 1),
+    ("TTS_MAX_LENGTH", "1000000", "max_text_length", 1_000_000),
+    ("PORT", "0", "port", 0),
+    ("PORT", "65535", "port", 65535),
+    ("PORT", "08080", "port", 8080),
+    ("HOST", "::1", "host", "::1"),
+    ("BARK_MODEL", "/models/my bark", "model", "/models/my bark"),
+    ("BARK_DEVICE", "cpu", "device", "cpu"),
+    ("BARK_DEVICE", "cuda", "device", "cuda:0"),
+    ("BARK_DEVICE", "cuda:1", "device", "cuda:1"),
+    ("BARK_DTYPE", "bfloat16", "dtype", "bfloat16"),
+    ("BARK_API_KEY", "s3cret!~", "api_key", "s3cret!~"),
+    ("BARK_MAX_BATCH", "256", "max_batch", 256),
+    ("BARK_MAX_QUEUE", "1", "max_queue", 1),
+    ("BARK_TIMEOUT", "0.5", "timeout", 0.5),
+    ("BARK_TIMEOUT", "90", "timeout", 90.0),
+    ("BARK_DETERMINISTIC", "on", "deterministic", True),
+    ("BARK_DETERMINISTIC", "off", "deterministic", False),
+]
+
+WRONG = [
+    ("BARK_VOICE", "a\nb", "printable"), ("BARK_VOICE", "a\x00", "printable"),
+    ("TTS_MAX_LENGTH", "0", "from 1 to 1000000"), ("TTS_MAX_LENGTH", "1e3", "from 1 to 1000000"),
+    ("TTS_MAX_LENGTH", "-5", "from 1 to 1000000"), ("TTS_MAX_LENGTH", "٣", "from 1 to 1000000"),
+    ("TTS_MAX_LENGTH", "1000001", "from 1 to 1000000"), ("TTS_MAX_LENGTH", " 5", "from 1 to"),
+    ("PORT", "65536", "from 0 to 65535"), ("PORT", "http", "from 0 to 65535"),
+    ("PORT", "9" * 5000, "from 0 to 65535"), ("PORT", "1_0", "from 0 to 65535"),
+    ("HOST", "a\tb", "printable"), ("BARK_MODEL", "a\x1bb", "printable"),
+    ("BARK_DEVICE", "gpu", "cpu, cuda or cuda:N"), ("BARK_DEVICE", "cuda:", "cpu, cuda or cuda:N"),
+    ("BARK_DEVICE", "CUDA:0", "cpu, cuda or cuda:N"), ("BARK_DEVICE", "cuda:-1", "cpu, cuda or"),
+    ("BARK_DTYPE", "fp16", "float16 or bfloat16 or float32"), ("BARK_DTYPE", "int8", "float16 or"),
+    ("BARK_API_KEY", "a b", "without blanks"), ("BARK_API_KEY", "clé", "ASCII"),
+    ("BARK_MAX_BATCH", "0", "from 1 to 256"), ("BARK_MAX_BATCH", "257", "from 1 to 256"),
+    ("BARK_MAX_QUEUE", "0", "from 1 to 100000"), ("BARK_MAX_QUEUE", "many", "from 1 to 100000"),
+    ("BARK_TIMEOUT", "0", "more than 0"), ("BARK_TIMEOUT", "0.0", "more than 0"),
+    ("BARK_TIMEOUT", "-1", "more than 0"), ("BARK_TIMEOUT", "nan", "more than 0"),
+    ("BARK_TIMEOUT", "inf", "more than 0"), ("BARK_TIMEOUT", "10m", "more than 0"),
+    ("BARK_DETERMINISTIC", "yes", "on or off"), ("BARK_DETERMINISTIC", "1", "on or off"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "field", "expected"), GOOD)
+def test_a_good_value_reaches_its_field_and_no_other(
+        bark: ModuleType, name: str, value: str, field: str, expected: Any) -> None:
+    config = bark.Config.from_env({name: value, "PATH": "/bin"})
+    assert getattr(config, field) == expected
+    assert bark.replace(config, **{field: getattr(bark.Config(), field)}) == bark.Config()
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), WRONG)
+def test_a_wrong_value_is_named_with_what_is_allowed(
+        bark: ModuleType, name: str, value: str, allowed: str) -> None:
+    with pytest.raises(bark.ConfigError) as error:
+        bark.Config.from_env({name: value})
+    message = str(error.value)
+    assert f"  {name}" in message and allowed in message
+    assert (repr(value)[1:-1] in message) or name == "BARK_API_KEY" or not value.isascii() \
+        or len(value) > 60
+    assert len(message) < 250 and message.isprintable() == ("\n" not in message)
+
+
+def test_all_wrong_values_are_named_at_once(bark: ModuleType) -> None:
+    wrong = {name: value for name, value, _ in WRONG}
+    with pytest.raises(bark.ConfigError) as error:
+        bark.Config.from_env(wrong)
+    first, *rest = str(error.value).splitlines()
+    assert first == "wrong configuration:"
+    assert sorted(line.split()[0] for line in rest) == sorted(wrong)
+
+
+def test_an_empty_value_counts_as_unset(bark: ModuleType) -> None:
+    empty = {variable.name: "" for variable in bark.VARIABLES}
+    assert bark.Config.from_env(empty) == bark.Config.from_env({}) == bark.Config()
+
+
+def test_the_key_shows_neither_in_errors_nor_in_the_settings(bark: ModuleType) -> None:
+    with pytest.raises(bark.ConfigError) as error:
+        bark.Config.from_env({"BARK_API_KEY": "open sesame", "PORT": "x"})
+    assert "sesame" not in str(error.value) + repr(error.value)
+    assert "sesame" not in repr(bark.Config.from_env({"BARK_API_KEY": "sesame"}))
+
+
+def test_defaults_in_help_are_the_real_ones(bark: ModuleType) -> None:
+    shown = {variable.field: variable.default for variable in bark.VARIABLES}
+    real = {name: str(value) for name, value in vars(bark.Config()).items() if value is not None}
+    real |= {"deterministic": "off", "timeout": "600"}
+    assert real.items() <= shown.items()
+    assert {variable.name for variable in bark.VARIABLES} | {"HF_HOME"} == DOCUMENTED
+
+
+def test_help_lists_every_variable_with_its_default(
+        bark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        bark.main(["--help"])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in DOCUMENTED:
+        row = next(line for line in lines if line.startswith(f"  {name} "))
+        assert "(default: " in row
+    for variable in bark.VARIABLES:
+        assert any(variable.meaning in line and variable.default in line for line in lines)
+
+
+def test_a_wrong_start_prints_why_and_exits_with_2_before_serving(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bark.os, "environ", {"PORT": "x", "BARK_DTYPE": "fp16"})
+    monkeypatch.setattr(bark, "serve", lambda config: pytest.fail("served all the same"))
+    assert bark.main([]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and "PORT is 'x'" in output.err and "BARK_DTYPE" in output.err
+
+
+def test_an_unknown_variable_of_ours_is_warned_about(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    known = dict.fromkeys(DOCUMENTED | bark.MANAGER_VARIABLES, "")
+    settings = {**known, "BARK_VIOCE": "male", "BARKING": "1", "TTS_HOME": "/x", "PORT": "0"}
+    monkeypatch.setattr(bark.os, "environ", settings)
+    monkeypatch.setattr(bark, "serve", lambda config: config.port)
+    with caplog.at_level(logging.WARNING):
+        assert bark.main([]) == 0
+    assert [record.message for record in caplog.records] == [
+        "BARK_VIOCE is set, but there is no such setting; --help lists them"]
+
+
+def test_a_device_that_is_not_there_is_an_error_that_tells_what_to_do(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bark.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bark.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(bark.ModelError, match=r"BARK_DEVICE is cuda:3, .* 0 GPUs; .*=cpu"):
+        bark.resolve_device(bark.Config(device="cuda:3"))
+    assert bark.resolve_device(bark.Config()) == (bark.torch.device("cpu"), bark.torch.float32)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({}, ("cuda:0", "float16")), ({"device": "cuda:1"}, ("cuda:1", "float16")),
+    ({"dtype": "bfloat16"}, ("cuda:0", "bfloat16")), ({"device": "cpu"}, ("cpu", "float32"))])
+def test_a_gpu_is_used_in_half_precision_unless_told_otherwise(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str],
+        expected: tuple[str, str]) -> None:
+    monkeypatch.setattr(bark.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bark.torch.cuda, "device_count", lambda: 2)
+    device, dtype = bark.resolve_device(bark.Config(**settings))
+    assert (str(device), str(dtype)) == (expected[0], f"torch.{expected[1]}")

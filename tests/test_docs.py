@@ -1,0 +1,90 @@
+"""README against the code: what it lists is there, and what is there it lists."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+from types import ModuleType
+
+from conftest import ROOT, WORKER, Worker
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MANAGER = ROOT / "manage-bark-worker.sh"
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the tables under a heading, without their header rows."""
+    section = re.split(r"^#+ ", README.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.M)[0]
+    cells = [re.split(r"(?<!\\)\|", line.strip("|")) for line in section.splitlines()
+             if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in cells
+            if not set("".join(row)) <= set("-: ")][1:]
+
+
+def codes(text: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def test_the_settings_table_is_the_workers_own(bark: ModuleType) -> None:
+    table = {row[0].strip("`"): (row[1].replace("`", ""), row[2]) for row in rows("Settings")}
+    assert table.pop("HF_HOME")
+    assert table == {v.name: (v.default, v.meaning) for v in bark.VARIABLES}
+
+
+def test_every_endpoint_is_described_and_no_other(bark: ModuleType) -> None:
+    listed = {tuple(row[0].strip("`").split()) for row in rows("HTTP")}
+    assert listed == {(method, path) for path, (method, _) in bark.ROUTES.items()}
+
+
+def error_codes() -> set[str]:
+    """Every literal `code` that an error gets, by keyword or as HttpError's or wrong's second."""
+    used = set()
+    for call in ast.walk(ast.parse(WORKER.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call):
+            named = [k.value for k in call.keywords if k.arg == "code"]
+            if isinstance(call.func, ast.Name) and call.func.id in ("HttpError", "wrong"):
+                named.append(call.args[1])
+            used |= {value.value for value in named if isinstance(value, ast.Constant)}
+    return used
+
+
+def test_every_error_code_is_described_and_no_other() -> None:
+    internal = {"invalid_configuration", "model_unavailable", "client_closed_request"}
+    listed = set().union(*(codes(row[1]) for row in rows("Errors")))
+    assert listed == error_codes() - internal
+
+
+def test_the_example_answer_has_the_fields_of_a_real_one(worker: Worker) -> None:
+    example = json.loads(re.search(r"```json\n(\{\"audio\".*?)```", README, re.S)[1])
+    real = worker.speak("Hi.").json
+    assert example.keys() == real.keys()
+    assert example["segments"][0].keys() == real["segments"][0].keys()
+
+
+def test_the_example_error_is_a_real_one(worker: Worker) -> None:
+    example = json.loads(re.search(r"```json\n(\{\"status\": \"error\".*?)```", README, re.S)[1])
+    real = worker.speak("x" * 2001).json
+    message = re.sub("731|500", "N", example["error"].pop("message"))
+    assert message == re.sub("2001|2000", "N", real["error"].pop("message"))
+    assert example == real
+
+
+def test_the_commands_table_is_the_managers_own() -> None:
+    usage = subprocess.run([MANAGER, "help"], capture_output=True, text=True, check=True).stdout
+    listed = {re.search(r"\.sh (\w+)", row[0])[1] for row in rows("Commands")}
+    assert listed == set(re.findall(r"^  (\w+) ", usage, re.M))
+
+
+def test_the_first_command_stands_within_fifteen_lines_and_exists() -> None:
+    lines = README.splitlines()
+    fence = lines.index("```bash")
+    assert fence < 15
+    assert (ROOT / lines[fence + 1].split()[0]).is_file()
+
+
+def test_every_relative_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)

@@ -1,0 +1,259 @@
+"""Getting a model from a hub: a real client and worker against a hub on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import BUILTIN, Worker, running_worker, wait_until
+from fake_hub import FakeHub
+from huggingface_hub import constants
+
+MODEL = "suno/bark-like"
+CHUNK = 10 << 20  # bytes that the hub's client holds before it writes them (DOWNLOAD_CHUNK_SIZE)
+OTHERS = {  # what suno/bark on the hub holds besides, and never has to be fetched
+    "text.pt": 2_320_000_000, "coarse_2.pt": 3_930_000_000, "fine_2.pt": 3_740_000_000,
+    "text_2.pt": 5_350_000_000, "README.md": 9000, ".gitattributes": 1500,
+    "speaker_embeddings/en_speaker_6_semantic_prompt.npy": 2000,
+    "speaker_embeddings/v2/en_speaker_6.npz": 40_000, "onnx/model.safetensors": 1_000_000_000,
+}
+NEVER: Callable[..., None] = lambda *_: pytest.fail("not before the weights")  # noqa: E731
+
+
+def online(hub: FakeHub, home: Path, **settings: str) -> contextlib.AbstractContextManager[Worker]:
+    """A worker that gets MODEL from `hub`; an empty HF_HUB_OFFLINE is off."""
+    return running_worker(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_HUB_OFFLINE="",
+                          BARK_MODEL=MODEL, HF_HUB_DISABLE_TELEMETRY="1", **settings)
+
+
+def files_asked_for(hub: FakeHub) -> set[str]:
+    marker = "/resolve/"
+    return {request.path.partition(marker)[2].partition("/")[2]
+            for request in list(hub.requests) if marker in request.path}
+
+
+def files_of(folder: Path) -> set[str]:
+    """What a worker needs of a model folder: everything but what is for people."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")
+            if path.is_file() and path.suffix != ".md"}
+
+
+def statuses(worker: Worker) -> list[str]:
+    """What the log says the worker went through, up to ready."""
+    def entered() -> list[str]:
+        found = [re.search(r" INFO status=(\w+)", line) for line in list(worker.log)]
+        return [match[1] for match in found if match]
+    wait_until(lambda: "ready" in entered(), "log line")
+    return entered()
+
+
+@pytest.fixture
+def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Points this process's hub client, which read its settings long ago, at a hub's url."""
+    def point_at(url: str) -> None:
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return point_at
+
+
+@pytest.fixture
+def toy_hub(toy: Path, use_hub: Callable[[str], None]) -> Iterator[FakeHub]:
+    with FakeHub({MODEL: toy}, OTHERS) as hub:
+        use_hub(hub.url)
+        yield hub
+
+
+def test_a_first_start_tells_how_far_it_is_and_a_restart_goes_on_from_there(
+        tmp_path: Path) -> None:
+    prompt, weights = "speaker_embeddings/v2/en_speaker_9_fine_prompt.npy", "model.safetensors"
+    total = sum((BUILTIN / name).stat().st_size for name in files_of(BUILTIN))
+    size = (BUILTIN / weights).stat().st_size
+    with FakeHub({MODEL: BUILTIN}, {**OTHERS, "pytorch_model.bin": 10**9}) as hub:
+        hub.hold(weights, after=CHUNK + 1)
+        with online(hub, tmp_path) as worker:
+            assert CHUNK <= wait_for_progress(worker, CHUNK, total) <= total - size + CHUNK
+            assert worker.speak("Hello.").json["error"]["code"] == "not_ready"
+            worker.stop(signal.SIGKILL)
+        hub.faults.hold.clear()
+        last = hub.hold(prompt)
+        with online(hub, tmp_path) as worker:
+            assert size <= wait_for_progress(worker, size, total) < total
+            last.set()
+            assert "progress" not in worker.wait_for("ready")
+            assert statuses(worker) == ["downloading", "loading", "warming", "ready"]
+        assert [get.range for get in hub.downloads(weights)] == [None, f"bytes={CHUNK}-"]
+        assert files_asked_for(hub) == files_of(BUILTIN)
+
+
+def wait_for_progress(worker: Worker, least: int, total: int) -> int:
+    """The first count of bytes that is `least` or more; all the while the total must be right."""
+    def progress() -> int:
+        health = worker.health()
+        if health["status"] == "loading":
+            return 0
+        assert health["status"] == "downloading" and health["progress"]["bytes_total"] == total
+        done = health["progress"]["bytes_done"]
+        return done if done >= least else 0
+    return wait_until(progress, f"{least} bytes")
+
+
+def test_a_filled_cache_serves_a_start_without_asking_the_hub(
+        bark: ModuleType, toy_hub: FakeHub, tmp_path: Path) -> None:
+    bark.find_model(MODEL, lambda voices: None, lambda total, blobs: None)
+    toy_hub.requests.clear()
+    toy_hub.fail(500)
+    with online(toy_hub, tmp_path) as worker:
+        worker.wait_for("ready")
+        assert statuses(worker) == ["warming", "ready"]
+        assert worker.speak("Hello.").status == 200
+    assert toy_hub.requests == []
+
+
+def test_only_what_is_needed_is_fetched_and_the_second_time_nothing(
+        bark: ModuleType, toy: Path, toy_hub: FakeHub) -> None:
+    told: list[int] = []
+    folder = bark.find_model(MODEL, lambda voices: None, lambda total, blobs: told.append(total))
+    assert files_asked_for(toy_hub) == files_of(toy) == files_of(folder)
+    assert told == [sum(path.stat().st_size for path in toy.rglob("*") if path.is_file())]
+    toy_hub.__exit__()  # nobody listens any more
+    assert bark.find_model(MODEL, NEVER, NEVER) == folder
+
+
+def test_a_cache_that_lost_a_file_is_filled_up_again(
+        bark: ModuleType, toy_hub: FakeHub) -> None:
+    prompt = "speaker_embeddings/v2/de_speaker_0_coarse_prompt.npy"
+    folder = bark.find_model(MODEL, lambda voices: None, lambda total, blobs: None)
+    (folder / prompt).resolve().unlink()
+    (folder / prompt).unlink()
+    toy_hub.requests.clear()
+    assert bark.find_model(MODEL, lambda voices: None, lambda total, blobs: None) == folder
+    assert (folder / prompt).is_file()
+    assert len(toy_hub.downloads(prompt)) == 1 and not toy_hub.downloads("pytorch_model.bin")
+
+
+def test_a_connection_that_breaks_mid_file_is_taken_up_again(
+        bark: ModuleType, toy: Path, toy_hub: FakeHub) -> None:
+    weights = "pytorch_model.bin"
+    toy_hub.cut(weights, after=CHUNK + CHUNK // 2)
+    folder = bark.find_model(MODEL, lambda voices: None, lambda total, blobs: None)
+    assert (folder / weights).read_bytes() == (toy / weights).read_bytes()
+    whole, rest = toy_hub.downloads(weights)
+    assert whole.range is None and rest.range == f"bytes={CHUNK}-"
+
+
+def part_of(tmp_path: Path, weights: Path, content: bytes) -> Path:
+    """A part of `weights` in the cache, as a killed worker leaves it."""
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    blobs = tmp_path / "hub" / f"models--{MODEL.replace('/', '--')}" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{digest}.part").write_bytes(content)
+    return blobs / f"{digest}.part"
+
+
+@pytest.mark.parametrize("kept", ["nothing", "some", "all", "more than all"])
+def test_whatever_part_is_left_the_whole_file_comes_of_it(
+        bark: ModuleType, toy: Path, toy_hub: FakeHub, tmp_path: Path, kept: str) -> None:
+    content = (toy / "pytorch_model.bin").read_bytes()
+    left = {"nothing": b"", "some": content[:12345], "all": content, "more than all": content * 2}
+    part = part_of(tmp_path, toy / "pytorch_model.bin", left[kept])
+    folder = bark.find_model(MODEL, lambda voices: None, lambda total, blobs: None)
+    assert (folder / "pytorch_model.bin").read_bytes() == content and not part.exists()
+    expected = {"nothing": [None], "some": ["bytes=12345-"], "all": [], "more than all": [None]}
+    assert [get.range for get in toy_hub.downloads("pytorch_model.bin")] == expected[kept]
+
+
+def test_a_damaged_part_is_removed_so_that_the_next_start_succeeds(
+        bark: ModuleType, toy: Path, toy_hub: FakeHub, tmp_path: Path) -> None:
+    part = part_of(tmp_path, toy / "pytorch_model.bin", b"damaged")
+    with pytest.raises(bark.ModelError, match=r"pytorch_model.bin of suno/bark-like .* damaged"):
+        bark.find_model(MODEL, lambda voices: None, lambda total, blobs: None)
+    assert not part.exists()
+    folder = bark.find_model(MODEL, lambda voices: None, lambda total, blobs: None)
+    assert (folder / "pytorch_model.bin").read_bytes() == (toy / "pytorch_model.bin").read_bytes()
+
+
+@pytest.mark.parametrize(("status", "expected"), [
+    (401, r"the hub refuses suno/bark-like: .*401.*; check BARK_MODEL, and HF_TOKEN"),
+    (404, r"the hub refuses suno/bark-like: .*404.*; check BARK_MODEL, and HF_TOKEN"),
+    (503, r"suno/bark-like.*503")])
+def test_a_refusal_names_the_model_and_what_to_check(
+        bark: ModuleType, toy_hub: FakeHub, status: int, expected: str) -> None:
+    toy_hub.fail(status)
+    with pytest.raises(bark.ModelError, match=expected):
+        bark.find_model(MODEL, NEVER, NEVER)
+
+
+def test_a_model_that_the_hub_does_not_have_is_named(
+        bark: ModuleType, toy_hub: FakeHub) -> None:
+    with pytest.raises(bark.ModelError, match=r"the hub refuses suno/brak: .*check BARK_MODEL"):
+        bark.find_model("suno/brak", NEVER, NEVER)
+
+
+def test_a_hub_that_nobody_reaches_is_told_from_one_that_refuses(
+        bark: ModuleType, use_hub: Callable[[str], None]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    use_hub(url)
+    with pytest.raises(bark.ModelError, match="downloading suno/bark-like broke off: Connect"):
+        bark.find_model(MODEL, NEVER, NEVER)
+
+
+def test_a_repository_without_a_voice_table_or_weights_is_no_bark_model(
+        bark: ModuleType, toy: Path, tmp_path: Path, use_hub: Callable[[str], None]) -> None:
+    (tmp_path / "half").mkdir()
+    for name in ("config.json", "generation_config.json", "vocab.txt"):
+        (tmp_path / "half" / name).write_bytes((toy / name).read_bytes())
+    with FakeHub({MODEL: tmp_path / "half"}) as hub:
+        use_hub(hub.url)
+        with pytest.raises(bark.ModelError, match=r"no Bark model: it lacks speaker_embeddings"):
+            bark.find_model(MODEL, NEVER, NEVER)
+
+
+@pytest.mark.parametrize("name", ["bark", "../../etc/passwd", "a/b/c", "./nowhere", "/nowhere"])
+def test_a_name_that_is_neither_a_folder_nor_a_hub_id_is_refused(
+        bark: ModuleType, name: str) -> None:
+    with pytest.raises(bark.ModelError, match=r"BARK_MODEL is .*hub id such as suno/bark"):
+        bark.find_model(name, NEVER, NEVER)
+
+
+def test_a_local_folder_that_lacks_files_is_named_with_what_it_lacks(
+        bark: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(bark.ModelError) as error:
+        bark.find_model(str(tmp_path), NEVER, NEVER)
+    assert all(name in str(error.value) for name in (
+        str(tmp_path), "generation_config.json", "speaker_embeddings_path.json",
+        "vocab.txt", "pytorch_model.bin"))
+
+
+def test_a_default_voice_that_is_not_there_fails_before_the_weights_are_asked_for(
+        toy: Path, tmp_path: Path) -> None:
+    with FakeHub({MODEL: toy}, OTHERS) as hub, \
+            online(hub, tmp_path, BARK_VOICE="v2/en_speaker_66") as worker:
+        health = worker.wait_for("failed")
+        assert "BARK_VOICE" in health["error"] and "v2/en_speaker_6 " in health["error"]
+        assert not hub.downloads("pytorch_model.bin") and not hub.downloads("_prompt.npy")
+        assert worker.call("/ready").status == 503
+        assert worker.stop() == 2
+
+
+def test_an_empty_cache_with_the_hub_switched_off_fails_with_what_to_do(
+        tmp_path: Path) -> None:
+    with running_worker(BARK_MODEL=MODEL, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1") as worker:
+        health = worker.wait_for("failed")
+        assert health["error"] == (
+            f"{MODEL} is not in the cache and the hub is off; unset HF_HUB_OFFLINE or set"
+            " BARK_MODEL to a local folder")
+        answer = worker.speak("Hello.")
+        assert answer.status == 503 and health["error"] in answer.json["error"]["message"]
+        assert worker.stop() == 1

@@ -1,0 +1,251 @@
+"""The worker's layers, held apart by reading its source: who may name what, and in which order."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+from conftest import WORKER
+
+SECTIONS = ("Errors", "Configuration", "Text", "Audio", "Model", "Engine", "Narrator", "Scheduler",
+            "HTTP", "Main")
+KNOW_TENSORS = {"Model", "Engine", "Main"}
+TENSORS = {"torch", "F", "BarkModel", "AutoTokenizer", "transformers", "cuda"}
+KNOW_THE_WORLD = {"Scheduler", "HTTP", "Main"}
+WORLD = {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "RequestHandler", "wfile",
+         "rfile", "http", "socket", "socketserver", "threading", "Thread", "Lock", "Condition",
+         "Future", "signal"}
+ENGINE_ONLY = {"json", "Config"}  # what Model and Engine may name only in these two functions:
+EXCEPTIONS = {("read_json", "json"), ("resolve_device", "Config")}
+ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "expandvars"}
+ALLOWED_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "transformers"}
+MAX_FUNCTION_LINES, MAX_COLUMNS = 60, 100
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+SOURCE = WORKER.read_text(encoding="utf-8")
+
+
+@functools.lru_cache(maxsize=2)
+def parse(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def section_starts(source: str) -> dict[str, int]:
+    """Title to line, of every `# Title: ...` between or below a rule of dashes."""
+    found = re.finditer(r"^# -{40,}\n# (\w+):", source, re.MULTILINE)
+    return {match[1]: source.count("\n", 0, match.start()) + 1 for match in found}
+
+
+def definitions(source: str) -> Iterator[tuple[str, ast.stmt]]:
+    """Each top-level statement below the imports with the title of its section."""
+    starts = section_starts(source)
+    for node in parse(source).body:
+        titles = [title for title, line in starts.items() if line < node.lineno]
+        if titles:
+            yield titles[-1], node
+
+
+def units(node: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
+    """A class as its methods and the rest of its body, anything else whole; each with a name."""
+    if not isinstance(node, ast.ClassDef):
+        yield getattr(node, "name", f"line {node.lineno}"), node
+        return
+    for part in (*node.bases, *node.decorator_list):
+        yield node.name, part
+    for part in node.body:
+        yield f"{node.name}.{getattr(part, 'name', f'line {part.lineno}')}", part
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Every name that is read, written or imported, and every attribute."""
+    names = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            names.add(part.id)
+        elif isinstance(part, ast.Attribute):
+            names.add(part.attr)
+        elif isinstance(part, ast.alias):
+            names |= {*part.name.split("."), part.asname or ""}
+        elif isinstance(part, ast.ImportFrom):
+            names |= set((part.module or "").split("."))
+    return names
+
+
+def free_names(node: ast.AST) -> set[str]:
+    """Names that are read in `node` and bound nowhere in it, annotations included."""
+    read, bound = set(), set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            (read if isinstance(part.ctx, ast.Load) else bound).add(part.id)
+        elif isinstance(part, ast.arg):
+            bound.add(part.arg)
+        elif isinstance(part, ast.alias):
+            bound.add((part.asname or part.name).split(".")[0])
+        elif isinstance(part, ast.ExceptHandler) and part.name:
+            bound.add(part.name)
+    return read - bound
+
+
+def functions(source: str) -> list[Function]:
+    return [node for node in ast.walk(parse(source)) if isinstance(node, Function)]
+
+
+def wrong_sections(source: str) -> list[str]:
+    found = tuple(section_starts(source))
+    return [] if found == SECTIONS else [f"sections are {found}"]
+
+
+def environment_readers(source: str) -> list[str]:
+    """Whoever reads the process's environment but `main`, which hands it to Config."""
+    wrong = []
+    for node in parse(source).body:
+        if getattr(node, "name", "") == "main":
+            continue
+        for part in ast.walk(node):
+            name = getattr(part, "attr", "") or (isinstance(part, ast.alias) and part.name)
+            if name in ENVIRONMENT:
+                wrong.append(f"line {part.lineno} uses {name}")
+    return wrong
+
+
+def tensors_out_of_place(source: str) -> list[str]:
+    return [f"{title}: {name} uses {used}" for title, node in definitions(source)
+            if title not in KNOW_TENSORS for name, part in units(node)
+            if (used := names_in(part) & TENSORS)]
+
+
+def world_in_the_engine(source: str) -> list[str]:
+    """HTTP, threads, JSON and settings where only tensors and files belong."""
+    wrong = []
+    for title, node in definitions(source):
+        for name, part in units(node):
+            names = names_in(part)
+            used = names & WORLD if title not in KNOW_THE_WORLD else set()
+            if title in ("Model", "Engine"):
+                used |= {n for n in names & ENGINE_ONLY if (name, n) not in EXCEPTIONS}
+            if used:
+                wrong.append(f"{title}: {name} uses {used}")
+    return wrong
+
+
+def defined_names(node: ast.stmt) -> set[str]:
+    if isinstance(node, Function | ast.ClassDef):
+        return {node.name}
+    return {part.id for part in ast.walk(node)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+
+
+def names_from_below(source: str) -> list[str]:
+    """Uses of a name that a later section defines."""
+    order = list(section_starts(source))
+    home = {name: order.index(title) for title, node in reversed(list(definitions(source)))
+            for name in defined_names(node)}
+    return [f"{title}: {name} uses {used} of {order[home[used]]}"
+            for title, node in definitions(source) for name, part in units(node)
+            for used in sorted(free_names(part) & home.keys()) if home[used] > order.index(title)]
+
+
+def foreign_imports(source: str) -> list[str]:
+    """Packages at the top level that are not there wherever torch and transformers are."""
+    wrong = []
+    for node in parse(source).body:
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        else:
+            continue
+        wrong += [name for name in modules if name.split(".")[0] not in ALLOWED_PACKAGES]
+    return wrong
+
+
+def long_functions(source: str) -> list[str]:
+    return [f"{node.name} has {lines} lines" for node in functions(source)
+            if (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES]
+
+
+def long_lines(source: str) -> list[str]:
+    return [f"line {number} has {len(line)} columns"
+            for number, line in enumerate(source.splitlines(), 1) if len(line) > MAX_COLUMNS]
+
+
+def missing_annotations(source: str) -> list[str]:
+    """Functions with an argument or a result of unknown type; __init__ has no result."""
+    wrong = []
+    for node in functions(source):
+        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs,
+                 *filter(None, (node.args.vararg, node.args.kwarg))]
+        bare = [arg.arg for arg in every if not arg.annotation and arg.arg not in ("self", "cls")]
+        if bare or not (node.returns or node.name == "__init__"):
+            wrong.append(f"{node.name}: {', '.join(bare) or 'result'}")
+    return wrong
+
+
+RULES = (wrong_sections, environment_readers, tensors_out_of_place, world_in_the_engine,
+         names_from_below, foreign_imports, long_functions, long_lines, missing_annotations)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_worker_keeps_to_its_layers(rule: Callable[[str], list[str]]) -> None:
+    assert rule(SOURCE) == []
+
+
+def with_added(source: str, section: str, code: str) -> str:
+    """`source` with `code` as the first definition of a section."""
+    lines = source.split("\n")
+    title = next(n for n, line in enumerate(lines) if line.startswith(f"# {section}:"))
+    first = next(n for n in range(title + 1, len(lines)) if lines[n][:1] not in ("#", ""))
+    return "\n".join([*lines[:first], code, "", "", *lines[first:]])
+
+
+BREACHES = [
+    (environment_readers, "Engine", "HOME = os.environ['HOME']"),
+    (environment_readers, "HTTP", "def bad() -> str | None:\n    return os.getenv('HOME')"),
+    (environment_readers, "Configuration", "HOME = os.getenv('HOME')"),
+    (environment_readers, "Configuration", "HOME = os.environ.get('HOME')"),
+    (environment_readers, "Main", "def bad() -> None:\n    from os import environ as e"),
+    (tensors_out_of_place, "Text", "def bad(x: torch.Tensor) -> None:\n    pass"),
+    (tensors_out_of_place, "Audio", "def bad(x: Any) -> Any:\n    return F.relu(x)"),
+    (tensors_out_of_place, "Narrator", "def bad() -> None:\n    import torch as t\n    t.ones(1)"),
+    (tensors_out_of_place, "Scheduler", "class Bad:\n    model: BarkModel"),
+    (tensors_out_of_place, "HTTP", "def bad() -> None:\n    torch.cuda.synchronize()"),
+    (world_in_the_engine, "Engine", "def bad() -> str:\n    return json.dumps({})"),
+    (world_in_the_engine, "Engine", "LOCK = threading.Lock()"),
+    (world_in_the_engine, "Engine", "def bad(config: Config) -> None:\n    pass"),
+    (world_in_the_engine, "Engine", "def bad(x: Any) -> None:\n    x.wfile.write(b'')"),
+    (world_in_the_engine, "Model", "NOT_FOUND = HTTPStatus.NOT_FOUND"),
+    (world_in_the_engine, "Text", "def bad(x: RequestHandler) -> None:\n    pass"),
+    (names_from_below, "Engine", "def bad() -> Any:\n    return Scheduler"),
+    (names_from_below, "Scheduler", "class Bad:\n    def bad(self, x: WorkerServer) -> None: ..."),
+    (names_from_below, "Text", "def bad(x: Any) -> Any:\n    return to_pcm16(x)"),
+    (names_from_below, "Audio", "class Bad(Engine):\n    pass"),
+    (foreign_imports, "Text", "import requests"),
+    (foreign_imports, "Model", "from huggingface_hub import snapshot_download"),
+    (long_functions, "Audio", "def bad() -> None:\n" + "    x = 1\n" * 60),
+    (long_lines, "Audio", f"BAD = '{'x' * 93}'"),
+    (missing_annotations, "Audio", "def bad(x) -> None:\n    pass"),
+    (missing_annotations, "Audio", "def bad(x: int):\n    pass"),
+    (missing_annotations, "Audio", "def bad(*x, **y) -> None:\n    pass"),
+    (wrong_sections, "Audio", f"# {'-' * 77}\n# More: of it"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_each_rule_notices_every_breach(rule: Callable[[str], list[str]]) -> None:
+    breaches = [(section, code) for broken, section, code in BREACHES if broken is rule]
+    altered = SOURCE
+    for section, code in breaches:
+        altered = with_added(altered, section, code)
+    assert len(rule(altered)) == len(rule(SOURCE)) + len(breaches) > 0
+
+
+def test_what_just_fits_is_allowed() -> None:
+    sixty = with_added(SOURCE, "Audio", "def good() -> None:\n" + "    x = 1\n" * 59)
+    assert len(long_functions(sixty)) == len(long_functions(SOURCE))
+    hundred = with_added(SOURCE, "Audio", f"GOOD = '{'x' * 91}'")
+    assert max(map(len, set(hundred.splitlines()) - set(SOURCE.splitlines()))) == 100
+    assert len(long_lines(hundred)) == len(long_lines(SOURCE))
