@@ -616,7 +616,7 @@ TABLE_FILE = "speaker_embeddings_path.json"
 NEEDED_FILES = ("config.json", "generation_config.json", TABLE_FILE)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")  # either will do
 EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-WEIGHT_PATTERNS = ("model*.safetensors*", "pytorch_model*.bin*")  # the first; * for shards
+WEIGHT_PATTERNS = ("model*.safetensors*", "pytorch_model*.bin*")  # in this order; with shards
 HUB_SECONDS = 20.0  # for the hub to answer a question about a model
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
 VOICE_ALIASES = {
@@ -630,15 +630,18 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def resolve_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype to use. Raises ModelError if the device asked for is not there."""
+    """The device and dtype to use. Raises ConfigError if the device asked for is not there."""
     has_gpu = torch.cuda.is_available()
     device = torch.device(config.device or ("cuda:0" if has_gpu else "cpu"))
     if device.type == "cuda" and not (has_gpu and device.index < torch.cuda.device_count()):
-        raise ModelError(
+        raise ConfigError(
             f"BARK_DEVICE is {device}, but torch {torch.__version__} sees"
             f" {torch.cuda.device_count()} GPUs; install a driver that fits this torch build,"
             " or set BARK_DEVICE=cpu"
         )
+    if device.type == "cpu" and not config.device and torch.version.cuda:
+        log.warning("torch %s is built for CUDA %s but sees no GPU: using the CPU. With a GPU here,"
+                    " its driver is too old for this build", torch.__version__, torch.version.cuda)
     dtype = config.dtype or ("float16" if device.type == "cuda" else "float32")
     return device, DTYPES[dtype]
 
@@ -688,8 +691,12 @@ def missing_files(folder: Path) -> list[str]:
     missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         missing.append(" or ".join(TOKENIZER_FILES))
-    if not weight_files(path.name for path in folder.iterdir()):
+    weights = weight_files(path.name for path in folder.iterdir())
+    if not weights:
         missing.append("model.safetensors or pytorch_model.bin")
+    for index in (name for name in weights if name.endswith(".index.json")):
+        shards = set(read_json(folder / index).get("weight_map", {}).values())
+        missing += sorted(name for name in shards if not (folder / name).exists())
     return missing
 
 
@@ -717,16 +724,17 @@ def find_model(name: str, check_voices: Callable[[Iterable[str]], None],
     return cached_model(name) or download_model(name, check_voices, on_download)
 
 
-def cached_model(name: str) -> Path | None:
+def cached_model(name: str, all_voices: bool = True) -> Path | None:
     """The cache's folder of hub model `name` if it is whole, else None."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=NEEDED_FILES))
-        whole = not missing_files(folder) and all(
-            (folder / path).is_file() for path in prompt_files(folder))
-        return folder if whole else None
+        if missing_files(folder):
+            return None
+        whole = all((folder / path).is_file() for path in prompt_files(folder))
+        return folder if whole or not all_voices else None
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
 
@@ -735,25 +743,33 @@ def download_model(name: str, check_voices: Callable[[Iterable[str]], None],
                    on_download: Callable[[int, Path], None]) -> Path:
     """Fetches what is needed of hub model `name`, going on where a broken download stopped.
 
-    Raises ModelError with what to do next.
+    If the hub fails and the cache lacks no more than voices, it serves. Raises ModelError.
     """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     try:
         return fetch_snapshot(name, check_voices, on_download)
     except WorkerError:
         raise
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise ModelError(f"{name} is not in the cache and the hub is off; unset HF_HUB_OFFLINE or"
-                         " set BARK_MODEL to a local folder") from error
-    except HfHubHTTPError as error:
+    except Exception as error:  # which HTTP library is underneath changes with the hub's client
+        if folder := cached_model(name, all_voices=False):
+            log.warning("%s: some voices are missing; %s", name, download_error(name, error))
+            return folder
+        raise download_error(name, error) from error
+
+
+def download_error(name: str, error: Exception) -> ModelError:
+    """What went wrong at the hub, and what to do next."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        return ModelError(f"{name} is not in the cache and the hub is off; unset HF_HUB_OFFLINE or"
+                          " set BARK_MODEL to a local folder")
+    if isinstance(error, HfHubHTTPError):
         broken = error.response is not None and error.response.status_code >= 500
         advice = "try again later" if broken else (
             "check BARK_MODEL, and HF_TOKEN if the model is private")
-        raise ModelError(f"the hub refuses {name}: {first_line(error)}; {advice}") from error
-    except Exception as error:  # which HTTP library is underneath changes with the hub's client
-        raise ModelError(f"downloading {name} broke off: {type(error).__name__}:"
-                         f" {first_line(error)}; a restart goes on from there") from error
+        return ModelError(f"the hub refuses {name}: {first_line(error)}; {advice}")
+    return ModelError(f"downloading {name} broke off: {type(error).__name__}:"
+                      f" {first_line(error)}; a restart goes on from there")
 
 
 def first_line(error: Exception) -> str:
@@ -802,6 +818,8 @@ def fetch_blob(name: str, path: str, revision: str | None, size: int, blobs: Pat
         return  # no SHA-256 to check by: left to the client
     with part.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # one worker at a time, on a shared cache
+        if blob.exists():  # another one has fetched it meanwhile
+            return
         if file.tell() > size:
             file.seek(file.truncate(0))
         http_get(url, file, resume_size=file.tell(), expected_size=size, headers=headers)
@@ -809,7 +827,7 @@ def fetch_blob(name: str, path: str, revision: str | None, size: int, blobs: Pat
         if hashlib.file_digest(file, "sha256").hexdigest() != etag:
             part.unlink()
             raise ModelError(f"{path} of {name} arrived damaged and was removed; start again")
-    os.replace(part, blob)
+        os.replace(part, blob)
 
 
 @dataclass(frozen=True)
@@ -908,7 +926,7 @@ class ModelFacts:
         for name, paths in voice_paths(folder).items():
             try:
                 voices[name] = self._read_voice(folder, paths)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 broken[name] = error
         if broken:
             name, error = next(iter(broken.items()))
@@ -940,10 +958,11 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Bark
     try:
         model, info = BarkModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except Exception as error:  # transformers, safetensors and pickle each raise their own
         raise ModelError(f"cannot load the weights in {folder}: {first_line(error)}") from error
     if absent := sorted(info["missing_keys"]):
         raise ModelError(f"the weights in {folder} lack {len(absent)} tensors: {absent[0]} ...")
+    model.codec_model.float()  # its output is the PCM: in bfloat16 39 dB above the noise, measured
     return model.eval().to(device)
 
 
@@ -952,8 +971,9 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Bark
 
 MASK64 = (1 << 64) - 1
 STAGE_SEMANTIC, STAGE_COARSE, STAGE_FINE = 1, 2, 3  # keeps the stages' random streams apart
+SPAN = 64  # columns: attention looks at a multiple of so many, for fewer and aligned shapes
 TAKES = 3  # generations tried for a segment before it counts as failed
-SHORTEST_SECONDS = 0.2  # a shorter take of anything speakable is no speech
+SHORTEST_SECONDS = 0.2  # a shorter sampled take is no speech; a greedy one only if it is empty
 SHORTEST_PER_TOKEN = 0.1  # seconds; a text token of running speech lasts about 0.3
 
 
@@ -994,8 +1014,8 @@ def mix64(x: torch.Tensor) -> torch.Tensor:
 def gumbel_noise(keys: torch.Tensor, columns: int) -> torch.Tensor:
     """Gumbel(0, 1) noise (B, columns) from one int64 key a row.
 
-    Counter-based: the same key gives the same row on any device and beside any neighbours, and
-    nothing has to be kept between steps.
+    Counter-based: the same key gives the same row beside any neighbours, and nothing has to be
+    kept between steps.
     """
     counter = torch.arange(columns, device=keys.device) * as_int64(0x9E3779B97F4A7C15)
     bits = (mix64(keys[:, None] + counter) >> 41) & 0x7FFFFF  # 23 bits: exact in float32
@@ -1080,7 +1100,8 @@ class CausalGPT:
                  config.hidden_size // config.num_heads)
         self.k, self.v = (torch.zeros(shape, dtype=model.dtype, device=model.device)
                           for _ in range(2))
-        self.columns = torch.arange(config.block_size, device=model.device)
+        self.device = model.device  # a property that walks the parameters: 26 us each time
+        self.columns = torch.arange(config.block_size, device=self.device)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.input_embeds_layer(ids)
@@ -1102,11 +1123,13 @@ class CausalGPT:
         if self.fixed_shape:
             spare = self.slots - rows
             ids, positions = ids + [0] * spare, positions + [0] * spare
-        span = len(self.columns) if self.fixed_shape else max(positions) + 1
-        at = torch.tensor(positions, device=self.model.device)
+        span = len(self.columns)
+        if not self.fixed_shape:
+            span = min(span, SPAN * math.ceil((max(positions) + 1) / SPAN))
+        at = torch.tensor(positions, device=self.device)
         row = self.columns[: len(ids)]
         mask = (self.columns[:span] <= at[:, None])[:, None, None]  # (B, 1, 1, span)
-        x = self.embed(torch.tensor(ids, device=self.model.device))
+        x = self.embed(torch.tensor(ids, device=self.device))
         x = (x + self.model.position_embeds_layer(at))[:, None]  # (B, 1, C)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -1119,6 +1142,10 @@ class CausalGPT:
 
     def move(self, source: int, target: int) -> None:
         self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+
+    def clear(self, slots: int | slice) -> None:
+        """Forgets what was not finite there: it would spread even from under a mask, as NaN x 0."""
+        self.k[:, slots], self.v[:, slots] = 0, 0
 
 
 class Sequence:
@@ -1144,6 +1171,18 @@ class Batch:
         self.gpt = gpt
         self.live: list[Sequence] = []
 
+    def join(self, sequence: Sequence, x: torch.Tensor) -> torch.Tensor:
+        """Takes the next slot with a prefill of x (T, C); the logits (1, V) of what follows."""
+        sequence.position = len(x) - 1
+        self.live.append(sequence)
+        return self.gpt.prefill(len(self.live) - 1, x)
+
+    def decode(self, last: list[int]) -> torch.Tensor:
+        """One step from every live sequence's last token id; logits (n, V) in slot order."""
+        for sequence in self.live:
+            sequence.position += 1
+        return self.gpt.decode(last, [sequence.position for sequence in self.live])
+
     def leave(self, sequence: Sequence) -> None:
         """Frees the slot; the last slot's content moves there, so that the rest stays one block."""
         slot, last = self.live.index(sequence), len(self.live) - 1
@@ -1166,6 +1205,16 @@ def check_windows(model: BarkModel, facts: ModelFacts) -> None:
         if needed > stage.config.block_size:
             raise ModelError(f"config.json: {name} has {stage.config.block_size} positions, but"
                              f" generation_config.json asks for {needed}")
+    ids = {  # one id too many would be read past a table's end, on a GPU with no way back
+        "semantic_config.input_vocab_size": (
+            model.semantic, len(facts.tokenizer) + semantic.text_encoding_offset),
+        "coarse_acoustics_config.input_vocab_size": (
+            model.coarse_acoustics, semantic.semantic_vocab_size
+            + coarse.n_coarse_codebooks * facts.codebook_size)}
+    for name, (stage, needed) in ids.items():
+        if needed > stage.config.input_vocab_size:
+            raise ModelError(f"config.json: {name} is {stage.config.input_vocab_size}, but"
+                             f" tokenizer and generation_config.json need {needed}")
     if semantic.eos_token_id != semantic.semantic_vocab_size:
         raise ModelError(f"generation_config.json: eos_token_id is {semantic.eos_token_id}, not"
                          f" semantic_vocab_size, {semantic.semantic_vocab_size}")
@@ -1179,7 +1228,7 @@ class Engine:
     """
 
     def __init__(self, model: BarkModel, facts: ModelFacts, slots: int, fixed_shape: bool = False):
-        self.model, self.facts, self.slots = model, facts, slots
+        self.model, self.facts, self.slots, self.device = model, facts, slots, model.device
         first, book = facts.semantic.semantic_vocab_size, facts.codebook_size
         check_windows(model, facts)
         coarse_ids = slice(first, first + facts.coarse.n_coarse_codebooks * book)
@@ -1217,6 +1266,10 @@ class Engine:
         for queue in self._queues():
             queue.clear()
         self.finished.clear()
+        for batch in (self.semantic, self.coarse):
+            batch.gpt.clear(slice(None))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
@@ -1230,20 +1283,13 @@ class Engine:
     # Semantic: 256 positions of text plus history, the infer token, then one token a step
 
     def _step_semantic(self) -> None:
-        batch = self.semantic
-        if batch.live:
-            for sequence in batch.live:
-                sequence.position += 1
-            logits = batch.gpt.decode([s.semantic[-1] for s in batch.live],
-                                      [s.position for s in batch.live])
-            self._take_semantic(list(batch.live), logits)
+        live = list(self.semantic.live)
+        if live:
+            self._take_semantic(live, self.semantic.decode([s.semantic[-1] for s in live]))
         if self.to_semantic:
             sequence = self.to_semantic.popleft()
             x = self._semantic_prompt(sequence.segment)
-            sequence.position = len(x) - 1
-            logits = batch.gpt.prefill(len(batch.live), x)
-            batch.live.append(sequence)
-            self._take_semantic([sequence], logits)
+            self._take_semantic([sequence], self.semantic.join(sequence, x))
 
     def _semantic_prompt(self, segment: Segment) -> torch.Tensor:
         """Embeddings (257, C): text and voice history *summed* position by position, then infer."""
@@ -1255,7 +1301,7 @@ class Engine:
         recent = segment.voice.semantic[-length:]
         history[: len(recent)] = recent
         ids = torch.from_numpy(np.concatenate([text, history, [numbers.semantic_infer_token]]))
-        x = gpt.embed(ids.to(self.model.device))
+        x = gpt.embed(ids.to(self.device))
         return torch.cat([x[:length] + x[length:-1], x[-1:]])
 
     def _take_semantic(self, sequences: list[Sequence], scores: torch.Tensor) -> None:
@@ -1274,8 +1320,7 @@ class Engine:
 
     def _add_semantic(self, sequence: Sequence, token: int, eos: int) -> None:
         if token < 0:
-            self.semantic.leave(sequence)
-            self._retake(sequence)
+            self._spoilt(self.semantic, sequence)
             return
         if token != eos:
             sequence.semantic.append(token)
@@ -1290,8 +1335,14 @@ class Engine:
         return min(self.facts.semantic.max_new_tokens, room)
 
     def _keys(self, sequences: list[Sequence], stage: int, counters: list[int]) -> torch.Tensor:
-        seeds = torch.tensor([s.seed for s in sequences], device=self.model.device)
-        return noise_keys(seeds, stage, torch.tensor(counters, device=self.model.device))
+        seeds = torch.tensor([s.seed for s in sequences], device=self.device)
+        return noise_keys(seeds, stage, torch.tensor(counters, device=self.device))
+
+    def _spoilt(self, batch: Batch, sequence: Sequence) -> None:
+        """The network gave NaN or infinity: the sequence starts over, its slot is wiped."""
+        batch.leave(sequence)
+        batch.gpt.clear(len(batch.live))  # the slot that is free now
+        self._retake(sequence)
 
     def _retake(self, sequence: Sequence) -> None:
         """Starts over with another random stream after NaN or infinity, or gives up."""
@@ -1304,9 +1355,12 @@ class Engine:
 
     def _start_coarse(self, sequence: Sequence) -> None:
         numbers = self.facts.coarse
-        if not sequence.semantic:  # EOS came first: again, with EOS barred for a plausible while
+        rate, sampled = self.facts.semantic.semantic_rate_hz, sequence.segment.semantic_sampling
+        shortest = SHORTEST_SECONDS * rate if sampled.temperature else 1
+        if len(sequence.semantic) < shortest and not sequence.min_new_tokens:
+            # EOS came at once: again, with EOS barred for a plausible while
             seconds = max(SHORTEST_SECONDS, SHORTEST_PER_TOKEN * len(sequence.segment.text_ids))
-            tokens = math.ceil(seconds * self.facts.semantic.semantic_rate_hz)
+            tokens = math.ceil(seconds * rate)
             self.to_semantic.append(
                 Sequence(sequence.segment, sequence.take, min(tokens, self._max_new_tokens())))
             return
@@ -1317,21 +1371,14 @@ class Engine:
         self.to_coarse.append(sequence)
 
     def _step_coarse(self) -> None:
-        batch = self.coarse
-        if batch.live:
-            for sequence in batch.live:
-                sequence.position += 1
-            logits = batch.gpt.decode([s.coarse[-1] for s in batch.live],
-                                      [s.position for s in batch.live])
-            self._take_coarse(list(batch.live), logits)
+        live = list(self.coarse.live)
+        if live:
+            self._take_coarse(live, self.coarse.decode([s.coarse[-1] for s in live]))
         if self.to_coarse:
             sequence = self.to_coarse.popleft()
-            ids = torch.from_numpy(self._coarse_window(sequence)).to(self.model.device)
-            sequence.position = len(ids) - 1
+            ids = torch.from_numpy(self._coarse_window(sequence)).to(self.device)
             sequence.window_left = self.facts.coarse.sliding_window_len
-            logits = batch.gpt.prefill(len(batch.live), batch.gpt.embed(ids))
-            batch.live.append(sequence)
-            self._take_coarse([sequence], logits)
+            self._take_coarse([sequence], self.coarse.join(sequence, self.coarse.gpt.embed(ids)))
 
     def _voice_history(self, voice: Voice) -> tuple[np.ndarray, np.ndarray]:
         """The voice's last semantic (n,) and coarse (m,) tokens that still belong together.
@@ -1378,8 +1425,7 @@ class Engine:
 
     def _add_coarse(self, sequence: Sequence, token: int) -> None:
         if token < 0:
-            self.coarse.leave(sequence)
-            self._retake(sequence)
+            self._spoilt(self.coarse, sequence)
             return
         sequence.coarse.append(token)
         sequence.window_left -= 1
@@ -1402,7 +1448,7 @@ class Engine:
         codes = np.full((frames, numbers.n_fine_codebooks), book)
         codes[: len(history)] = history
         codes[len(history) : len(history) + len(coarse), : coarse.shape[1]] = coarse
-        sequence.codes = torch.from_numpy(codes).to(self.model.device)
+        sequence.codes = torch.from_numpy(codes).to(self.device)
         self.to_fine.append(sequence)
 
     def _step_fine(self) -> None:
@@ -1454,7 +1500,7 @@ class Engine:
 
 
 def slots_for(facts: ModelFacts, model: BarkModel) -> int:
-    """Segments at once that fit in half of the memory that the weights left free: 1 to 16."""
+    """Segments that fit in half of the memory the weights left free; at most 16, 8 on a CPU."""
     rows = [(m.config.num_layers * m.config.hidden_size * m.config.block_size)
             for m in (model.semantic, model.coarse_acoustics)]
     per_slot = 2 * sum(rows) * model.dtype.itemsize  # keys and values
@@ -1534,10 +1580,11 @@ class Narrator:
             seed = secrets.randbelow(MAX_SEED + 1)
         spans = split_text(text, voice_language(voice), self.limits)
         if not spans:
-            raise NothingToSpeak("text has no word, digit or cue that could be spoken",
-                                 param="text", code="nothing_to_speak")
+            raise nothing_to_speak()
         segments = [self._segment(text[span.start : span.end], voice, derived_seed(seed, index))
                     for index, span in enumerate(spans)]
+        if not all(segment.text_ids for segment in segments):  # signs the tokenizer drops
+            raise nothing_to_speak()
         return Speech(text, voice, seed, spans, segments)
 
     def _segment(self, text: str, voice: str, seed: int) -> Segment:
@@ -1546,6 +1593,11 @@ class Narrator:
             facts.tokenize(normalize_text(text)), facts.voices[voice], seed,
             facts.semantic_sampling, facts.coarse_sampling, facts.fine_sampling,
             facts.semantic.min_eos_p)
+
+
+def nothing_to_speak() -> NothingToSpeak:
+    return NothingToSpeak("text has no word, digit or cue that could be spoken", param="text",
+                          code="nothing_to_speak")
 
 
 def voice_language(name: str) -> str:
@@ -1570,18 +1622,17 @@ MAX_STEP_FAILURES = 3  # in a row; then the device is taken for lost
 
 
 class State:
-    """What /health tells. Written by the scheduler's thread, read by any."""
+    """What /health tells. The scheduler's thread writes it, and main's to drain; any may read."""
 
-    def __init__(self, config: Config):
+    def __init__(self, **details: Any):
         self.status = "loading"
         self.error: WorkerError | None = None
-        self.facts: dict[str, Any] = {"model_id": config.model, "device": config.device,
-                                      "dtype": config.dtype, "voice": config.voice}
+        self.details = details
         self.progress: Callable[[], dict[str, int]] | None = None
         self.narrator: Narrator | None = None
 
-    def enter(self, status: str, **facts: Any) -> None:
-        self.facts.update(facts)
+    def enter(self, status: str, **details: Any) -> None:
+        self.details = {**self.details, **details}  # never changed in place: others read it
         if status != "downloading":
             self.progress = None
         if self.status in ("draining", status):
@@ -1599,7 +1650,7 @@ class Request:
 
     def __init__(self, speech: Speech, deadline: float, is_abandoned: Callable[[], bool]):
         self.segments = speech.segments
-        self.deadline, self.is_abandoned = deadline, is_abandoned
+        self.began, self.deadline, self.is_abandoned = time.monotonic(), deadline, is_abandoned
         self.samples: list[np.ndarray | None] = [None] * len(speech.segments)
         self.started = 0
         self.missing = len(speech.segments)
@@ -1647,7 +1698,7 @@ class Scheduler:
         return request.future
 
     def _waiting(self) -> int:
-        return sum(request.started == 0 for request in self._requests)
+        return self.stats()["waiting"]
 
     def stats(self) -> dict[str, int]:
         """Requests running and waiting, and how many may wait."""
@@ -1660,7 +1711,7 @@ class Scheduler:
         """Takes nothing new, waits for what was accepted, gives the rest up after `seconds`."""
         with self._changed:
             self._stopping = True
-            if self.state.status == "ready":
+            if self.state.status != "failed":
                 self.state.enter("draining")
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._requests, timeout=seconds)
@@ -1712,8 +1763,8 @@ class Scheduler:
                 self._end(request, Abandoned("the client left", code="client_closed_request"))
             elif now >= request.deadline:
                 self._end(request, RequestTimeout(
-                    "the request took longer than BARK_TIMEOUT allows; send a shorter text",
-                    code="timeout"))
+                    f"not done after {now - request.began:.1f} s, all that BARK_TIMEOUT allows;"
+                    " send a shorter text", code="timeout"))
 
     def _admit(self) -> None:
         """Fills free slots. Turns make it fair; within a turn, who came first goes first."""
@@ -1785,7 +1836,8 @@ def not_ready(state: State) -> Unavailable:
 MAX_BODY = 1 << 20          # bytes
 MAX_CONNECTIONS = 1024
 READ_SECONDS = 30.0         # for a whole request to arrive, or the next one on an idle connection
-WRITE_SECONDS = 30.0        # for a client to take what it is sent
+STALL_SECONDS = 30.0        # without a byte from a client, or 64 KiB to it
+HUNG_SECONDS = 30.0         # past a request's time without a word from the scheduler
 LINGER_SECONDS = 1.0        # for a client to read an error before its unread body is thrown away
 HEADER_DEFECTS = (
     email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
@@ -1936,7 +1988,9 @@ def render_speech(speech: Speech, samples: list[np.ndarray],
 
 
 def has_left(connection: socket.socket) -> bool:
-    """Whether the client has closed its side. Never blocks, takes nothing from the stream."""
+    """Whether the client has closed its side, be it for sending only: who left cannot be told
+    from who is merely done. Never blocks, takes nothing from the stream.
+    """
     hung_up = getattr(select, "POLLRDHUP", 0)  # Linux: seen even behind unread bytes
     try:
         poll = select.poll()
@@ -2054,7 +2108,7 @@ class RequestHandler(BaseHTTPRequestHandler):
     server: WorkerServer
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"  # so that even a garbled request line gets a status line
-    timeout = WRITE_SECONDS
+    timeout = STALL_SECONDS
     disable_nagle_algorithm = True
 
     def version_string(self) -> str:
@@ -2086,6 +2140,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.send_failure(error)
         except OSError:
             self.close_connection = True
+            self.notes += " broken_off"
         except Exception as error:
             log.error("request failed", exc_info=error)
             self.send_failure(WorkerError("internal error; the worker's log has more",
@@ -2126,8 +2181,8 @@ class RequestHandler(BaseHTTPRequestHandler):
             raise HttpError(HTTPStatus.NOT_FOUND, "not_found", f"there is no {shown(path)};"
                             f" there are {', '.join(ROUTES)}")
         method, route = ROUTES[path]
-        if self.command not in ((method, "HEAD") if method == "GET" else (method,)):
-            allow = "GET, HEAD" if method == "GET" else method
+        allow = "GET, HEAD" if method == "GET" else method
+        if self.command not in allow.split(", "):
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "method_not_allowed",
                             f"{path} takes {allow}, not {shown(self.command, 16)}",
                             {"Allow": allow})
@@ -2150,7 +2205,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         return True  # answered in read_body, when it is clear that the body is wanted
 
     def read_body(self) -> bytes:
-        """The JSON body. Raises HttpError for what design calls 400, 408, 411, 413 and 415."""
+        """The JSON body. Raises HttpError: 400, 408, 411, 413 or 415."""
         length = self.body_length()
         kind = self.headers.get_content_type() if "Content-Type" in self.headers else ""
         if kind and kind != "application/json" and not kind.endswith("+json"):
@@ -2161,13 +2216,12 @@ class RequestHandler(BaseHTTPRequestHandler):
                 and self.request_version >= "HTTP/1.1"):
             self.send_response_only(HTTPStatus.CONTINUE)
             self.end_headers()
-        try:
+        body = b""
+        with contextlib.suppress(TimeoutError):
             body = self.rfile.read(length)
-        except TimeoutError:
-            body = b""
         if len(body) < length:
-            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "incomplete_body", f"{len(body)} bytes of"
-                            f" the body arrived and Content-Length says {length}")
+            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "incomplete_body", f"the {length} bytes"
+                            " that Content-Length announces did not arrive in time")
         self.body_pending = False
         self.server.connections.busy(self.connection)
         return body
@@ -2220,8 +2274,10 @@ class RequestHandler(BaseHTTPRequestHandler):
         if self.close_connection or self.body_pending:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        for at in range(0, len(body), 1 << 16):  # a write's timeout is for all of its bytes
+            self.wfile.write(body[at : at + (1 << 16)])
 
     def send_json(self, payload: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK,
                   headers: Mapping[str, str] | None = None) -> None:
@@ -2256,7 +2312,7 @@ class RequestHandler(BaseHTTPRequestHandler):
     def get_health(self) -> None:
         state, config = self.server.state, self.server.config
         body = {"status": state.status, "ready": state.status == "ready", "model": "Bark",
-                **state.facts, "max_text_length": config.max_text_length, "version": VERSION,
+                **state.details, "max_text_length": config.max_text_length, "version": VERSION,
                 "uptime": round(time.monotonic() - self.server.started, 1),
                 "queue": self.server.scheduler.stats()}
         if progress := state.progress:
@@ -2287,7 +2343,11 @@ class RequestHandler(BaseHTTPRequestHandler):
         speech = self.narrator().plan(text, voice, seed)
         deadline = self.began + self.server.config.timeout
         request = Request(speech, deadline, lambda: has_left(self.connection))
-        samples = self.server.scheduler.submit(request).result()
+        try:
+            samples = self.server.scheduler.submit(request).result(
+                self.server.config.timeout + HUNG_SECONDS)
+        except TimeoutError:  # the scheduler ends late requests itself, unless the device hangs
+            raise RequestTimeout("the device does not answer", code="timeout") from None
         self.send_speech(speech, samples)
 
     def send_speech(self, speech: Speech, samples: list[np.ndarray]) -> None:
@@ -2320,6 +2380,7 @@ ROUTES: dict[str, tuple[str, Callable[[RequestHandler], None]]] = {
 FAILED_SECONDS = 60.0  # that a failed worker stays up, so that a person can still ask why
 PROGRESS_SECONDS = 5.0  # between two log lines about a download
 POLL_SECONDS = 0.1
+FIXED_SLOTS = 4  # with BARK_DETERMINISTIC: the same whatever memory happens to be free
 SPARE_FILES = 128  # open files that are no connections: weights, libraries, logs
 EXIT_FAILED, EXIT_USAGE = 1, 2
 # Matrices this narrow gain nothing from a second thread, and when another process takes its core
@@ -2327,12 +2388,9 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 SMALL_HIDDEN_SIZE = 512
 
 
-def load_engine(config: Config, state: State) -> Engine:
+def load_engine(config: Config, state: State, model_id: str, device: torch.device,
+                dtype: torch.dtype) -> Engine:
     """Finds, reads and warms up the model, telling `state` how far it is. Raises WorkerError."""
-    device, dtype = resolve_device(config)
-    model_id = config.model or default_model(device)
-    state.enter("loading", model_id=model_id, device=str(device),
-                dtype=str(dtype).removeprefix("torch."))
 
     def check_voices(names: Iterable[str]) -> None:
         voice, _ = VOICE_ALIASES.get(config.voice, (config.voice, ""))
@@ -2349,15 +2407,27 @@ def load_engine(config: Config, state: State) -> Engine:
     facts = ModelFacts(folder)
     check_voices(facts.voices)
     narrator = Narrator(facts, config.voice)
-    model = load_weights(folder, device, dtype)
-    if device.type == "cpu" and model.semantic.config.hidden_size < SMALL_HIDDEN_SIZE:
-        torch.set_num_threads(1)
-    engine = Engine(model, facts, config.max_batch or slots_for(facts, model),
-                    fixed_shape=config.deterministic)
-    state.enter("warming", sample_rate=facts.sample_rate, voice=narrator.default_voice)
-    warm_up(engine, narrator)
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = config.deterministic
+    try:
+        engine = build_engine(config, facts, load_weights(folder, device, dtype))
+        state.enter("warming", sample_rate=facts.sample_rate, voice=narrator.default_voice)
+        warm_up(engine, narrator)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"{device} has too little memory for {model_id}: {first_line(error)};"
+                         " lower BARK_MAX_BATCH or use suno/bark-small") from error
     state.narrator = narrator
     return engine
+
+
+def build_engine(config: Config, facts: ModelFacts, model: BarkModel) -> Engine:
+    if model.device.type == "cpu" and model.semantic.config.hidden_size < SMALL_HIDDEN_SIZE:
+        torch.set_num_threads(1)
+    slots = config.max_batch or slots_for(facts, model)
+    if config.deterministic and not config.max_batch:
+        slots = min(slots, FIXED_SLOTS)
+    log.info("%d segments at once", slots)
+    return Engine(model, facts, slots, fixed_shape=config.deterministic)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -2425,9 +2495,18 @@ class Signals:
 
 def serve(config: Config) -> int:
     """Runs until a signal or a failure; the exit status."""
-    state = State(config)
-    state.facts["cuda_available"] = torch.cuda.is_available()
-    scheduler = Scheduler(lambda state: load_engine(config, state), state, config.max_queue)
+    try:
+        device, dtype = resolve_device(config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    model_id = config.model or default_model(device)
+    state = State(model_id=model_id, device=str(device), dtype=str(dtype).removeprefix("torch."),
+                  cuda_available=torch.cuda.is_available(), voice=config.voice, sample_rate=None)
+    scheduler = Scheduler(lambda state: load_engine(config, state, model_id, device, dtype), state,
+                          config.max_queue)
+    log.info("model=%s device=%s dtype=%s", model_id, state.details["device"],
+             state.details["dtype"])
     try:
         server = WorkerServer(config, state, scheduler, allowed_connections())
     except (OSError, TypeError) as error:  # TypeError: HOST is no host name
@@ -2456,8 +2535,9 @@ def wait_for_end(state: State, signals: Signals) -> None:
 
 
 def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals: Signals) -> int:
-    scheduler.drain(DRAIN_SECONDS)
-    server.connections.wait_idle(1.0)  # the last answers are on their way out
+    deadline = time.monotonic() + DRAIN_SECONDS
+    scheduler.drain(DRAIN_SECONDS - 1.5)  # the rest is for the last answers on their way out
+    server.connections.wait_idle(deadline - 0.5 - time.monotonic())
     server.shutdown()
     server.server_close()
     if state.error:

@@ -147,7 +147,7 @@ def test_a_device_that_is_not_there_is_an_error_that_tells_what_to_do(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bark.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bark.torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(bark.ModelError, match=r"BARK_DEVICE is cuda:3, .* 0 GPUs; .*=cpu"):
+    with pytest.raises(bark.ConfigError, match=r"BARK_DEVICE is cuda:3, .* 0 GPUs; .*=cpu"):
         bark.resolve_device(bark.Config(device="cuda:3"))
     assert bark.resolve_device(bark.Config()) == (bark.torch.device("cpu"), bark.torch.float32)
 

@@ -311,3 +311,21 @@ def test_weights_that_lack_a_tensor_are_refused(
     torch.save(state, tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(bark.ModelError, match=r"lack 1 tensors: semantic.lm_head.weight"):
         Bench(bark, tmp_path / "m")
+
+
+def test_a_slot_that_was_not_finite_once_does_not_spoil_its_next_holder(
+        bark: ModuleType, toy: Path) -> None:
+    bench = Bench(bark, toy, slots=2)
+    long_text = "The rain came down in sheets, and nobody spoke."
+    segments = [bench.segment(long_text, "v2/en_speaker_9"), bench.segment("Hi", "v2/en_speaker_6")]
+    for batch in (bench.engine.semantic, bench.engine.coarse):
+        batch.gpt.k[:, 1, :, -1] = math.nan  # past every token, but under the mask
+        batch.gpt.fixed_shape = True  # every step looks at every column
+    assert all(finished.samples is not None for finished in bench.run(segments))
+
+
+def test_the_codec_computes_in_float32_whatever_the_weights_are(
+        bark: ModuleType, toy: Path) -> None:
+    model = Bench(bark, toy, slots=1, dtype=torch.bfloat16).engine.model
+    assert {p.dtype for p in model.codec_model.parameters()} == {torch.float32}
+    assert model.semantic.lm_head.weight.dtype == torch.bfloat16

@@ -118,7 +118,7 @@ def make_bench(bark: ModuleType) -> Iterator[Callable[..., Bench]]:
     benches: list[Bench] = []
 
     def make(slots: int = 1, max_queue: int = 32) -> Bench:
-        engine, state = FakeEngine(bark, slots), bark.State(bark.Config())
+        engine, state = FakeEngine(bark, slots), bark.State()
         bench = Bench(bark, engine, state,
                       bark.Scheduler(lambda state: engine, state, max_queue))
         bench.scheduler.start()
@@ -383,7 +383,7 @@ def test_two_failing_segments_of_one_request_in_one_step_fail_it_once(
 
 
 def test_requests_are_refused_while_the_model_loads(bark: ModuleType) -> None:
-    loaded, state = threading.Event(), bark.State(bark.Config())
+    loaded, state = threading.Event(), bark.State()
 
     def load(state: Any) -> FakeEngine:
         assert loaded.wait(SECONDS)
@@ -400,7 +400,7 @@ def test_requests_are_refused_while_the_model_loads(bark: ModuleType) -> None:
 
 @pytest.mark.parametrize("unexpected", [False, True])
 def test_failed_load_tells_its_reason(bark: ModuleType, unexpected: bool) -> None:
-    state = bark.State(bark.Config())
+    state = bark.State()
 
     def load(state: Any) -> FakeEngine:
         raise ZeroDivisionError("no room") if unexpected else bark.ModelError("no room")
