@@ -274,53 +274,55 @@ SENTENCE_PAUSE, PARAGRAPH_PAUSE, CLAUSE_PAUSE = 0.25, 0.5, 0.1  # seconds
 
 # Without width and without sound: soft hyphen, joiners, direction marks, byte order mark, lone
 # surrogates. BERT's tokenizer, which Bark uses, drops them too.
-_SILENT = r"\xad\u061c\u180e\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
-_BLANK = r"\s\x00-\x1f\x7f-\x9f\u200b"  # control characters and the zero-width space separate words
-_SILENT_RE = re.compile(f"[{_SILENT}]+")
-_BLANK_RE = re.compile(f"[{_BLANK}]+")
-_GAP_RE = re.compile(f"[{_BLANK}{_SILENT}]")
-_SPEAKABLE_RE = re.compile(r"[^\W_]|[♩-♬]")  # Bark sings what stands between ♪
-_CUE_RE = re.compile(r"\[[^\[\]]{1,60}\]")
+SILENT = r"\xad\u061c\u180e\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+BLANK = r"\s\x00-\x1f\x7f-\x9f\u200b"  # control characters and the zero-width space separate words
+SILENT_RE = re.compile(f"[{SILENT}]+")
+BLANK_RE = re.compile(f"[{BLANK}]+")
+GAP_RE = re.compile(f"[{BLANK}{SILENT}]")
+SPEAKABLE_RE = re.compile(r"[^\W_]|[♩-♬]")  # Bark sings what stands between ♪
+CUE_RE = re.compile(r"\[[^\[\]]{1,60}\]")
 
 # Characters a second. 150 words a minute of English with its blanks are 15; blanks are free here,
 # so that an estimate is a plain sum, and the rest pays for them. Others follow the syllable rates
 # of Pellegrino et al., "A cross-language perspective on speech information rate" (2011), Mandarin
 # 5.2/s and Japanese 7.8/s, less the pauses; an Indic syllable is written with about two signs.
-_LETTER_RATE, _DIGIT_RATE, _SYMBOL_RATE = 12.5, 2.5, 2.5  # "7" is a word, and so are "%" and "€"
-_INDIC = "DEVANAGARI BENGALI GURMUKHI GUJARATI ORIYA TAMIL TELUGU KANNADA MALAYALAM SINHALA THAI"
-_SCRIPT_RATE = {"CJK": 4.5, "HIRAGANA": 7.0, "KATAKANA": 7.0, "HANGUL": 5.0, "ETHIOPIC": 6.0}
-_SCRIPT_RATE |= dict.fromkeys(_INDIC.split(), 11.0)
+LETTER_RATE, DIGIT_RATE, SYMBOL_RATE = 12.5, 2.5, 2.5  # "7" is a word, and so are "%" and "€"
+INDIC = "DEVANAGARI BENGALI GURMUKHI GUJARATI ORIYA TAMIL TELUGU KANNADA MALAYALAM SINHALA THAI"
+SCRIPT_RATE = {"CJK": 4.5, "HIRAGANA": 7.0, "KATAKANA": 7.0, "HANGUL": 5.0, "ETHIOPIC": 6.0}
+SCRIPT_RATE |= dict.fromkeys(INDIC.split(), 11.0)
 
 # Titles that sentencex 1.0 does not know. A single capital before a dot is an initial.
-_TITLES = {
+TITLES = {
     "Mme", "Mmes", "Mlle", "Mgr",
     "डॉ", "श्री", "श्रीमती", "सुश्री", "प्रो", "Doç", "Sn", "Av",
 }
-_LAST_WORD_RE = re.compile(r"(?:^|[\s\"'“«(\[„‘¿¡-])([^\s\"'“«(\[„‘¿¡.-]{1,9})\.$")
-_CONTINUED_RE = re.compile(r"(?:\b(?:\w{1,3}|\d+)\.|\.\.|…|[\"'”’»“])$")  # by a small letter
-_CLOSING_RE = re.compile(rf"[!?;:,.%)\]}}»›\"']+(?:[{_BLANK}]|$)|[」』）】》〉。、，！？；：…”’]")
-_DASH_RE = re.compile(rf"(?:[—–]|-{{1,3}})[{_BLANK}]+")
-_CLOSERS, _OPENERS = "\"'”’»›“)]}」』）】》〉", "«‹([{¿¡„"
-_FULL_STOPS = "。！？…।॥"  # end a sentence without a blank after them
+LAST_WORD_RE = re.compile(r"(?:^|[\s\"'“«(\[„‘¿¡-])([^\s\"'“«(\[„‘¿¡.-]{1,9})\.$")
+CONTINUED_RE = re.compile(r"(?:\b(?:\w{1,3}|\d+)\.|\.\.|…|[\"'”’»“])$")  # by a small letter
+CLOSING_RE = re.compile(rf"[!?;:,.%)\]}}»›\"']+(?:[{BLANK}]|$)|[」』）】》〉。、，！？；：…”’]")
+DASH_RE = re.compile(rf"(?:[—–]|-{{1,3}})[{BLANK}]+")
+CLOSERS, OPENERS = "\"'”’»›“)]}」』）】》〉", "«‹([{¿¡„"
+FULL_STOPS = "。！？…।॥"  # end a sentence without a blank after them
 
-_HAN = r"\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_NO_LINE_START = "」』）】》〉”’。、，！？；：…—ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮー"
-_CUT_RE = re.compile(
-    rf"{_CUE_RE.pattern}"  # swallowed whole, as is "3 000", so that no cut falls inside
+HAN = r"\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+NO_LINE_START = "」』）】》〉”’。、，！？；：…—ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮー"
+CUT_RE = re.compile(
+    rf"{CUE_RE.pattern}"  # swallowed whole, as is "3 000", so that no cut falls inside
     r"|(?<!\d)\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3}){1,4}(?!\d)"
-    rf"|(?P<gap>[{_BLANK}{_SILENT}]+)"
-    rf"|(?![{_NO_LINE_START}{_BLANK}])(?:"
+    rf"|(?P<gap>[{BLANK}{SILENT}]+)"
+    rf"|(?![{NO_LINE_START}{BLANK}])(?:"
     r"(?P<strong>(?<=[。！？；：…])|(?<=[。！？…][」』”’])|(?<=\w—)|(?<=\w--)(?=\w))"
-    rf"|(?P<comma>(?<=[、，」』）】》〉])|(?<=[”’])(?=[{_HAN}ぁ-ヿ]))"
-    rf"|(?P<phrase>(?<=[ぁ-ゟ])(?=[{_HAN}ァ-ヺ])|(?<=[{_HAN}ぁ-ヿ])(?=[「『（【《〈“]))"
-    rf"|(?P<pair>(?<=[{_HAN}])(?=[{_HAN}ァ-ヺ])|(?<=[ァ-ヿ])(?=[{_HAN}])|(?<=[ぁ-ゟ])(?=[ぁ-ゟ]))"
+    rf"|(?P<comma>(?<=[、，」』）】》〉])|(?<=[”’])(?=[{HAN}ぁ-ヿ]))"
+    rf"|(?P<phrase>(?<=[ぁ-ゟ])(?=[{HAN}ァ-ヺ])|(?<=[{HAN}ぁ-ヿ])(?=[「『（【《〈“]))"
+    rf"|(?P<pair>(?<=[{HAN}])(?=[{HAN}ァ-ヺ])|(?<=[ァ-ヿ])(?=[{HAN}])|(?<=[ぁ-ゟ])(?=[ぁ-ゟ]))"
     r"|(?P<inside>(?<=[^\w\s])(?=[^\W_])))"
 )
 # How bad a cut is. A piece of no length costs up to 2 more, and so does a tiny rest (_choose_cut),
 # so that no balance is worth the last two: they are for what is longer than a whole segment.
-_CLAUSE, _COMMA, _CONJUNCTION, _WORD, _PAIR, _GLUED, _INSIDE = 1.0, 1.3, 1.8, 2.5, 3.5, 100.0, 200.0
-_UNSPACED = {"strong": _CLAUSE, "comma": _COMMA, "phrase": _WORD, "pair": _PAIR, "inside": _INSIDE}
-_CONJUNCTIONS = {  # a comma is often missing before them
+COST_CLAUSE, COST_COMMA, COST_CONJUNCTION, COST_WORD, COST_PAIR = 1.0, 1.3, 1.8, 2.5, 3.5
+COST_GLUED, COST_INSIDE = 100.0, 200.0
+UNSPACED = {"strong": COST_CLAUSE, "comma": COST_COMMA, "phrase": COST_WORD, "pair": COST_PAIR,
+            "inside": COST_INSIDE}
+CONJUNCTIONS = {  # a comma is often missing before them
     "en": " and or but because while which that when where if so then than who with ",
     "de": " und oder aber weil dass denn sondern wenn als ob ",
     "es": " y e o u pero porque que cuando si donde con ",
@@ -355,38 +357,38 @@ class Span:
     pause: float
 
 
-_Cut = tuple[int, int, float]  # end of the left piece, start of the right one, cost (below)
+Cut = tuple[int, int, float]  # end of the left piece, start of the right one, cost (above)
 
 
 def normalize_text(text: str) -> str:
     """What the tokenizer gets: NFC, single blanks, nothing invisible."""
-    visible = _SILENT_RE.sub("", text)
-    return unicodedata.normalize("NFC", _BLANK_RE.sub(" ", visible)).strip()
+    visible = SILENT_RE.sub("", text)
+    return unicodedata.normalize("NFC", BLANK_RE.sub(" ", visible)).strip()
 
 
 def is_speakable(text: str) -> bool:
     """True where the text has a letter, a digit or a note; False for `***`, emoji, dots."""
-    return _SPEAKABLE_RE.search(text) is not None
+    return SPEAKABLE_RE.search(text) is not None
 
 
 @lru_cache(maxsize=4096)
-def _speech_millis(char: str) -> int:
+def speech_millis(char: str) -> int:
     category, name = unicodedata.category(char), unicodedata.name(char, "")
     script = name.removeprefix("HALFWIDTH ").partition(" ")[0]
     if category[0] in "ZC" or script in ("COMBINING", "VARIATION"):
         return 0
     if category[0] == "N":
-        rate = _DIGIT_RATE
+        rate = DIGIT_RATE
     elif category == "Sc" or char in "%&@":
-        rate = _SYMBOL_RATE
+        rate = SYMBOL_RATE
     else:
-        rate = _SCRIPT_RATE.get(script.partition("-")[0], _LETTER_RATE)
+        rate = SCRIPT_RATE.get(script.partition("-")[0], LETTER_RATE)
     return round(1000 / rate)
 
 
 def estimate_seconds(text: str) -> float:
     """Seconds of speech at an ordinary pace, from the scripts the text is written in."""
-    return sum(map(_speech_millis, text)) / 1000
+    return sum(map(speech_millis, text)) / 1000
 
 
 def split_text(text: str, language: str, limits: SegmentLimits) -> list[Span]:
@@ -399,37 +401,37 @@ def split_text(text: str, language: str, limits: SegmentLimits) -> list[Span]:
     is in exactly one span. A line with nothing speakable ends a paragraph, as a blank one does.
     Only a single character of more than `limits.max_tokens` tokens can break a limit.
     """
-    elapsed = list(accumulate(map(_speech_millis, text), initial=0))
+    elapsed = list(accumulate(map(speech_millis, text), initial=0))
     pieces = [
         piece
-        for start, end in _paragraphs(text)
-        for piece in _Paragraph(text, start, end, language.lower(), limits, elapsed).pieces()
+        for start, end in paragraphs(text)
+        for piece in Paragraph(text, start, end, language.lower(), limits, elapsed).pieces()
     ]
     after = [*(pause_before for _, _, pause_before in pieces[1:]), 0.0]
     return [Span(start, end, pause) for (start, end, _), pause in zip(pieces, after, strict=False)]
 
 
-def _paragraphs(text: str) -> Iterator[tuple[int, int]]:
+def paragraphs(text: str) -> Iterator[tuple[int, int]]:
     start, pos = -1, 0
     for line in [*text.splitlines(keepends=True), ""]:
         if is_speakable(line):
             start = pos if start < 0 else start
         elif start >= 0:
-            yield _trim(text, start, pos)
+            yield trim_blanks(text, start, pos)
             start = -1
         pos += len(line)
 
 
-def _trim(text: str, start: int, end: int) -> tuple[int, int]:
-    while start < end and _GAP_RE.match(text, start):
+def trim_blanks(text: str, start: int, end: int) -> tuple[int, int]:
+    while start < end and GAP_RE.match(text, start):
         start += 1
-    while start < end and _GAP_RE.match(text, end - 1):
+    while start < end and GAP_RE.match(text, end - 1):
         end -= 1
     return start, end
 
 
 @dataclass(frozen=True)
-class _Paragraph:
+class Paragraph:
     text: str
     start: int
     end: int
@@ -445,7 +447,7 @@ class _Paragraph:
             while (excess := self._token_excess(start, end)) > 1 and end - start > 1:
                 room = max(1, int((end - start) / max(excess, 1.1)))
                 end, resume, cost = self._choose_cut(start, start + room)
-            left, right = _trim(self.text, start, end)
+            left, right = trim_blanks(self.text, start, end)
             if is_speakable(self.text[left:right]):
                 yield left, right, pause
                 pause = 0.0
@@ -464,7 +466,7 @@ class _Paragraph:
         by_seconds = bisect_right(self.elapsed, until, start, self.end + 1) - 1
         return max(start + 1, min(by_seconds, start + self.limits.max_chars))
 
-    def _choose_cut(self, start: int, limit: int) -> _Cut:
+    def _choose_cut(self, start: int, limit: int) -> Cut:
         """The cheapest cut in (start, limit]: a good place, nothing short, like halves."""
         if self.end <= limit:
             return self.end, self.end, 0.0
@@ -492,7 +494,7 @@ class _Paragraph:
                 best, lowest = (left, right, cost), total
         return best or self._hard_cut(start, limit)
 
-    def _hard_cut(self, start: int, limit: int) -> _Cut:
+    def _hard_cut(self, start: int, limit: int) -> Cut:
         """For what is longer than a segment: at a blank, or at least between whole letters."""
         text = self.text
         blank = text.rfind(" ", start + 1, limit)
@@ -506,41 +508,41 @@ class _Paragraph:
         return limit, limit, math.inf
 
     @cached_property
-    def _cuts(self) -> list[_Cut]:
+    def _cuts(self) -> list[Cut]:
         """Every place to cut, in order: the ends of sentences cost nothing, others by kind."""
         ends = set(self._sentence_ends)
-        cuts: list[_Cut] = []
-        for match in _CUT_RE.finditer(self.text, self.start, self.end):
+        cuts: list[Cut] = []
+        for match in CUT_RE.finditer(self.text, self.start, self.end):
             (left, right), kind = match.span(), match.lastgroup
             if right in ends:
                 ends.discard(right)
                 cuts.append((left, right, 0.0))
             elif kind == "gap":
-                if _BLANK_RE.search(match[0]):  # a soft hyphen alone is no place to cut
+                if BLANK_RE.search(match[0]):  # a soft hyphen alone is no place to cut
                     cuts.append((left, right, self._blank_cost(left, right)))
             elif kind and unicodedata.category(self.text[left - 1])[0] not in "MC":
-                cuts.append((left, right, _UNSPACED[kind]))
+                cuts.append((left, right, UNSPACED[kind]))
         return sorted([*cuts, *((pos, pos, 0.0) for pos in ends)])
 
     def _blank_cost(self, left: int, right: int) -> float:
         """The cost of a cut at the blank text[left:right] inside a sentence."""
         text, before = self.text, self.text[max(self.start, left - 12) : left]
-        bare = before.rstrip(_CLOSERS)
-        if _CLOSING_RE.match(text, right) or _DASH_RE.match(text, right) or before[-1] in _OPENERS:
-            return _GLUED
+        bare = before.rstrip(CLOSERS)
+        if CLOSING_RE.match(text, right) or DASH_RE.match(text, right) or before[-1] in OPENERS:
+            return COST_GLUED
         if before[-1] == "." and not before.endswith(".."):  # an abbreviation, not an end
-            return _GLUED
+            return COST_GLUED
         if bare.endswith(("—", "–", " -", "--")):  # a dash, unless it opens somebody's reply
-            reply = bare.rstrip("—–- ").endswith((".", "!", "?", "…", *_CLOSERS))
-            return _GLUED if reply else _CLAUSE
+            reply = bare.rstrip("—–- ").endswith((".", "!", "?", "…", *CLOSERS))
+            return COST_GLUED if reply else COST_CLAUSE
         if bare.endswith((".", "!", "?", "…", ";", ":")):
-            return _CLAUSE
+            return COST_CLAUSE
         if bare != before.rstrip("'’") or bare.endswith((",", "،", "、", "，")):
-            return _COMMA
+            return COST_COMMA
         if "\n" in text[left:right] and not text[right].islower():
-            return _CLAUSE  # a line of verse or of a list
+            return COST_CLAUSE  # a line of verse or of a list
         word = text[right : right + 12].split(maxsplit=1)[0]
-        return _CONJUNCTION if f" {word} " in _CONJUNCTIONS.get(self.language, "") else _WORD
+        return COST_CONJUNCTION if f" {word} " in CONJUNCTIONS.get(self.language, "") else COST_WORD
 
     @cached_property
     def _sentence_ends(self) -> list[int]:
@@ -551,8 +553,8 @@ class _Paragraph:
         # at a time, each time from the last end that it found.
         ends, block, step = [], self.start, 2000
         while block < self.end:
-            masked = _GAP_RE.sub(" ", self.text[block : min(block + step, self.end)])
-            masked = _CUE_RE.sub(lambda cue: f"[{'x' * (len(cue[0]) - 2)}]", masked)
+            masked = GAP_RE.sub(" ", self.text[block : min(block + step, self.end)])
+            masked = CUE_RE.sub(lambda cue: f"[{'x' * (len(cue[0]) - 2)}]", masked)
             found = get_sentence_boundaries(self.language, masked)[1:]
             starts = [block + sentence["start_index"] for sentence in found]
             ends += [start for start in starts if self._is_sentence_end(start)]
@@ -563,18 +565,18 @@ class _Paragraph:
     def _is_sentence_end(self, right: int) -> bool:
         """What sentencex misses: titles, small letters after "3." or "»", closing marks."""
         text = self.text
-        left = _trim(text, self.start, right)[1]
+        left = trim_blanks(text, self.start, right)[1]
         before = text[max(self.start, left - 12) : left]
-        word = _LAST_WORD_RE.search(before)
-        if word and (word[1] in _TITLES or (len(word[1]) == 1 and word[1].isupper())):
+        word = LAST_WORD_RE.search(before)
+        if word and (word[1] in TITLES or (len(word[1]) == 1 and word[1].isupper())):
             return False
-        if _CLOSING_RE.match(text, right):
+        if CLOSING_RE.match(text, right):
             return False
         if left == right and text[right].isalnum():  # 3.5, example.com, 「…。」と
-            return before[-1] in _FULL_STOPS
+            return before[-1] in FULL_STOPS
         follows = text[right : right + 8].lstrip("—–- ")
         dash = text[right] in "—–-"
-        return not (follows[:1].islower() and (dash or _CONTINUED_RE.search(before)))
+        return not (follows[:1].islower() and (dash or CONTINUED_RE.search(before)))
 
 
 # -----------------------------------------------------------------------------
