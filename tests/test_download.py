@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -139,6 +141,25 @@ def test_a_cache_that_lost_a_file_is_filled_up_again(
     assert bark.find_model(MODEL, lambda voices: None, lambda total, blobs: None) == folder
     assert (folder / prompt).is_file()
     assert len(toy_hub.downloads(prompt)) == 1 and not toy_hub.downloads("pytorch_model.bin")
+
+
+def test_a_cache_that_lacks_only_a_voice_serves_when_the_hub_fails(
+        bark: ModuleType, toy_hub: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
+    folder = bark.find_model(MODEL, lambda _: None, lambda *_: None)
+    (folder / "speaker_embeddings" / "v2" / "tr_speaker_0_fine_prompt.npy").unlink()
+    toy_hub.fail(503)
+    assert bark.find_model(MODEL, lambda _: None, lambda *_: None) == folder
+    assert "some voices are missing" in caplog.text and "try again later" in caplog.text
+
+
+def test_a_cache_that_lacks_a_shard_of_the_weights_is_not_whole(
+        bark: ModuleType, toy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(toy, folder)
+    (folder / "pytorch_model.bin").rename(folder / "pytorch_model-00001-of-00002.bin")
+    shards = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert bark.missing_files(folder) == ["pytorch_model-00002-of-00002.bin"]
 
 
 def test_a_connection_that_breaks_mid_file_is_taken_up_again(
