@@ -26,6 +26,7 @@ import base64
 import contextlib
 import difflib
 import email.errors
+import errno
 import hashlib
 import hmac
 import io
@@ -1609,7 +1610,8 @@ def voice_language(name: str) -> str:
 
 
 def unknown_voice(name: str, known: list[str]) -> InvalidRequest:
-    near = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
+    near = [voice for voice in known if voice.endswith(f"/{name}")] or difflib.get_close_matches(
+        name[:100], known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return InvalidRequest(f"voice {shown(name)} is unknown; {hint}GET /voices lists all"
                           f" {len(known)}", param="voice", code="unknown_voice")
@@ -2397,7 +2399,8 @@ def load_engine(config: Config, state: State, model_id: str, device: torch.devic
     def check_voices(names: Iterable[str]) -> None:
         voice, _ = VOICE_ALIASES.get(config.voice, (config.voice, ""))
         if voice not in (known := list(names)):
-            raise ConfigError(f"BARK_VOICE: {unknown_voice(voice, known)}")
+            few = f"; this model has {', '.join(known)}" if len(known) < 10 else ""
+            raise ConfigError(f"BARK_VOICE: {unknown_voice(voice, known)}{few}")
 
     def on_download(total: int, blobs: Path) -> None:
         state.progress = lambda: {"bytes_done": min(total, folder_bytes(blobs)),
@@ -2512,8 +2515,11 @@ def serve(config: Config) -> int:
     try:
         server = WorkerServer(config, state, scheduler, allowed_connections())
     except (OSError, TypeError) as error:  # TypeError: HOST is no host name
-        log.error("cannot listen on HOST %s, PORT %d: %s; choose another PORT or end what uses it",
-                  config.host, config.port, getattr(error, "strerror", None) or error)
+        busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        log.error("cannot listen on HOST %s, PORT %d: %s; %s", config.host, config.port,
+                  getattr(error, "strerror", None) or error,
+                  "choose another PORT or end what uses it" if busy else
+                  "HOST must be an address of this machine, PORT one that this user may take")
         return EXIT_USAGE
     signals = Signals()
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()

@@ -34,7 +34,7 @@ Makes .venv beside this script, installs requirements.txt into it when that chan
 bark-worker.py and says how to call it. Ctrl-C ends it.
 
   --model ID   hub id or folder of the model (the same as BARK_MODEL=ID); without one,
-               suno/bark on an NVIDIA GPU, else the small built-in voice
+               suno/bark on an NVIDIA GPU, else the small builtin-voice
 
 The environment goes to the worker: PORT, HOST, BARK_VOICE, BARK_API_KEY and the others that
 bark-worker.py --help lists; only HOST is 127.0.0.1 if unset, so that nobody else can call it.
@@ -165,7 +165,7 @@ finish() {
   trap '' HUP PIPE    # nobody may be reading any more; the child must end all the same
   trap 'signal_child KILL' INT TERM
   if child_lives; then
-    say "stopping, in $END_SECONDS s at most" 2>/dev/null || true
+    say 'stopping: running requests may finish for 10 s (Ctrl-C again: at once)' || true
     end_child || true
     [[ ! -d "$RUN_DIR" ]] || wait_for_log_end
   fi
@@ -309,7 +309,7 @@ relay_log() {
   while IFS= read -r line || [[ -n "$line" ]]; do
     if [[ "$line" =~ $pattern ]]; then printf '%s\n' "${BASH_REMATCH[1]}" >"$RUN_DIR/address"; fi
     case "$line" in
-      *' INFO status='* | *' INFO downloading '*) ;;
+      *' INFO status='* | *' INFO downloading '* | *' INFO staying up '*) ;;
       *) say "$line" ;;
     esac
   done
@@ -362,7 +362,7 @@ wait_until_ready() {
 
 # usage: how_to_call ADDRESS    (prints two lines; the key stays a variable in them)
 how_to_call() {
-  local key='' play='play hello.wav' player
+  local key='' play='listen to hello.wav' player
   if [[ -n "${BARK_API_KEY:-}" ]]; then key=" -H \"Authorization: Bearer \$BARK_API_KEY\""; fi
   for player in aplay afplay paplay ffplay; do
     if command -v "$player" >/dev/null 2>&1; then play="$player hello.wav"; break; fi
@@ -417,6 +417,7 @@ cmd_local() {
   done
   [[ -f "$WORKER" && -f "$ROOT/requirements.txt" ]] ||
     die "$EX_MISSING" "bark-worker.py and requirements.txt must lie beside this script, in $ROOT"
+  [[ "$model" != builtin-voice ]] || model="$BUILTIN_VOICE"
   no_gpu="$(why_no_gpu)"
   if [[ -n "$no_gpu" ]]; then
     model="${model:-$BUILTIN_VOICE}"
