@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a Bark worker on this machine: makes its virtual environment, starts it, says how to call it.
-# Works under bash 3.2, as macOS has it. `source` it to use its functions.
+# Rents a GPU on Vast.ai for the Bark worker, watches it and gives it back; or runs the worker on
+# this machine. Works under bash 3.2, as macOS has it. `source` it to use its functions.
 set -euo pipefail
 
 # -----------------------------------------------------------------------------
@@ -17,16 +17,161 @@ readonly VENV_PYTHON="$VENV/bin/python"
 readonly RUN_DIR="$VENV/run-$$"    # what the worker's log told, while it runs
 readonly END_SECONDS=15            # the worker may finish its work for 10 s after SIGTERM
 readonly SILENT_SECONDS=60         # without an answer from /health the worker counts as hung
-readonly EX_UNHEALTHY=1 EX_USAGE=2 EX_MISSING=3
+readonly EX_UNHEALTHY=1 EX_USAGE=2 EX_MISSING=3 EX_REFUSED=4 EX_NO_INSTANCE=5 EX_LATE=6
+
+readonly LABEL="${BARK_LABEL:-bark-worker}"    # what makes an instance ours
+readonly POLL="${BARK_POLL:-5}"                # seconds between looks
+readonly DEFAULT_IMAGE='ghcr.io/darvondoom/libread-bark-tts:latest'
+readonly VASTAI_VERSION=1.9.1
+readonly WORKER_PORT=8080
+readonly MODELS=/workspace/models              # on the instance's disk, which outlives a stop
+# From 8 GB on, cheap to rent, and run by the image's build of torch.
+readonly GPUS_OF_2020='RTX 3060,RTX 3060 Ti,RTX 3070,RTX 3070 Ti,RTX 3080,RTX 3080 Ti,RTX A4000'
+readonly GPUS_OF_2023='RTX 4060,RTX 4060 Ti,RTX 4070'
+readonly DEFAULT_GPUS="$GPUS_OF_2020,$GPUS_OF_2023"
+readonly MIN_DOWNLOAD=200         # Mb/s; image and model are some 10 GB: 7 minutes at that rate
+readonly ATTEMPTS=3               # instances that one start rents at most, one after the other
+readonly ORDERS=8                 # offers it asks for at most; some are gone when it does
+readonly ORDER_PAUSE=5            # seconds between orders; Vast wants 4.5
+readonly SCHEDULING_SECONDS=60    # still scheduling then: the GPU is somebody else's
+readonly APPEAR_SECONDS=60        # that a new instance may take to show up in Vast's list
+readonly DRAIN_SECONDS=60         # that `stop` gives running requests
+readonly STOP_SECONDS=120         # that Vast may take to stop an instance
+readonly AUDIBLE=300              # of 32768; a sound whose largest sample is below is silence
+readonly LOG_SECONDS=30           # between looks at the log of a worker that is silent
+readonly HOURS_A_MONTH=720        # of Vast's storage price, which is per month
+# Settings that pass from this environment to a rented worker.
+readonly PASSED_ON='TTS_MAX_LENGTH BARK_DTYPE BARK_MAX_BATCH BARK_MAX_QUEUE BARK_TIMEOUT'\
+' BARK_DETERMINISTIC'
+
+# What the instance runs whenever its container starts. In SSH mode Vast replaces the image's own
+# entrypoint, so this starts the worker, and again after a crash; not after a clean end (0) or
+# settings that it refuses (2). `vastai logs` shows what process 1 prints, and no files.
+read -r -d '' ON_START <<'SH' || true
+(: >/proc/1/fd/1) 2>/dev/null && exec >/proc/1/fd/1 2>&1
+while :; do
+  python -u /app/bark-worker.py
+  status=$?
+  echo "bark-worker ended with status $status"
+  case $status in 0 | 2) break ;; esac
+  sleep 5
+done &
+SH
+readonly ON_START
+
+# -----------------------------------------------------------------------------
+# Help
 
 readonly USAGE="usage: $PROGRAM COMMAND [OPTIONS]
 
 commands:
+  start            rent a GPU, or wake the stopped one, and print the worker's address
+  status           what is rented, what it costs, how the worker is
+  test             speak one sentence and check the sound
+  logs             what the worker prints
+  stop             end the GPU's rent, keep disk and models
+  destroy          end all of it
+  search           the offers that start would consider
+  ssh              a shell on the instance
+  tunnel           reach the worker through SSH, encrypted
+  env              address and key for an application's .env
   local            run a worker on this machine until Ctrl-C
+  completion       tab completion for bash or zsh
   help [COMMAND]   show this, or one command's options
 
-exit status: 0 ok, 1 the worker failed or ended by itself, 2 wrong usage or configuration,
-3 something is missing (the message says how to get it), 129/130/143 ended by a signal"
+exit status: 0 ok, 1 unhealthy, 2 wrong usage or configuration, 3 a tool or key is missing (the
+message says how to get it), 4 Vast refused or has nothing that fits, 5 no instance, 6 time ran
+out, 129/130/143 ended by a signal
+
+environment: VASTAI_API_KEY (or a key that \`vastai set api-key\` stored), BARK_LABEL (bark-worker),
+BARK_IMAGE ($DEFAULT_IMAGE), BARK_POLL (seconds between looks, 5)"
+
+readonly USAGE_SEARCH_OPTIONS="  --gpu NAMES            such as '3060,RTX 4060 Ti', or any
+                         ($GPUS_OF_2020,
+                         $GPUS_OF_2023)
+  --min-vram GB          (8)
+  --max-price DOLLARS    per hour, storage included (0.20)
+  --min-reliability R    above this, 0 to 1 (0.95)
+  --disk GB              (50)
+  --region CODES         countries such as DE,FR, or EU (anywhere)
+  --interruptible        cheaper, but whoever bids more takes the GPU away
+  --bid DOLLARS          per hour, with --interruptible (a quarter above the lowest that wins)
+  --image IMAGE          ($DEFAULT_IMAGE)"
+
+readonly USAGE_START="usage: $PROGRAM start [OPTIONS]
+
+Prints the address of a healthy worker. Where an instance labelled '$LABEL' runs, waits for it;
+where one is stopped, starts it again; else rents the cheapest offer that fits, after asking. What
+it rented and cannot bring to health it gives back, then tries the next offer, $ATTEMPTS in all.
+
+$USAGE_SEARCH_OPTIONS
+  --model ID             suno/bark-small, builtin-voice, ... (suno/bark)
+  --voice NAME           voice when a request names none (v2/en_speaker_6)
+  --timeout SECONDS      for each instance to get healthy (1200)
+  --replace              if the stopped instance's GPU is taken or it fails, rent another, then
+                         destroy it
+  --dry-run              show the offer and its cost, rent nothing
+  --yes                  do not ask, for scripts
+
+Settings of the worker in this environment go along:
+$PASSED_ON."
+
+readonly USAGE_SEARCH="usage: $PROGRAM search [OPTIONS]
+
+Prints the offers that start would consider, the cheapest first.
+
+$USAGE_SEARCH_OPTIONS"
+
+readonly USAGE_STATUS="usage: $PROGRAM status [--json]
+
+Prints what is rented under the label '$LABEL'. Exit status 0 only if a worker is ready.
+
+  --json    one object: {\"label\", \"instances\": [...]}"
+
+readonly USAGE_TEST="usage: $PROGRAM test [TEXT] [OPTIONS]
+
+Speaks TEXT, writes a WAV file, checks it and prints how long it took.
+
+  --voice NAME    (the worker's own)
+  --out FILE      (bark-test.wav)
+  --play          play it here"
+
+readonly USAGE_LOGS="usage: $PROGRAM logs [OPTIONS]
+
+  -f, --follow    go on printing new lines until Ctrl-C
+  --tail N        the last N lines (1000)
+  --daemon        what Vast's daemon says of the container instead"
+
+readonly USAGE_STOP="usage: $PROGRAM stop [ID] [--now]
+
+Waits until the worker has nothing to do, at most $DRAIN_SECONDS s, then ends the GPU's rent. Disk
+and models stay, and storage goes on costing; start wakes it again.
+
+  --now    do not wait
+  ID       one of several instances (all that are labelled '$LABEL')"
+
+readonly USAGE_DESTROY="usage: $PROGRAM destroy [ID] [--yes]
+
+Destroys the instance with its disk, after asking. Nothing is billed any more.
+
+  --yes    do not ask
+  ID       one of several instances (all that are labelled '$LABEL')"
+
+readonly USAGE_SSH="usage: $PROGRAM ssh [COMMAND...]
+
+Opens a shell on the instance, or runs COMMAND there. Your key must have been in your Vast account
+(https://cloud.vast.ai/manage-keys/) when the instance was rented."
+
+readonly USAGE_TUNNEL="usage: $PROGRAM tunnel [--port PORT]
+
+Forwards a port of this machine to the worker through SSH until Ctrl-C, so that neither text nor key
+crosses the net in clear.
+
+  --port PORT    on this machine ($WORKER_PORT)"
+
+readonly USAGE_ENV="usage: $PROGRAM env
+
+Prints BARK_URL, BARK_API_KEY and VASTAI_ENDPOINT_ID for an application's .env."
 
 readonly USAGE_LOCAL="usage: $PROGRAM local [--model ID]
 
@@ -40,12 +185,44 @@ The environment goes to the worker: PORT, HOST, BARK_VOICE, BARK_API_KEY and the
 bark-worker.py --help lists; only HOST is 127.0.0.1 if unset, so that nobody else can call it.
 BARK_DEVICE=cpu leaves the GPU alone."
 
+readonly USAGE_COMPLETION="usage: $PROGRAM completion bash|zsh
+
+Prints what makes the shell complete commands and options:
+  eval \"\$(./$PROGRAM completion bash)\""
+
 readonly USAGE_HELP="usage: $PROGRAM help [COMMAND]"
+
+# usage: usage_of COMMAND    (fails for one that there is not)
+usage_of() {
+  case "$1" in
+    start) printf '%s\n' "$USAGE_START" ;;
+    status) printf '%s\n' "$USAGE_STATUS" ;;
+    test) printf '%s\n' "$USAGE_TEST" ;;
+    logs) printf '%s\n' "$USAGE_LOGS" ;;
+    stop) printf '%s\n' "$USAGE_STOP" ;;
+    destroy) printf '%s\n' "$USAGE_DESTROY" ;;
+    search) printf '%s\n' "$USAGE_SEARCH" ;;
+    ssh) printf '%s\n' "$USAGE_SSH" ;;
+    tunnel) printf '%s\n' "$USAGE_TUNNEL" ;;
+    env) printf '%s\n' "$USAGE_ENV" ;;
+    local) printf '%s\n' "$USAGE_LOCAL" ;;
+    completion) printf '%s\n' "$USAGE_COMPLETION" ;;
+    help) printf '%s\n' "$USAGE_HELP" ;;
+    *) return 1 ;;
+  esac
+}
 
 # -----------------------------------------------------------------------------
 # Messages: stdout carries the answer, stderr everything else
 
-say() { printf '%s\n' "$*" >&2; }
+line_open=''    # a progress line on the terminal waits to be overwritten
+
+# Never fails: a reader that has left must not stop what gives money back.
+say() {
+  [[ -z "$line_open" ]] || printf '\n' >&2 || true
+  line_open=''
+  printf '%s\n' "$*" >&2 || true
+}
 
 # usage: die STATUS MESSAGE
 die() {
@@ -53,11 +230,246 @@ die() {
   exit "$1"
 }
 
-# usage: usage_error MESSAGE USAGE
-usage_error() { die "$EX_USAGE" "$1"$'\n'"$2"; }
+# usage: usage_error MESSAGE COMMAND
+usage_error() { die "$EX_USAGE" "$1"$'\n'"$(usage_of "$2")"; }
 
 # -----------------------------------------------------------------------------
-# Adapters: the only functions that ask Python, nvidia-smi or the worker
+# Options
+
+words=()    # the arguments of the command, with --name=value as two words
+
+split_words() {
+  local word
+  words=()
+  for word in "$@"; do
+    case "$word" in
+      --*=*) words+=("${word%%=*}" "${word#*=}") ;;
+      *) words+=("$word") ;;
+    esac
+  done
+}
+
+# usage: need_value COMMAND OPTION [VALUE]
+need_value() {
+  [[ -n "${3:-}" ]] || usage_error "$2 needs a value" "$1"
+}
+
+# Prints a decimal number in millionths: 0.25 gives 250000.
+millionths() {
+  local whole="${1%%.*}" part=''
+  [[ "$1" != *.* ]] || part="${1#*.}"
+  part="${part}000000"
+  printf '%d\n' "$((10#${whole:-0} * 1000000 + 10#${part:0:6}))"
+}
+
+# Prints millionths as a decimal number with four places.
+decimal() { printf '%d.%04d\n' "$(($1 / 1000000))" "$(($1 % 1000000 / 100))"; }
+
+# usage: need_number COMMAND OPTION VALUE LOW HIGH    (decimals, the bounds included)
+need_number() {
+  local pattern='^([0-9]{1,6}([.][0-9]*)?|[.][0-9]+)$'
+  if [[ ! "$3" =~ $pattern ]] || (($(millionths "$3") < $(millionths "$4"))) ||
+    (($(millionths "$3") > $(millionths "$5"))); then
+    usage_error "$2 is '$3'; it must be a number from $4 to $5" "$1"
+  fi
+}
+
+# usage: need_whole COMMAND OPTION VALUE LOW HIGH
+need_whole() {
+  if [[ ! "$3" =~ ^[0-9]{1,6}$ ]] || ((10#$3 < $4 || 10#$3 > $5)); then
+    usage_error "$2 is '$3'; it must be a whole number from $4 to $5" "$1"
+  fi
+}
+
+# usage: need_plain COMMAND NAME VALUE
+# Vast's CLI takes the instance's environment as one text and cannot quote in it.
+need_plain() {
+  [[ "$3" =~ ^[A-Za-z0-9._/:@+-]+$ ]] ||
+    usage_error "$2 is '$3'; it may have letters, digits and . _ / : @ + - in it" "$1"
+}
+
+# Prints GPU names as Vast spells them, joined by commas; one in mixed case is taken as it is.
+gpu_names() {
+  local name names=''
+  while IFS= read -r name; do
+    [[ "$name" =~ [[:lower:]] && "$name" =~ [[:upper:]] ]] || name="$(gpu_name "$name")"
+    names="$names,$name"
+  done <<<"$(printf '%s\n' "$1" | tr ',_' '\n ' | sed -E 's/^ +//; s/ +$//')"
+  printf '%s\n' "${names#,}"
+}
+
+# usage: gpu_name NAME    (rtx 3060 ti, 3060ti and RTX 3060 TI give RTX 3060 Ti)
+gpu_name() {
+  printf '%s\n' "$1" | tr '[:lower:]' '[:upper:]' | sed -E 's/^([2-5]0[0-9]{2})/RTX \1/
+    s/^(1[06][0-9]{2})/GTX \1/; s/^(A[2456][05]00)$/RTX \1/; s/([0-9]S?) ?TI$/\1 Ti/
+    s/ ?LAPTOP$/ laptop/; s/^TESLA/Tesla/; s/^QUADRO/Quadro/; s/^TITAN (RTX|XP)$/Titan \1/'
+}
+
+# Prints country codes joined by commas; EU stands for its members.
+region_codes() {
+  local codes
+  codes="$(printf '%s\n' "$1" | tr '[:lower:]' '[:upper:]' | tr -d ' ')"
+  [[ "$codes" =~ ^[A-Z]{2}(,[A-Z]{2})*$ ]] || return 1
+  printf '%s\n' "$codes" | sed -E 's/(^|,)EU(,|$)/\1AT,BE,BG,HR,CY,CZ,DK,EE,FI,FR,DE,GR,HU,IE,IT,'\
+'LV,LT,LU,MT,NL,PL,PT,RO,SK,SI,ES,SE\2/'
+}
+
+# -----------------------------------------------------------------------------
+# Adapters: the only functions that call vastai, curl, ssh, Python, nvidia-smi or the worker
+
+reply=''        # what the last question to Vast brought
+complaint=''    # why it brought nothing
+refused=''      # the HTTP status, if it was Vast that said no
+scratch=''      # a folder that only this user can read
+VASTAI=''       # the CLI
+
+# usage: vast WORDS...    (sets reply, complaint, refused; fails if there is a complaint)
+# The CLI's exit status is 0 also when Vast refuses. It runs beside this script and deaf to signals:
+# a trap here runs at once, and what is being ordered is not cut in the middle.
+vast() {
+  local status=0
+  space_calls "$1 $2"
+  reply='' complaint='' refused=''
+  (
+    trap '' HUP INT TERM
+    exec "$VASTAI" "$@" --raw --retry 1 </dev/null >"$scratch/out" 2>"$scratch/err"
+  ) &
+  wait "$!" || status=$?
+  note_call "$1 $2"
+  read_reply "$status"
+  [[ "$status" != 2 ]] ||
+    die "$EX_MISSING" "$VASTAI does not take what vastai $VASTAI_VERSION takes: $complaint"
+  [[ -z "$complaint" ]]
+}
+
+last_look=-99 last_change=-99 last_order=-99 last_destroy=-99    # when Vast was last asked, in s
+
+# usage: space_calls 'VERB OBJECT'    (keeps the least time between calls that Vast asks for)
+# SECONDS counts whole ones: a difference of n + 1 means that more than n have passed.
+space_calls() {
+  case "$1" in
+    'show instances') until ((SECONDS - last_look > 1)); do pause 1; done ;;
+    'create instance') until ((SECONDS - last_order > 5)); do pause 1; done ;;
+    'destroy instance') until ((SECONDS - last_destroy > 3)); do pause 1; done ;;
+    'start instance' | 'stop instance') until ((SECONDS - last_change > 1)); do pause 1; done ;;
+  esac
+}
+
+note_call() {
+  case "$1" in
+    'show instances') last_look=$SECONDS ;;
+    'create instance') last_order=$SECONDS ;;
+    'destroy instance') last_destroy=$SECONDS ;;
+    'start instance' | 'stop instance') last_change=$SECONDS ;;
+  esac
+}
+
+# usage: read_reply EXIT_STATUS    (an error of Vast is a JSON object on stderr, under --raw)
+read_reply() {
+  local said line
+  reply="$(<"$scratch/out")"
+  said="$(jq -Rr 'fromjson? | objects | select(.error == true) | "\(.status_code)|"
+    + (.msg // "no reason given" | tostring | gsub("\\s+"; " "))' "$scratch/err")"
+  if [[ -n "$said" ]]; then
+    said="${said##*$'\n'}"
+    refused="${said%%|*}"
+    complaint="Vast says: ${said#*|} (HTTP $refused)"
+    return
+  fi
+  [[ "$1" != 0 ]] || return 0
+  line="$(grep -v '^ *$' "$scratch/err" | tail -n 1)" || true
+  case "$line" in
+    *InvalidHeader* | *UnicodeEncodeError*) line='the API key has characters that no key has' ;;
+    *ConnectionError* | *Timeout*) line='no connection to Vast, or none that lasted' ;;
+  esac
+  complaint="vastai failed ($1): ${line:0:200}"
+}
+
+# usage: vast_json TYPE WORDS...    (fails too unless the reply is JSON of that type)
+vast_json() {
+  vast "${@:2}" || return
+  [[ -n "$reply" && "$(jq -r type <<<"$reply" 2>/dev/null)" == "$1" ]] && return
+  complaint='Vast answered, but not what was asked for'
+  return 1
+}
+
+# usage: ask_vast TYPE WORDS...    (a question changes nothing, so it is put up to three times)
+ask_vast() {
+  local attempt
+  for attempt in 1 2 3; do
+    ! vast_json "$@" || return 0
+    case "$refused" in
+      400 | 401 | 403 | 404) return 1 ;;
+      429) [[ "$complaint" != *'Resets at'* ]] || return 1    # the day's searches are used up
+        ((attempt == 3)) || pause "$((attempt * 10))" ;;
+      *) ((attempt == 3)) || pause "$((attempt * 2))" ;;
+    esac
+  done
+  return 1
+}
+
+die_by_vast() {
+  local hint=''
+  case "$refused" in
+    401) hint='; is VASTAI_API_KEY one of https://cloud.vast.ai/manage-keys/ ?' ;;
+    403) hint='; the key needs the permissions misc, user_read, instance_read and instance_write' ;;
+  esac
+  die "$EX_REFUSED" "$1: $complaint$hint"
+}
+
+# usage: authorized KEY CURL_ARGUMENTS...    (the key goes through a pipe, so that no list shows it)
+authorized() {
+  local key="${1//\\/\\\\}"
+  printf 'header = "Authorization: Bearer %s"\n' "${key//\"/\\\"}" | curl -sS -K - "${@:2}"
+}
+
+# Prints the worker's health as JSON; fails if there is no answer that is one.
+health_of() {
+  local health
+  health="$(curl -s --max-time 5 "$1/health")" || return
+  jq -ce 'objects | select(.status | strings)' <<<"$health" 2>/dev/null
+}
+
+# Fails unless every tool is there; names each one that is not.
+require_tools() {
+  local missing=''
+  command -v curl >/dev/null 2>&1 || missing="$missing
+  curl: sudo apt install curl, or brew install curl"
+  command -v jq >/dev/null 2>&1 || missing="$missing
+  jq: sudo apt install jq, or brew install jq"
+  VASTAI="$(command -v vastai 2>/dev/null)" || VASTAI="$VENV/bin/vastai"
+  [[ -x "$VASTAI" ]] || missing="$missing
+  vastai: python3 -m venv .venv && .venv/bin/pip install vastai==$VASTAI_VERSION
+    (beside this script; or anywhere on PATH)"
+  [[ -z "$missing" ]] || die "$EX_MISSING" "missing, and how to get it:$missing"
+}
+
+# Finds the account's key. The CLI reads VAST_API_KEY, and takes an empty one for a key.
+require_key() {
+  local stored="${XDG_CONFIG_HOME:-$HOME/.config}/vastai"
+  export VAST_API_KEY="${VASTAI_API_KEY:-${VAST_API_KEY:-}}"
+  if [[ -z "$VAST_API_KEY" ]]; then
+    unset VAST_API_KEY
+    [[ -s "$stored/vast_tfa_key" || -s "$stored/vast_api_key" || -s "$HOME/.vast_api_key" ]] ||
+      die "$EX_MISSING" 'no Vast API key: make one at https://cloud.vast.ai/manage-keys/, then
+  export VASTAI_API_KEY=...   (or: vastai set api-key ...)'
+  elif [[ ! "$VAST_API_KEY" =~ ^[A-Za-z0-9._~+/=-]+$ ]]; then
+    die "$EX_MISSING" 'VASTAI_API_KEY has characters that no key has; was it copied alone?'
+  fi
+}
+
+# What every command needs that talks to Vast.
+open_account() {
+  [[ "$LABEL" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
+    die "$EX_USAGE" "BARK_LABEL is '$LABEL'; it may have letters, digits and . _ - in it"
+  [[ "$POLL" =~ ^[1-9][0-9]{0,3}$ ]] ||
+    die "$EX_USAGE" "BARK_POLL is '$POLL'; it must be a whole number of seconds, 1 to 9999"
+  require_tools
+  require_key
+  guard
+  scratch="$(umask 077 && mktemp -d "${TMPDIR:-/tmp}/bark-worker.XXXXXX")" ||
+    die "$EX_MISSING" "no folder for passing things can be made in ${TMPDIR:-/tmp}"
+}
 
 # usage: python_is_new_enough PYTHON    (numpy, scipy and transformers all ask for 3.11)
 python_is_new_enough() {
@@ -126,17 +538,1237 @@ why_no_gpu() {
 }
 
 # -----------------------------------------------------------------------------
+# Facts: what jq makes of Vast's rows. Prices are dollars per hour.
+
+read -r -d '' JQ_DEFS <<'JQ' || true
+def clean: (. // "") | tostring | gsub("[\\s|]+"; " ") | ltrimstr(" ") | rtrimstr(" ");
+def fixed($places): ((. * pow(10; $places)) | round | tostring) as $digits
+  | (if ($digits | length) > $places then $digits
+     else "0" * ($places + 1 - ($digits | length)) + $digits end)
+  | .[:-$places] + "." + .[-$places:];
+def is_one_of($list): . as $one | any($list[]; . == $one);
+
+# extra_env is a list of pairs, or of nothing while the instance is being made.
+def environment: (.extra_env // []) | if type == "array"
+  then map(select(type == "array") | {key: .[0], value: .[1]}) | from_entries else . end;
+def storage: .storage_total_cost //
+  ((.storage_cost // 0) * (.disk_space // 0) / (env.month_hours | tonumber));
+def complains: (.status_msg | clean)
+  | test("error|fail|exception|traceback|denied|manifest unknown|not found"; "i");
+def state: (.actual_status // "") as $actual
+  | (.intended_status // .cur_state // "running") as $wanted
+  | if $actual | is_one_of(["offline", "unknown"]) then $actual
+    elif $wanted == "stopped" then
+      if $actual | is_one_of(["running", "loading", "rebooting"]) then "stopping" else "stopped" end
+    elif $actual | is_one_of(["running", "frozen", "scheduling"]) then $actual
+    elif complains then "error"
+    elif $actual | is_one_of(["stopped", "exited"]) then
+      if .is_bid then "outbid" else "exited" end
+    elif $actual == "" then "provisioning" else "loading" end;
+def mapped($port): (.ports // {})[$port] // [] | .[0].HostPort // "" | clean;
+def instance: {id, state: state, message: (.status_msg | clean | .[:160]),
+    gpu: ("\(.num_gpus // 1)x \(.gpu_name | clean)" | ltrimstr("1x ")),
+    region: (.geolocation | clean),
+    price: (.dph_total // 0), storage: storage, interruptible: (.is_bid // false),
+    started: .start_date, wanted: (.intended_status // ""),
+    known: (.extra_env != null), key: (environment.BARK_API_KEY // "")}
+  + (mapped("\(env.worker_port)/tcp") as $port | (.public_ipaddr | clean) as $host
+    | {address: (if state == "running" and $port != "" and $host != ""
+         then "http://\($host):\($port)" else "" end)})
+  + (mapped("22/tcp") as $port | if $port != "" and .public_ipaddr
+      then {ssh_host: (.public_ipaddr | clean), ssh_port: $port}
+      else {ssh_host: (.ssh_host | clean), ssh_port: (.ssh_port | clean)} end);
+def is_before: "\(.id)" | is_one_of(env.before | split(" "));
+# Another start's instance that came first.
+def is_rival: .known and .key != env.key and .id < (env.rented | tonumber) and (is_before | not)
+  and (.state | is_one_of(["running", "loading", "provisioning", "rebooting", "scheduling"]));
+def hours: if .started then (now - .started) / 3600 else 0 end;
+def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
+
+# Of a row and its worker's health.
+def visible: .[1] as $health | .[0] | {id, state, gpu, region, address, interruptible,
+  price_per_hour: .price, storage_per_hour: .storage, hours: hours, cost_at_most: (hours * .price),
+  message, health: $health};
+
+# The bid that an offer would be rented with, and what it then costs in all.
+def bid: if env.pricing != "bid" then null elif env.bid != "" then env.bid | tonumber
+  else (.min_bid // 0) * 1.25 * 10000 | ceil / 10000 end;
+def offer: bid as $bid | {id, gpu: (.gpu_name | clean), vram: ((.gpu_ram // 0) / 1024),
+    region: (.geolocation | clean), reliability: (.reliability2 // .reliability // 0),
+    down: (.inet_down // 0), traffic: (.inet_down_cost // 0), bid: $bid,
+    cost: (if $bid then .dph_total - .min_bid + $bid else .dph_total end),
+    storage: ((.storage_cost // 0) * (env.disk | tonumber) / (env.month_hours | tonumber)),
+    winning: ($bid == null or $bid >= .min_bid)};
+def offers: map(select(.dph_total and (env.pricing != "bid" or .min_bid)) | offer)
+  | map(select(.winning)) | sort_by(.cost);
+def sentence: "\(.gpu), \(.vram | round) GB, \(.region): \(.cost | fixed(4)) $/h"
+  + " (\(.cost * 24 | fixed(2)) $ a day)";
+
+# The options that keep an offer out, each with the value that would let it in.
+def country: .region | split(" ") | last // "";
+def widenings: . as $offer
+  | [if .cost > (env.max_price | tonumber) then "--max-price \(.cost * 100 | ceil / 100)"
+     else empty end,
+     if .vram < (env.min_vram | tonumber) * 1000 / 1024 then "--min-vram \(.vram | floor)"
+     else empty end,
+     if env.gpus != "" and (.gpu | is_one_of(env.gpus | split(",")) | not)
+     then "--gpu '\(.gpu)'" else empty end,
+     if env.region != "" and (country | is_one_of(env.region | split(",")) | not)
+     then "--region \(country)" else empty end,
+     if .reliability <= (env.min_reliability | tonumber)
+     then "--min-reliability \((.reliability - 0.0001) * 1000 | floor / 1000)" else empty end];
+
+# The seconds of a WAV file, from the bytes of its header; else what is wrong with it.
+def number($at): .[$at] + 256 * .[$at + 1] + 65536 * .[$at + 2] + 16777216 * .[$at + 3];
+def wav_seconds($size):
+  if length < 44 or .[0:4] != [82, 73, 70, 70] or .[8:12] != [87, 65, 86, 69] then
+    "it is no WAV file"
+  elif number(4) != $size - 8 or number(40) != $size - 44 then "its header tells another size"
+  elif .[20] != 1 or .[22] != 1 or .[34] != 16 then "it is not 16-bit mono PCM"
+  elif number(40) == 0 then "it is empty"
+  else number(40) / number(28) end;
+def speed($took; $seconds): "\($seconds | fixed(2)) s of speech in \($took | fixed(2)) s,"
+  + " real-time factor \($took / $seconds | fixed(2))";
+JQ
+readonly JQ_DEFS
+
+# usage: facts FILTER [JQ_OPTIONS]    (of the JSON on stdin)
+# Values go through the environment: what stands in argv, everybody on this machine may read.
+facts() {
+  our_label="$LABEL" worker_port="$WORKER_PORT" month_hours="$HOURS_A_MONTH" gpus="$gpus" \
+    min_vram="$min_vram" max_price="$max_price" min_reliability="$min_reliability" \
+    region="$region" pricing="$pricing" bid="$bid" disk="$disk" jq -r "${@:2}" "$JQ_DEFS $1"
+}
+
+# usage: fact ROW FILTER    (of one instance or offer)
+fact() { facts "$2" <<<"$1"; }
+
+# -----------------------------------------------------------------------------
+# Instances: what Vast lists under our label
+
+instances='[]'    # as the last look found them, by id; it holds the workers' keys
+
+# Fails, with a complaint, if Vast does not answer.
+# `--limit` because without it one row that is still being made breaks the whole list.
+look() {
+  local token='' found=''
+  while :; do
+    vast_json object show instances --label "$LABEL" --limit 25 \
+      ${token:+--next-token "$token"} || return
+    found="$found$(jq -c '.instances[]? | objects' <<<"$reply")"$'\n'
+    token="$(jq -r '.next_token // ""' <<<"$reply")"
+    [[ -n "$token" ]] || break
+    pause 1
+  done
+  instances="$(facts 'map(select(.label == env.our_label) | instance) | sort_by(.id)' -cs \
+    <<<"$found")"
+}
+
+look_or_die() {
+  local attempt
+  for attempt in 1 2 3; do
+    ! look || return 0
+    [[ ! "$refused" =~ ^40[0-9]$ && "$attempt" != 3 ]] || break
+    if [[ "$refused" == 429 ]]; then pause "$((attempt * 10))"; else pause "$((attempt * 2))"; fi
+  done
+  die_by_vast 'the instances cannot be listed'
+}
+
+# usage: row_of ID    (prints its row; nothing if there is none)
+row_of() { facts ".[] | select(.id == $1) | tojson" <<<"$instances"; }
+
+# Prints the row that start and the others mean: one that runs before one that sleeps.
+chosen_row() {
+  facts 'def rank: {running: 0, loading: 1, provisioning: 1, rebooting: 1, scheduling: 2,
+      stopped: 3, stopping: 3, outbid: 4}[.state] // 5;
+    if length == 0 then empty else min_by([rank, .id]) | tojson end' <<<"$instances"
+}
+
+no_instance() { die "$EX_NO_INSTANCE" "no instance labelled '$LABEL'; run: ./$PROGRAM start"; }
+
+# Sets row and address to those of an instance that can be called.
+find_running() {
+  row="$(chosen_row)"
+  [[ -n "$row" ]] || no_instance
+  address="$(fact "$row" .address)"
+  [[ -z "$address" ]] || return 0
+  die "$EX_UNHEALTHY" "$(fact "$row" '"instance \(.id) cannot be called: it is \(.state)"
+    + if .message == "" then "" else " (\(.message))" end'); run: ./$PROGRAM start"
+}
+
+# usage: target_rows [ID]    (one row a line: the one with that id, else all)
+target_rows() {
+  if [[ -n "${1:-}" ]]; then row_of "$1"; else facts '.[] | tojson' <<<"$instances"; fi
+}
+
+# -----------------------------------------------------------------------------
+# Giving back: whatever ends this script, nothing that it rented or woke stays billed unnoticed
+
+run_key=''       # drawn by this run; every instance whose worker has it is this run's
+before=''        # the ids that were there before, by blanks
+rented_id=''     # the instance of the last order, until it is healthy or gone
+open_orders=0    # orders without a clear answer: each may have brought an instance
+ordering=''      # yes while one is on its way
+woken_id=''      # the stopped instance that this run started
+
+# From here on, whatever ends this script ends its child and gives back.
+guard() {
+  trap finish EXIT
+  trap 'end_by_signal 129' HUP
+  trap 'end_by_signal 130' INT
+  trap 'end_by_signal 143' TERM
+  trap '' PIPE    # a reader that leaves ends nothing that costs money
+}
+
+# A second signal must not cut the first one's work, nor that of an EXIT trap that has just begun.
+end_by_signal() {
+  trap '' HUP INT TERM
+  finish
+  trap - EXIT
+  exit "$1"
+}
+
+finish() {
+  trap '' HUP INT TERM PIPE    # nobody may be reading any more; giving back goes on all the same
+  finish_child
+  give_back || true
+  [[ -z "$scratch" ]] || rm -rf "$scratch"
+}
+
+# usage: pause SECONDS    (in steps, since a trap runs only between commands)
+pause() {
+  local end=$((SECONDS + $1))
+  while ((SECONDS < end)); do sleep 1 || true; done
+}
+
+# Fails if something may still be billed; then the last line says what, and what ends it.
+give_back() {
+  local failed=''
+  give_back_rented || failed=yes
+  give_back_woken || failed=yes
+  [[ -z "$failed" ]]
+}
+
+# Prints the ids of this run's instances, one a line.
+own_ids() {
+  key="$run_key" rented="$rented_id" facts '.[]
+    | select((.key != "" and .key == env.key) or "\(.id)" == env.rented) | .id' <<<"$instances"
+}
+
+# Prints the ids of new instances that do not tell yet whose they are.
+unclear_ids() {
+  before="$before" facts '.[] | select((.known | not) and (is_before | not)) | .id' <<<"$instances"
+}
+
+# Destroys what this run rented until Vast lists none of it.
+give_back_rented() {
+  local attempt id ids clear=0
+  [[ -z "$ordering" ]] || { wait || true; read_order; }    # it must arrive first
+  [[ -n "$rented_id" ]] || ((open_orders)) || return 0
+  say "giving back${rented_id:+ instance $rented_id}"
+  [[ -z "$rented_id" ]] || destroy_once "$rented_id"
+  for attempt in 1 2 3 4 5 6 7 8; do
+    if look; then
+      ids="$(own_ids)"
+      for id in $ids; do rented_id="$id"; destroy_once "$id"; done
+      if [[ -z "$ids" ]]; then clear=$((clear + 1)); fi
+      if ((clear > (open_orders ? 2 : 0))) && [[ "$open_orders" == 0 || -z "$(unclear_ids)" ]]; then
+        say "${rented_id:+instance $rented_id is destroyed: }this run has nothing rented any more"
+        rented_id='' open_orders=0
+        return
+      fi
+    fi
+    pause "$((attempt < 4 ? 2 : 10))"
+  done
+  say_still_billed "$rented_id" destroy
+  return 1
+}
+
+# Vast wants a pause between destroys. Whether it worked is for the next look to tell.
+destroy_once() { vast destroy instance "$1" -y || say "destroying $1: $complaint"; }
+
+give_back_woken() {
+  local attempt
+  [[ -n "$woken_id" ]] || return 0
+  say "stopping instance $woken_id again"
+  for attempt in 1 2 3 4 5 6; do
+    vast stop instance "$woken_id" || say "stopping $woken_id: $complaint"
+    pause 2
+    if look && is_stopped "$woken_id"; then
+      say "instance $woken_id is stopped as before; its storage goes on costing"
+      woken_id=''
+      return 0
+    fi
+    pause "$((attempt * 2))"
+  done
+  say_still_billed "$woken_id" stop
+  return 1
+}
+
+# Whether Vast means instance $1 to be stopped, or lists it no more.
+is_stopped() {
+  local row
+  row="$(row_of "$1")"
+  [[ -z "$row" || "$(fact "$row" .wanted)" == stopped ]]
+}
+
+# usage: say_still_billed ID VERB
+say_still_billed() {
+  local prefix='' options=''
+  [[ -z "${VASTAI_API_KEY:-}" ]] || prefix="VAST_API_KEY=\$VASTAI_API_KEY "
+  [[ "$2" != destroy ]] || options=' -y'
+  if [[ -n "$1" ]]; then
+    say "instance $1 may still be billed; this ends it: ${prefix}vastai $2 instance $1$options"
+  else
+    say "an order went out and Vast does not tell what became of it: see whether" \
+      "${prefix}vastai show instances lists a '$LABEL', and end it:" \
+      "${prefix}vastai destroy instance ID -y"
+  fi
+}
+
+# -----------------------------------------------------------------------------
+# Offers
+
+# The options of search.
+gpus="$DEFAULT_GPUS" min_vram=8 max_price=0.20 min_reliability=0.95 disk=50 region=''
+pricing='on-demand' bid='' image="${BARK_IMAGE:-$DEFAULT_IMAGE}"
+
+# usage: search_option COMMAND OPTION [VALUE]    (fails for an option that is none of search's)
+search_option() {
+  case "$2" in
+    --interruptible) pricing=bid; return ;;
+    --gpu | --min-vram | --max-price | --min-reliability | --disk | --region | --bid | --image) ;;
+    *) return 1 ;;
+  esac
+  need_value "$1" "$2" "${3:-}"
+  case "$2" in
+    --gpu) gpus="$(gpu_names "$3")"; [[ "$gpus" != ANY ]] || gpus='' ;;
+    --min-vram) need_number "$1" "$2" "$3" 1 1000; min_vram="$3" ;;
+    --max-price) need_number "$1" "$2" "$3" 0.001 128; max_price="$3" ;;
+    --min-reliability) need_number "$1" "$2" "$3" 0 1; min_reliability="$3" ;;
+    --disk) need_whole "$1" "$2" "$3" 8 2000; disk="$((10#$3))" ;;
+    --region) region="$(region_codes "$3")" || usage_error \
+      "--region is '$3'; it must be country codes such as DE or DE,FR, or EU" "$1" ;;
+    --bid) need_number "$1" "$2" "$3" 0.001 128; bid="$3" ;;
+    --image) image="$3" ;;
+  esac
+}
+
+# usage: check_search COMMAND    (what one option asks of another)
+check_search() {
+  [[ "$gpus" =~ ^[A-Za-z0-9\ ,-]*$ ]] ||
+    usage_error "--gpu is '$gpus'; it must be names such as 'RTX 3060,RTX 4060 Ti', or any" "$1"
+  [[ -z "$bid" || "$pricing" == bid ]] || usage_error '--bid needs --interruptible' "$1"
+  [[ -z "$bid" ]] || (($(millionths "$bid") <= $(millionths "$max_price"))) || usage_error \
+    "--bid $bid is more than --max-price $max_price" "$1"
+  need_plain "$1" --image "$image"
+  [[ "${image##*/}" == *[:@]* ]] || image="$image:latest"    # Vast takes none without a tag
+}
+
+# Prints what no option changes: what the image and the worker need. The image's CUDA 12.6 build of
+# torch has no kernels for Blackwell cards (compute capability 10 and up); its CUDA 13 build does.
+hard_query() {
+  local cuda='cuda_max_good>=12.6 compute_cap<1000'
+  [[ "$image" != *cu130* ]] || cuda='cuda_max_good>=13.0'
+  printf '%s\n' "num_gpus=1 cpu_arch=amd64 $cuda direct_port_count>=2 inet_down>=$MIN_DOWNLOAD\
+ disk_space>=$disk"
+}
+
+soft_query() {
+  local query="gpu_ram>=$min_vram reliability>$min_reliability dph_total<=$max_price"
+  [[ -z "$gpus" ]] || query="$query gpu_name in [${gpus// /_}]"
+  [[ -z "$region" ]] || query="$query geolocation in [$region]"
+  printf '%s\n' "$query"
+}
+
+offers='[]'    # the cheapest first
+
+# usage: search_offers QUERY LIMIT    (sets offers)
+search_offers() {
+  ask_vast array search offers "$1" --type "$pricing" --storage "$disk" --order dph_total \
+    --limit "$2" || die_by_vast 'the offers cannot be searched'
+  offers="$(facts 'offers | tojson' <<<"$reply")"
+}
+
+# Sets offers to those that start would take; ends with advice if there is none.
+# Vast's own filter is not the last word on what costs money.
+find_offers() {
+  search_offers "$(hard_query) $(soft_query)" 64
+  offers="$(facts 'map(select(.cost <= (env.max_price | tonumber))) | tojson' <<<"$offers")"
+  [[ "$offers" == '[]' ]] || return 0
+  pause 1
+  search_offers "$(hard_query)" 500
+  say "no offer fits; Vast has $(facts length <<<"$offers") with one GPU, $disk GB of disk and a" \
+    "driver for the image"
+  advice >&2
+  die "$EX_REFUSED" "No suitable GPU found: widen one of the options above; $(what_is_left)"
+}
+
+# Prints, for each option, what widening it alone would bring, then the nearest offer of all.
+advice() {
+  facts 'map(. + {wide: widenings} | select(.wide != []))
+    | if . == [] then empty else
+      (map(select(.wide | length == 1)) | group_by(.wide[0] | split(" ")[0])
+        | map(min_by(.cost)) | sort_by(.cost)[] | "  with \(.wide[0]): \(sentence)"),
+      (min_by([(.wide | length), .cost]) | "the nearest: \(.wide | join(" ")): \(sentence)")
+      end' <<<"$offers"
+}
+
+# usage: show_offer OFFER
+show_offer() {
+  fact "$1" '"offer \(.id): \(sentence)
+  of it storage: \(.storage | fixed(4)) $/h, stopped too; traffic: \(.traffic | fixed(3)) $/GB
+  \(if .bid then "interruptible, bid \(.bid) $/h" else "on demand" end), "
+    + "reliability \(.reliability * 100 | fixed(1)) %, download \(.down | round) Mb/s"'
+}
+
+offer_line() { printf '%-10s %-16s %4s %8s %7s %-20s %6s %6s %8s\n' "$@"; }
+
+cmd_search() {
+  local cells=()
+  split_words "$@"
+  set -- ${words[@]+"${words[@]}"}
+  while (($#)); do
+    search_option search "$@" || usage_error "search knows no '$1'" search
+    [[ "$1" == --interruptible ]] || shift
+    shift
+  done
+  check_search search
+  open_account
+  find_offers
+  offer_line OFFER GPU GB '$/HOUR' '$/DAY' WHERE RELIAB 'MB/S' '$/GB IN'
+  while IFS='|' read -r -a cells; do offer_line "${cells[@]}"; done <<<"$(facts '.[]
+    | [.id, .gpu, (.vram | round), (.cost | fixed(4)), (.cost * 24 | fixed(2)), .region[-20:],
+      (.reliability | fixed(3)), (.down | round), (.traffic | fixed(3))] | join("|")' <<<"$offers")"
+}
+
+# -----------------------------------------------------------------------------
+# Waiting for a worker
+
+outcome=''    # how the wait ended: ready, failed, image, taken, lost, late
+reason=''     # what to say of it
+row=''        # the instance as last seen
+address=''
+phase=''      # what it did when last seen
+rival=''      # the instance of another start that came first
+wait_began=0 running_since='' silent_since=0 gpu_price=0 storage_price=0    # s; millionths of $/h
+
+# usage: await_worker ID SECONDS    (fails unless outcome is ready)
+# Vast is asked only while the worker itself does not answer.
+await_worker() {
+  local deadline=$((SECONDS + $2))
+  outcome='' reason='' row='' address='' phase='waiting for Vast' rival=''
+  wait_began=$SECONDS running_since='' silent_since=$SECONDS
+  while :; do
+    hear_worker || see_instance "$1"
+    [[ -z "$outcome" ]] || break
+    show_phase
+    if ((SECONDS >= deadline)); then
+      outcome=late reason="instance $1 was not healthy within $2 s: $phase"
+      [[ "$phase" != scheduling* ]] || outcome=taken
+      break
+    fi
+    pause "$POLL"
+  done
+  [[ "$outcome" == ready ]]
+}
+
+# Shows what happens, for how long, and what it cost so far.
+show_phase() {
+  local now=$SECONDS cost
+  cost=$(((now - wait_began) * storage_price / 3600))
+  [[ -z "$running_since" ]] || cost=$((cost + (now - running_since) * gpu_price / 3600))
+  cost="$((now - wait_began)) s, $(decimal "$cost") \$"
+  if [[ -t 2 ]]; then
+    printf '\r\033[K%s: %s' "$cost" "${phase:0:55}" >&2 || true    # a wrapped line cannot go
+    line_open=yes
+  elif [[ "$phase" != "$shown" ]]; then
+    say "$cost: $phase"
+  fi
+  shown="$phase"
+}
+shown=''
+
+# Asks the worker; fails if there is no answer.
+hear_worker() {
+  local health
+  [[ -n "$address" ]] || return 1
+  health="$(health_of "$address")" || return 1
+  silent_since=$SECONDS
+  phase="$(facts '.status + if .progress.bytes_total then (.progress
+      | " \(100 * .bytes_done / .bytes_total | floor) % of \(.bytes_total / 1e9 | fixed(1)) GB")
+    elif .error then ": " + (.error | clean) else "" end' <<<"$health")"
+  case "$phase" in
+    ready*) outcome=ready ;;
+    failed*) outcome=failed reason="the worker $phase" ;;
+  esac
+}
+
+# usage: see_instance ID    (asks Vast, and decides if the instance can no longer get healthy)
+see_instance() {
+  if ! look; then
+    phase="$complaint"
+    return 0
+  fi
+  row="$(row_of "$1")"
+  if [[ -z "$row" ]]; then
+    phase='not in the list of Vast yet'
+    [[ "$1" == "$rented_id" ]] && ((SECONDS - wait_began < APPEAR_SECONDS)) && return
+    outcome=failed reason="Vast lists no instance $1 any more"
+    return
+  fi
+  IFS='|' read -r gpu_price storage_price address <<<"$(fact "$row" \
+    '"\([.price - .storage, 0] | max * 1e6 | round)|\(.storage * 1e6 | round)|\(.address)"')"
+  if [[ "$1" == "$rented_id" ]]; then check_rented "$1"; fi
+  [[ -n "$outcome" ]] || judge_state "$1"
+}
+
+# What concerns only an instance of this run: it is its only one, the first one, within the price.
+check_rented() {
+  local id
+  end_strays "$1"
+  rival="$(rented="$1" key="$run_key" before="$before" facts 'map(select(is_rival))
+    | .[0].id // ""' <<<"$instances")"
+  if [[ -n "$rival" ]]; then
+    outcome=lost reason="another start rented instance $rival at the same time"
+  elif [[ "$(fact "$row" '.price > (env.max_price | tonumber) * 1.001')" == true ]]; then
+    outcome=failed
+    reason="instance $1 costs $(fact "$row" .price) \$/h, more than --max-price $max_price"
+  fi
+}
+
+# usage: end_strays ID    (destroys this run's other instances: late fruit of unanswered orders)
+end_strays() {
+  local id
+  for id in $(own_ids); do
+    [[ "$id" == "$1" ]] || { say "instance $id showed up late: destroying it"; destroy_once "$id"; }
+  done
+}
+
+# After orders without an answer, looks once more for what they brought.
+settle() {
+  ((open_orders)) || return 0
+  say 'looking for what the unanswered order may have brought'
+  pause 2
+  look || look || look || { outcome=failed reason="$complaint"; return 1; }
+  end_strays "$rented_id"
+}
+
+# usage: judge_state ID
+judge_state() {
+  local state message
+  IFS='|' read -r state message <<<"$(fact "$row" '"\(.state)|\(.message)"')"
+  phase="$state${message:+: $message}"
+  case "$state" in
+    running)
+      running_since="${running_since:-$SECONDS}"
+      phase='running; the worker does not answer yet'
+      ((SECONDS - silent_since < LOG_SECONDS)) || { silent_since=$SECONDS; read_log "$1"; } ;;
+    provisioning | loading | rebooting | stopping) ;;
+    scheduling) wait_for_gpu "$1" ;;
+    exited | outbid | stopped)
+      if [[ "$1" == "$woken_id" ]]; then wait_for_gpu "$1"
+      else outcome=failed reason="instance $1 is $state${message:+: $message}"
+      fi ;;
+    error) outcome=failed reason="instance $1: $message"
+      ! is_image_fault "$message" || outcome=image ;;
+    *) outcome=failed reason="instance $1 is $state${message:+: $message}" ;;
+  esac
+}
+
+wait_for_gpu() {
+  phase="scheduling${phase#"${phase%%:*}"}"
+  ((SECONDS - wait_began < SCHEDULING_SECONDS)) ||
+    outcome=taken reason="the GPU of instance $1 is taken, by somebody else in most cases"
+}
+
+# Whether every host would fail like this.
+is_image_fault() {
+  local text pattern='manifest.*(unknown|not found)|(pull access|requested access|registry).*denied'
+  pattern="$pattern|unauthorized|repository.*not exist|name unknown|invalid reference"
+  pattern="$pattern|no matching manifest|manifests/.*denied"
+  text="$(tr '[:upper:]' '[:lower:]' <<<"$1")"
+  [[ "$text" =~ $pattern ]]
+}
+
+# usage: read_log ID    (shows the log's last line; a worker that cannot start says so there)
+read_log() {
+  local ends pattern='bark-worker ended with status '
+  vast logs "$1" --tail 40 || return 0
+  reply="$(without_keys "$reply")"
+  ends="$(grep -c "$pattern" <<<"$reply" || true)"
+  phase="running; its log says: $(tail -n 1 <<<"$reply" | cut -c 1-150)"
+  if ((ends >= 3)) || grep -q "${pattern}2\$" <<<"$reply"; then
+    outcome=failed reason="the worker does not start:"$'\n'"$(tail -n 8 <<<"$reply")"
+  fi
+}
+
+# Prints a text of the instance with the workers' keys blotted out, and what is named like a secret.
+without_keys() {
+  local text="$1" key
+  while IFS= read -r key; do
+    [[ -z "$key" ]] || text="${text//"$key"/[key]}"
+  done <<<"$(facts '.[].key' <<<"$instances")"
+  printf '%s\n' "$text" | sed -E 's/([A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)'\
+'("[^"]*"|[^" ]+)/\1[key]/g'
+}
+
+# -----------------------------------------------------------------------------
+# start
+
+model="${BARK_MODEL:-}" voice="${BARK_VOICE:-}" timeout=1200
+replace='' dry_run='' agreed=''    # yes or nothing
+replaced_id=''                     # the old instance that goes when the new one is healthy
+
+# usage: start_option OPTION [VALUE]    (takes two words, or one)
+start_option() {
+  case "$1" in
+    --model | --voice | --timeout) need_value start "$1" "${2:-}" ;;
+  esac
+  case "$1" in
+    --model) model="$2" ;;
+    --voice) voice="$2" ;;
+    --timeout) need_whole start "$1" "$2" 1 86400; timeout="$((10#$2))" ;;
+    --replace) replace=yes ;;
+    --dry-run) dry_run=yes ;;
+    --yes) agreed=yes ;;
+    *) search_option start "$@" || usage_error "start knows no '$1'" start ;;
+  esac
+}
+
+parse_start() {
+  local name
+  split_words "$@"
+  set -- ${words[@]+"${words[@]}"}
+  while (($#)); do
+    start_option "$@"
+    case "$1" in --replace | --dry-run | --yes | --interruptible) ;; *) shift ;; esac
+    shift
+  done
+  check_search start
+  check_model
+  [[ -z "$voice" ]] || need_plain start --voice "$voice"
+  for name in $PASSED_ON; do
+    [[ -z "${!name:-}" ]] || need_plain start "$name" "${!name}"
+  done
+}
+
+check_model() {
+  [[ "$model" != builtin-voice ]] || model=/app/builtin-voice    # where the image has it
+  [[ -n "$model" ]] || return 0
+  need_plain start --model "$model"
+  [[ "$model" =~ ^[^/.][^/]*/[^/]+$ || "$model" == /app/builtin-voice ]] || usage_error \
+    "--model is '$model'; it must be a hub id such as suno/bark, or builtin-voice: a folder of this
+machine is not on the rented one" start
+}
+
+cmd_start() {
+  local chosen state id
+  parse_start "$@"
+  open_account
+  look_or_die
+  chosen="$(chosen_row)"
+  [[ -n "$chosen" ]] || { rent; return; }
+  IFS='|' read -r id state <<<"$(fact "$chosen" '"\(.id)|\(.state)"')"
+  if [[ -n "$dry_run" ]]; then
+    say "instance $id is $state: start would use it"
+    describe "$(with_health "$chosen")"
+    return
+  fi
+  case "$state" in
+    stopped | stopping) wake "$id" ;;
+    running | provisioning | loading | rebooting | scheduling) join "$id" ;;
+    outbid) replace_or_die "$id" "$EX_REFUSED" "instance $id is outbid; it comes back by itself when
+nobody bids more, or at once for a higher bid: vastai change bid $id" ;;
+    *) replace_or_die "$id" "$EX_REFUSED" "instance $id is $state$(fact "$chosen" \
+      'if .message == "" then "" else ": " + .message end')" ;;
+  esac
+}
+
+# usage: join ID    (waits for an instance that is not this run's, and leaves it alone)
+join() {
+  say "instance $1 is there already: waiting for its worker"
+  if await_worker "$1" "$timeout"; then announce "$1"; return; fi
+  say "instance $1 is left as it is, and billed; to end it: ./$PROGRAM destroy $1"
+  case "$outcome" in
+    late) die "$EX_LATE" "$reason" ;;
+    failed) die "$EX_UNHEALTHY" "$reason" ;;
+    *) die "$EX_REFUSED" "$reason" ;;
+  esac
+}
+
+# usage: wake ID    (starts a stopped instance)
+wake() {
+  local status
+  say "instance $1 is stopped: starting it again"
+  woken_id="$1"
+  outcome=''
+  ask_to_start "$1"
+  if [[ -z "$outcome" ]] && await_worker "$1" "$timeout"; then
+    woken_id=''
+    announce "$1"
+    return
+  fi
+  case "$outcome" in
+    late) status="$EX_LATE" ;;
+    failed) status="$EX_UNHEALTHY" ;;
+    *) status="$EX_REFUSED" ;;
+  esac
+  give_back || exit "$EX_REFUSED"
+  replace_or_die "$1" "$status" "$reason"
+}
+
+# usage: ask_to_start ID    (sets outcome if Vast says no; no answer at all leaves that to be seen)
+ask_to_start() {
+  local attempt
+  for attempt in 1 2 3; do
+    vast start instance "$1" || true
+    [[ "$refused" == 429 ]] || break
+    pause "$((attempt * 10))"
+  done
+  if [[ -n "$refused" ]]; then
+    outcome=taken reason="instance $1 does not start: $complaint"
+  elif [[ -z "$complaint" && "$reply" != starting* ]]; then
+    outcome=taken reason="instance $1 does not start; Vast says: $reply"
+  fi
+}
+
+# usage: replace_or_die ID STATUS MESSAGE
+replace_or_die() {
+  [[ -n "$replace" ]] || die "$2" "$3
+To rent another and destroy this one then: ./$PROGRAM start --replace"
+  say "$3: renting another"
+  replaced_id="$1"
+  rent
+  replaced_id=''
+  say "destroying instance $1, which it replaces"
+  destroy_confirmed "$1" || exit "$EX_REFUSED"
+}
+
+# Rents the cheapest offer whose worker gets healthy.
+rent() {
+  local order=0 rented=0 offer
+  find_offers
+  offer="$(facts '.[0] | tojson' <<<"$offers")"
+  show_offer "$offer" >&2
+  [[ -z "$dry_run" ]] || { show_dry_run "$offer"; return; }
+  consent
+  run_key="$(od -An -N 24 -tx1 /dev/urandom | tr -d ' \n')"
+  before="$(facts 'map(.id | tostring) | join(" ")' <<<"$instances")"
+  while ((rented < ATTEMPTS && order < ORDERS)); do
+    offer="$(facts ".[$order] | select(.) | tojson" <<<"$offers")"
+    [[ -n "$offer" ]] || break
+    ((order == 0)) || { pause "$ORDER_PAUSE"; show_offer "$offer" >&2; }
+    order=$((order + 1))
+    order_instance "$offer" || continue
+    rented=$((rented + 1))
+    ! try_rented || return 0
+  done
+  rent_failed "$rented"
+}
+
+# usage: rent_failed RENTED
+rent_failed() {
+  give_back || exit "$EX_REFUSED"    # of orders without an answer
+  (($1)) || die "$EX_REFUSED" "no offer could be had any more when it was ordered; $(what_is_left)"
+  [[ "$outcome" != late ]] || die "$EX_LATE" "$reason; $(what_is_left)"
+  die "$EX_REFUSED" "$1 tried, none got healthy; the last: $reason; $(what_is_left)"
+}
+
+what_is_left() {
+  if [[ -z "$replaced_id" ]]; then
+    printf 'nothing is rented\n'
+  else
+    printf 'nothing new is rented, and instance %s is kept as it was\n' "$replaced_id"
+  fi
+}
+
+show_dry_run() {
+  fact "$1" '"offer \(.id): \(sentence)"'
+  say 'dry run: nothing is rented'
+}
+
+# Asks once, for all attempts.
+consent() {
+  local answer=''
+  [[ -z "$agreed" ]] || return 0
+  [[ -t 0 ]] ||
+    die "$EX_USAGE" 'not renting without being told to: this is no terminal, so say --yes'
+  printf '%s' "Rent it (if it fails, the next, up to $max_price \$/h)? [y/N] " >&2
+  read -r answer || true
+  [[ "$answer" == [yY] || "$answer" == [yY]es ]] || die "$EX_UNHEALTHY" 'nothing is rented'
+}
+
+# Prints what `create` passes to the container, in the form its --env wants.
+container_env() {
+  local name
+  printf '%s' "-p $WORKER_PORT:$WORKER_PORT -e BARK_API_KEY=$run_key -e HF_HOME=$MODELS"
+  [[ -z "$model" ]] || printf ' -e BARK_MODEL=%s' "$model"
+  [[ -z "$voice" ]] || printf ' -e BARK_VOICE=%s' "$voice"
+  for name in $PASSED_ON; do
+    [[ -z "${!name:-}" ]] || printf ' -e %s=%s' "$name" "${!name}"
+  done
+  printf '\n'
+}
+
+# usage: order_instance OFFER    (sets rented_id; fails if the next offer may be tried)
+order_instance() {
+  local offer_id offer_bid why='Vast tells no instance'
+  IFS='|' read -r offer_id offer_bid <<<"$(fact "$1" '"\(.id)|\(.bid // "")"')"
+  rented_id='' ordering=yes
+  open_orders=$((open_orders + 1))
+  vast_json object create instance "$offer_id" --image "$image" --disk "$disk" --label "$LABEL" \
+    --ssh --direct --cancel-unavail ${offer_bid:+--bid_price "$offer_bid"} \
+    --env "$(container_env)" --onstart-cmd "$ON_START" || why="$complaint"
+  read_order
+  [[ -z "$rented_id" ]] || return 0
+  case "$refused" in
+    404 | 410) say "offer $offer_id is gone" ;;
+    429) say 'Vast wants fewer orders: waiting'; pause 15 ;;
+    4*) die_by_vast "offer $offer_id cannot be rented" ;;
+    *) say "no clear answer to the order ($why): looking for what it brought"
+      find_order; return ;;
+  esac
+  return 1
+}
+
+# Closes the last order if its answer, in $scratch, is clear: an instance, or a refusal (4xx).
+# It may have come while a signal was being handled. It holds a secret of the instance's.
+read_order() {
+  ordering=''
+  read_reply 0
+  rented_id="$(jq -r 'objects | select(.success) | .new_contract // ""' <<<"$reply" 2>/dev/null)" ||
+    rented_id=''
+  [[ -z "$rented_id" && "$refused" != 4* ]] || open_orders=$((open_orders - 1))
+}
+
+# Sets rented_id if an instance of this run shows up that no answer told of.
+find_order() {
+  local attempt
+  for attempt in 1 2 3; do
+    pause 2
+    if look; then
+      rented_id="$(own_ids)"
+      rented_id="${rented_id%%$'\n'*}"
+      [[ -z "$rented_id" ]] || { open_orders=$((open_orders - 1)); return 0; }
+    fi
+  done
+  say 'it brought no instance so far'
+  return 1
+}
+
+# Brings the instance just rented to health, or gives it back; fails if the next may be tried.
+try_rented() {
+  say "instance $rented_id is rented"
+  if await_worker "$rented_id" "$timeout" && settle; then
+    announce "$rented_id"
+    rented_id='' open_orders=0
+    return 0
+  fi
+  say "$reason"
+  [[ -z "$running_since" || "$outcome" == lost ]] || show_last_words "$rented_id"
+  give_back || exit "$EX_REFUSED"
+  case "$outcome" in
+    image) die "$EX_REFUSED" "the image $image cannot be pulled; $(what_is_left)" ;;
+    lost) join "$rival" ;;
+    *) return 1 ;;
+  esac
+}
+
+# usage: show_last_words ID
+show_last_words() {
+  vast logs "$1" --tail 8 && [[ -n "$reply" ]] || return 0
+  say "its log ends so:"$'\n'"$(without_keys "$reply" | tail -n 8)"
+}
+
+# usage: announce ID    (prints the address)
+announce() {
+  local facts_line
+  facts_line="$(fact "$(row_of "$1")" '"\(.gpu), \(.price | fixed(4)) $/h"' 2>/dev/null)" || true
+  say "ready after $((SECONDS - wait_began)) s: instance $1${facts_line:+, $facts_line}"
+  printf '%s\n' "$address"
+  say "its key: ./$PROGRAM env; try it: ./$PROGRAM test; end the rent: ./$PROGRAM stop, or destroy"
+}
+
+# -----------------------------------------------------------------------------
+# status, test, logs
+
+# usage: with_health ROW    (prints it for others to see: without keys, with the worker's health)
+with_health() {
+  local health='' url
+  url="$(fact "$1" .address)"
+  [[ -z "$url" ]] || health="$(health_of "$url")" || true
+  printf '%s\n%s\n' "$1" "${health:-null}" | facts 'visible | tojson' -s
+}
+
+# Prints what a person wants to know of a row with health.
+describe() {
+  fact "$1" '"instance \(.id): \(.state)\(if .message != "" and .state != "running" then
+      " (\(.message))" else "" end), \(.gpu), \(.region)
+  \(if .address == "" then "" else .address + "\n  " end)\(.price_per_hour | fixed(4)) $/h"
+    + "\(if .interruptible then " interruptible" else "" end); rented \(.hours | fixed(1)) h ago,"
+    + " at most \(.cost_at_most | fixed(2)) $ since; storage \(.storage_per_hour | fixed(4)) $/h"
+    + " (\(.storage_per_hour * 24 | fixed(2)) $ a day) also while stopped"
+    + if .health then "\n  worker \(.health.status), \(.health.queue.running // 0) running, "
+        + "\(.health.queue.waiting // 0) waiting, up \((.health.uptime // 0) / 3600 | fixed(1)) h, "
+        + "\(.health.model_id // "")" + if .health.error then ": \(.health.error)" else "" end
+      elif .address != "" then "\n  worker: no answer" else "" end'
+}
+
+cmd_status() {
+  local json='' row found='' ready=''
+  while (($#)); do
+    [[ "$1" == --json ]] || usage_error "status knows no '$1'" status
+    json=yes
+    shift
+  done
+  open_account
+  look_or_die
+  [[ "$instances" != '[]' || -n "$json" ]] || no_instance
+  while IFS= read -r row; do
+    [[ -n "$row" ]] || continue
+    row="$(with_health "$row")"
+    [[ "$(fact "$row" .health.ready)" != true ]] || ready=yes
+    if [[ -n "$json" ]]; then found="$found$row"$'\n'; else describe "$row"; fi
+  done <<<"$(target_rows)"
+  [[ -z "$json" ]] || facts '{"label": env.our_label, instances: .}' -s <<<"$found"
+  [[ "$instances" != '[]' ]] || exit "$EX_NO_INSTANCE"
+  [[ -n "$ready" ]] || exit "$EX_UNHEALTHY"
+}
+
+text='Hello from Bark. If you can hear this, everything works.'
+out='bark-test.wav' play='' spoken_voice=''
+
+parse_test() {
+  local given=''
+  split_words "$@"
+  set -- ${words[@]+"${words[@]}"}
+  while (($#)); do
+    case "$1" in
+      --voice) need_value test "$1" "${2:-}"; spoken_voice="$2"; shift ;;
+      --out) need_value test "$1" "${2:-}"; out="$2"; shift ;;
+      --play) play=yes ;;
+      -*) usage_error "test knows no '$1'" test ;;
+      *) [[ -z "$given" ]] || usage_error "test takes one TEXT; put it in quotes" test
+        given=yes text="$1" ;;
+    esac
+    shift
+  done
+  [[ ! -d "$out" && -w "$(dirname "$out")" ]] || usage_error "--out $out cannot be written" test
+}
+
+cmd_test() {
+  local seconds
+  parse_test "$@"
+  open_account
+  look_or_die
+  find_running
+  speak
+  seconds="$(check_sound "$scratch/sound")" || die "$EX_UNHEALTHY" "the sound is no good: $seconds"
+  cp "$scratch/sound" "$out"
+  printf '%s: %s\n' "$out" "$(facts "speed($took; $seconds)" <<<null)"
+  [[ -z "$play" ]] || play_sound "$out"
+}
+took=''    # seconds that the last request took
+
+# Has the worker at address say text; leaves the answer in $scratch/sound.
+speak() {
+  local status
+  printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc '{text: .}
+    + if env.VOICE != "" then {voice: env.VOICE} else {} end' >"$scratch/request"
+  took="$(authorized "$(fact "$row" .key)" --max-time 660 -o "$scratch/sound" \
+    -w '%{http_code} %{time_total}' -H 'Accept: audio/wav' -H 'Content-Type: application/json' \
+    --data-binary "@$scratch/request" "$address/synthesize" 2>"$scratch/err")" ||
+    die "$EX_UNHEALTHY" "$address does not speak: $(tail -n 1 "$scratch/err")"
+  status="${took%% *}" took="${took#* }"
+  took="${took/,/.}"    # some locales write it so
+  [[ "$status" == 200 ]] || die "$EX_UNHEALTHY" "$address refuses (HTTP $status): $(jq -r \
+    '.error.message' "$scratch/sound" 2>/dev/null || head -c 200 "$scratch/sound")"
+}
+
+# Prints the seconds of a WAV file; fails, and prints what is wrong, unless it is whole and audible.
+check_sound() {
+  local size seconds
+  size="$(wc -c <"$1")"
+  seconds="$(od -An -v -N 44 -t u1 "$1" | facts "wav_seconds($size)" -s)"
+  printf '%s\n' "$seconds"
+  [[ "$seconds" =~ ^[0-9.]+$ ]] || return 1
+  (($(peak_of "$1") >= AUDIBLE)) || { printf 'and silent\n'; return 1; }
+}
+
+# Prints the largest sample of a 16-bit WAV file, 0 to 32768.
+peak_of() {
+  tail -c +45 "$1" | od -An -v -t d2 |
+    jq -n 'reduce inputs as $sample (0; [., $sample, -$sample] | max)'
+}
+
+play_sound() {
+  local player
+  player="$(find_player)" || die "$EX_MISSING" "no player found (aplay, afplay, paplay or ffplay);\
+ the sound is in $1"
+  "$player" "$1" >&2
+}
+
+cmd_logs() {
+  local follow='' tail=1000 daemon=''
+  split_words "$@"
+  set -- ${words[@]+"${words[@]}"}
+  while (($#)); do
+    case "$1" in
+      -f | --follow) follow=yes ;;
+      --tail) need_value logs "$1" "${2:-}"
+        need_whole logs "$1" "$2" 1 100000
+        tail="$((10#$2))"
+        shift ;;
+      --daemon) daemon=yes ;;
+      *) usage_error "logs knows no '$1'" logs ;;
+    esac
+    shift
+  done
+  open_account
+  look_or_die
+  row="$(chosen_row)"
+  [[ -n "$row" ]] || no_instance
+  show_log "$(fact "$row" .id)" "$tail" "$daemon" "$follow"
+}
+
+# usage: show_log ID TAIL DAEMON FOLLOW
+show_log() {
+  local failures=0 asked="$2" shown="$2"
+  : >"$scratch/seen"
+  [[ -z "$4" || "$2" -ge 1000 ]] || asked=1000    # between two looks more than $2 lines may come
+  while :; do
+    if vast logs "$1" --tail "$asked" ${3:+--daemon-logs}; then
+      failures=0
+      without_keys "$reply" >"$scratch/log"
+      new_lines "$scratch/seen" "$scratch/log" | tail -n "$shown"
+      mv "$scratch/log" "$scratch/seen"
+      shown="$asked"
+    else
+      failures=$((failures + 1))
+      ((failures < 3)) && [[ ! "$refused" =~ ^40[0-9]$ ]] || die_by_vast 'the log cannot be had'
+    fi
+    [[ -n "$4" || "$failures" != 0 ]] || return 0
+    pause "$POLL"
+  done
+}
+
+# usage: new_lines SEEN LOG    (prints the lines of LOG that follow those it shares with SEEN's end)
+# A last line that was seen only in part is printed again, whole.
+new_lines() {
+  awk 'FILENAME == ARGV[1] { seen[++n] = $0; next } { log_[++m] = $0 }
+    END {
+      for (cut = 0; cut < 2; cut++)
+        for (k = n - cut; k > 0; k--) {
+          if (k > m) continue
+          same = 1
+          for (i = 1; i <= k && same; i++) same = seen[n - cut - k + i] == log_[i]
+          if (same) { for (i = k + 1; i <= m; i++) print log_[i]; exit }
+        }
+      for (i = 1; i <= m; i++) print log_[i]
+    }' "$1" "$2"
+}
+
+# -----------------------------------------------------------------------------
+# stop, destroy
+
+target_id=''
+
+# usage: parse_target COMMAND FLAG [ARGUMENTS...]    (sets target_id, and agreed if FLAG is there)
+parse_target() {
+  local command="$1" flag="$2"
+  shift 2
+  while (($#)); do
+    if [[ "$1" == "$flag" ]]; then agreed=yes
+    elif [[ "$1" =~ ^[0-9]+$ && -z "$target_id" ]]; then target_id="$1"
+    else usage_error "$command knows no '$1'" "$command"
+    fi
+    shift
+  done
+}
+
+# Finds the instances that stop and destroy are for; prints a row a line.
+find_targets() {
+  open_account
+  look_or_die
+  [[ "$instances" != '[]' ]] || no_instance
+  targets="$(target_rows "$target_id")"
+  [[ -n "$targets" ]] || die "$EX_NO_INSTANCE" "no instance $target_id is labelled '$LABEL'; those\
+ that are: $(facts 'map(.id | tostring) | join(", ")' <<<"$instances")"
+}
+targets=''
+
+cmd_stop() {
+  local row failed=''
+  parse_target stop --now "$@"
+  find_targets
+  while IFS= read -r row; do
+    stop_one "$row" || failed=$?
+  done <<<"$targets"
+  [[ -z "$failed" ]] || exit "$failed"
+}
+
+# usage: stop_one ROW
+stop_one() {
+  local id state url
+  IFS='|' read -r id state url <<<"$(fact "$1" '"\(.id)|\(.state)|\(.address)"')"
+  if [[ "$state" == stopped ]]; then
+    say "instance $id is stopped already; $(storage_cost "$1")"
+    return
+  fi
+  if [[ -n "$url" && -n "$agreed" ]]; then
+    say_what_is_cut "$url"
+  elif [[ -n "$url" ]]; then
+    drain "$url" "$DRAIN_SECONDS"
+  fi
+  vast stop instance "$id" || [[ ! "$refused" =~ ^40[13]$ ]] ||
+    die_by_vast "instance $id is not stopped"
+  confirm_stopped "$id" || return
+  say "instance $id is stopped; $(storage_cost "$1"); start wakes it, destroy ends that too"
+}
+
+storage_cost() {
+  fact "$1" '"its storage goes on costing \(.storage | fixed(4)) $/h"
+    + " (\(.storage * 24 | fixed(2)) $ a day)"'
+}
+
+# Prints how many requests the worker has, running and waiting; fails if it does not tell.
+work_of() {
+  local health
+  health="$(health_of "$1")" || return
+  facts '"\(.queue.running // 0) running, \(.queue.waiting // 0) waiting"' <<<"$health"
+}
+
+say_what_is_cut() {
+  local work
+  work="$(work_of "$1")" || return 0
+  [[ "$work" == '0 running, 0 waiting' ]] || say "this cuts requests: $work"
+}
+
+# usage: drain ADDRESS SECONDS    (returns when the worker has nothing to do, or time is up)
+drain() {
+  local work deadline=$((SECONDS + $2)) said=''
+  while work="$(work_of "$1")" && [[ "$work" != '0 running, 0 waiting' ]]; do
+    if ((SECONDS >= deadline)); then
+      say "after $2 s still $work: stopping all the same, which cuts them"
+      return
+    fi
+    [[ "$work" == "$said" ]] || say "waiting for requests: $work"
+    said="$work"
+    pause 1
+  done
+}
+
+# Waits until Vast itself tells that instance $1 is stopped; asks for it again if it is not.
+confirm_stopped() {
+  local deadline=$((SECONDS + STOP_SECONDS)) state='' wanted row
+  while ((SECONDS < deadline)); do
+    if look; then
+      row="$(row_of "$1")"
+      [[ -n "$row" ]] || { say "Vast lists no instance $1 any more"; return; }
+      IFS='|' read -r wanted state <<<"$(fact "$row" '"\(.wanted)|\(.state)"')"
+      [[ "$wanted" == stopped ]] || vast stop instance "$1" || say "$complaint"
+      [[ "$wanted" != stopped || "$state" == stopping ]] || return 0
+    fi
+    pause "$((POLL < 5 ? POLL : 5))"
+  done
+  say "Vast was told to stop instance $1, and still lists it as ${state:-unknown}"
+  say_still_billed "$1" stop
+  return "$EX_LATE"
+}
+
+cmd_destroy() {
+  local row id failed=''
+  parse_target destroy --yes "$@"
+  find_targets
+  facts '"instance \(.id): \(.state), \(.gpu), \(.price | fixed(4)) $/h"' <<<"$targets" >&2
+  [[ -n "$agreed" ]] || agree_to_destroy
+  for id in $(facts .id <<<"$targets"); do
+    destroy_confirmed "$id" || failed=yes
+  done
+  [[ -z "$failed" ]] || exit "$EX_REFUSED"
+}
+
+agree_to_destroy() {
+  local answer=''
+  [[ -t 0 ]] ||
+    die "$EX_USAGE" 'not destroying without being told to: this is no terminal, so say --yes'
+  printf '%s' 'Destroy it, with its disk? [y/N] ' >&2
+  read -r answer || true
+  [[ "$answer" == [yY] || "$answer" == [yY]es ]] || die "$EX_UNHEALTHY" 'nothing is destroyed'
+}
+
+# Destroys instance $1 and waits until Vast lists it no more.
+destroy_confirmed() {
+  local attempt
+  for attempt in 1 2 3 4 5; do
+    destroy_once "$1"
+    if look && [[ -z "$(row_of "$1")" ]]; then
+      say "instance $1 is destroyed; it costs nothing any more"
+      return
+    fi
+    pause "$attempt"
+  done
+  say_still_billed "$1" destroy
+  return 1
+}
+
+# -----------------------------------------------------------------------------
+# ssh, tunnel, env
+
+# Sets ssh_host and ssh_port of the instance.
+find_ssh() {
+  open_account
+  look_or_die
+  find_running
+  IFS='|' read -r ssh_host ssh_port <<<"$(fact "$row" '"\(.ssh_host)|\(.ssh_port)"')"
+  [[ -n "$ssh_host" && -n "$ssh_port" ]] ||
+    die "$EX_UNHEALTHY" 'Vast does not tell an SSH address (yet)'
+  command -v ssh >/dev/null 2>&1 ||
+    die "$EX_MISSING" 'ssh is missing: sudo apt install openssh-client'
+  rm -rf "$scratch"    # exec leaves no one to do it
+}
+ssh_host='' ssh_port=''
+
+cmd_ssh() {
+  find_ssh
+  exec ssh -p "$ssh_port" "root@$ssh_host" "$@"
+}
+
+cmd_tunnel() {
+  local port="$WORKER_PORT"
+  split_words "$@"
+  set -- ${words[@]+"${words[@]}"}
+  while (($#)); do
+    [[ "$1" == --port ]] || usage_error "tunnel knows no '$1'" tunnel
+    need_value tunnel "$1" "${2:-}"
+    need_whole tunnel --port "$2" 1 65535
+    port="$((10#$2))"
+    shift 2
+  done
+  find_ssh
+  printf 'http://127.0.0.1:%s\n' "$port"
+  say 'open until Ctrl-C, if SSH says nothing below'
+  exec ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15 \
+    -L "127.0.0.1:$port:127.0.0.1:$WORKER_PORT" -p "$ssh_port" "root@$ssh_host"
+}
+
+cmd_env() {
+  (($# == 0)) || usage_error "env knows no '$1'" env
+  open_account
+  look_or_die
+  find_running
+  fact "$row" '"BARK_URL=\(.address)
+BARK_API_KEY=\(.key | quoted)
+# the instance on Vast; its address changes when it is stopped and started
+VASTAI_ENDPOINT_ID=\(.id)
+# VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"'
+}
+
+# -----------------------------------------------------------------------------
 # The child: the one process that must not outlive this script
 
 child_pid=''
-
-# From here on, whatever ends this script ends the child too.
-guard_child() {
-  trap finish EXIT
-  trap 'exit 129' HUP
-  trap 'exit 130' INT
-  trap 'exit 143' TERM
-}
 
 # usage: start_child COMMAND...
 # In a process group of its own, so that the terminal's Ctrl-C reaches it once: through `finish`.
@@ -155,16 +1787,15 @@ child_lives() { [[ -n "$child_pid" ]] && kill -0 "$child_pid" 2>/dev/null; }
 end_child() {
   local deadline=$((SECONDS + END_SECONDS)) status=0
   signal_child TERM
-  while child_lives && ((SECONDS < deadline)); do pause; done
+  while child_lives && ((SECONDS < deadline)); do short_pause; done
   signal_child KILL
   wait "$child_pid" 2>/dev/null || status=$?
   return "$status"
 }
 
-finish() {
-  trap '' HUP PIPE    # nobody may be reading any more; the child must end all the same
-  trap 'signal_child KILL' INT TERM
+finish_child() {
   if child_lives; then
+    trap 'signal_child KILL' INT TERM
     say 'stopping: running requests may finish for 10 s (Ctrl-C again: at once)' || true
     end_child || true
     [[ ! -d "$RUN_DIR" ]] || wait_for_log_end
@@ -175,7 +1806,7 @@ finish() {
 # usage: run_child COMMAND...    (returns its exit status)
 run_child() {
   local status=0
-  guard_child
+  guard
   start_child "$@"
   wait "$child_pid" || status=$?
   child_pid=''
@@ -183,7 +1814,7 @@ run_child() {
   return "$status"
 }
 
-pause() { sleep 0.2 || true; }
+short_pause() { sleep 0.2 || true; }
 
 # -----------------------------------------------------------------------------
 # The virtual environment
@@ -319,14 +1950,14 @@ relay_log() {
 # The worker's last words come before ours. Bash 3.2 cannot wait for a process substitution.
 wait_for_log_end() {
   local deadline=$((SECONDS + 5))
-  until [[ -e "$RUN_DIR/log-ended" ]] || ((SECONDS >= deadline)); do pause; done
+  until [[ -e "$RUN_DIR/log-ended" ]] || ((SECONDS >= deadline)); do short_pause; done
 }
 
 # Fails if the worker ends before it listens.
 wait_for_address() {
   until [[ -s "$RUN_DIR/address" ]]; do
     child_lives || return 1
-    pause
+    short_pause
   done
 }
 
@@ -354,7 +1985,7 @@ wait_until_ready() {
       esac
       last="$health"
     fi
-    pause
+    short_pause
   done
   ! child_lives || say "the worker has not answered at $1/health for $SILENT_SECONDS s"
   return 1
@@ -375,7 +2006,7 @@ how_to_call() {
 # usage: run_worker MODEL    (until it ends, or a signal ends both)
 run_worker() {
   local address status=0
-  guard_child
+  guard
   mkdir "$RUN_DIR"
   export BARK_MODEL="$1"
   export HOST="${HOST:-127.0.0.1}"    # without a key, a port on a shared network is open to all
@@ -408,10 +2039,9 @@ cmd_local() {
   while (($#)); do
     case "$1" in
       --model=*) set -- --model "${1#*=}" "${@:2}"; continue ;;
-      --model) [[ -n "${2:-}" ]] || usage_error '--model needs an ID' "$USAGE_LOCAL"
+      --model) [[ -n "${2:-}" ]] || usage_error '--model needs an ID' local
         model="$2"; shift ;;
-      -h | --help) printf '%s\n' "$USAGE_LOCAL"; return ;;
-      *) usage_error "local knows no '$1'" "$USAGE_LOCAL" ;;
+      *) usage_error "local knows no '$1'" local ;;
     esac
     shift
   done
@@ -429,25 +2059,78 @@ cmd_local() {
 }
 
 # -----------------------------------------------------------------------------
-# help, main
+# completion, help, main
+
+# Prints the options of a command, by blanks: they are those that its help tells.
+options_of() {
+  local word options=''
+  while read -r word _; do
+    case "$word" in
+      -f,) options="$options -f --follow" ;;
+      --*) options="$options $word" ;;
+    esac
+  done <<<"$(usage_of "$1")"
+  printf '%s\n' "${options# }"
+}
+
+commands() {
+  local line commands=''
+  while IFS= read -r line; do
+    [[ ! "$line" =~ ^\ \ ([a-z]+)\  ]] || commands="$commands ${BASH_REMATCH[1]}"
+  done <<<"$USAGE"
+  printf '%s\n' "${commands# }"
+}
+
+read -r -d '' COMPLETION <<'SH' || true
+_manage_bark_worker() {
+  local words=''
+  case "$COMP_CWORD ${COMP_WORDS[1]:-}" in
+    1\ * | 2\ help) words='@COMMANDS@' ;;
+@OPTIONS@
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _manage_bark_worker manage-bark-worker.sh ./manage-bark-worker.sh
+SH
+readonly COMPLETION
+
+cmd_completion() {
+  local command cases='' text="$COMPLETION"
+  case "${1:-}" in
+    bash) ;;
+    zsh) printf 'autoload -U +X %s && %s\n' compinit compinit bashcompinit bashcompinit ;;
+    *) usage_error "completion is for bash or zsh, not '${1:-}'" completion ;;
+  esac
+  for command in $(commands); do
+    cases="$cases"$'\n'"    *\ $command) words='$(options_of "$command")' ;;"
+  done
+  text="${text/@COMMANDS@/$(commands)}"
+  printf '%s\n' "${text/@OPTIONS@/${cases#$'\n'}}"
+}
 
 cmd_help() {
-  (($# <= 1)) || usage_error 'help takes one command' "$USAGE_HELP"
-  case "${1:-}" in
-    '') printf '%s\n' "$USAGE" ;;
-    local) printf '%s\n' "$USAGE_LOCAL" ;;
-    help) printf '%s\n' "$USAGE_HELP" ;;
-    *) usage_error "unknown command '$1'" "$USAGE" ;;
-  esac
+  (($# <= 1)) || usage_error 'help takes one command' help
+  if [[ -z "${1:-}" ]]; then printf '%s\n' "$USAGE"; return; fi
+  usage_of "$1" || unknown_command "$1"
 }
+
+unknown_command() { die "$EX_USAGE" "unknown command '$1'"$'\n'"$USAGE"; }
 
 main() {
-  case "${1:-}" in
-    local | help) "cmd_$1" "${@:2}" ;;
-    -h | --help) printf '%s\n' "$USAGE" ;;
-    '') usage_error 'a command is needed' "$USAGE" ;;
-    *) usage_error "unknown command '$1'" "$USAGE" ;;
+  local command="${1:-}" word
+  case "$command" in
+    -h | --help) printf '%s\n' "$USAGE"; return ;;
+    '') die "$EX_USAGE" 'a command is needed'$'\n'"$USAGE" ;;
   esac
+  usage_of "$command" >/dev/null || unknown_command "$command"
+  for word in "${@:2}"; do
+    case "$word" in -h | --help) usage_of "$command"; return ;; esac
+    [[ "$command" != ssh ]] || break    # its other words are for the instance
+  done
+  "cmd_$command" "${@:2}"
 }
 
-if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+  main "$@"
+  exit    # without reading on: a new version may have replaced this file meanwhile
+fi

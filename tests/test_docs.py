@@ -6,12 +6,16 @@ import ast
 import json
 import re
 import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
 from types import ModuleType
 
-from conftest import ROOT, WORKER, Worker
+import pytest
+from conftest import ROOT, START_SECONDS, WORKER, Worker, wait_until
+from manager import BASH, SCRIPT, Manager, managed
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MANAGER = ROOT / "manage-bark-worker.sh"
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -72,7 +76,7 @@ def test_the_example_error_is_a_real_one(worker: Worker) -> None:
 
 
 def test_the_commands_table_is_the_managers_own() -> None:
-    usage = subprocess.run([MANAGER, "help"], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run([SCRIPT, "help"], capture_output=True, text=True, check=True).stdout
     listed = {re.search(r"\.sh (\w+)", row[0])[1] for row in rows("Commands")}
     assert listed == set(re.findall(r"^  (\w+) ", usage, re.M))
 
@@ -88,3 +92,41 @@ def test_every_relative_link_leads_somewhere() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
     assert links
     assert all((ROOT / link).exists() for link in links)
+
+
+def test_the_exit_statuses_are_the_managers_own() -> None:
+    text = " ".join(README.split("Exit status: ")[1].split(". ")[0].split())
+    usage = subprocess.run([SCRIPT, "help"], capture_output=True, text=True, check=True).stdout
+    told = re.split(r"\n\n", usage.split("exit status: ")[1])[0]
+    assert re.findall(r"\b\d+\b", text) == re.findall(r"\b\d+\b", told)
+
+
+def shell_block(*needles: str) -> str:
+    """The README's one block of commands that has all of these in it."""
+    (block,) = (block for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+                if all(needle in block for needle in needles))
+    return block
+
+
+def by_hand(manager: Manager, command: str) -> str:
+    """What a shell with the real vastai prints for a command."""
+    done = subprocess.run([BASH, "-c", command], env=manager.environment() | {
+        "VAST_API_KEY": manager.vast.account_key}, capture_output=True, text=True,
+        timeout=START_SECONDS)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_the_route_by_hand_leads_to_a_worker_that_only_its_key_opens(
+        tmp_path: Path, toy: Path) -> None:
+    search, create = re.split(r"(?=^vastai create)", shell_block("vastai create"), flags=re.M)
+    with managed(tmp_path, toy) as manager:
+        offer = manager.vast.add_offer()
+        assert str(offer) in by_hand(manager, search)
+        by_hand(manager, create.replace("OFFER_ID", str(offer)))
+        (instance,) = manager.vast.instances.values()
+        wait_until(lambda: instance.port, "worker", START_SECONDS)
+        assert manager.run("start").stdout == f"{instance.worker_url}\n"
+        assert manager.run("test").status == 0
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{instance.worker_url}/voices")

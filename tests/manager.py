@@ -1,0 +1,107 @@
+"""Runs manage-bark-worker.sh with the real `vastai` on the fake API, and watches its manners."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conftest import ROOT, clean_environment
+from fake_vast import FakeVast
+
+SCRIPT = ROOT / "manage-bark-worker.sh"
+BASH = shutil.which(os.environ.get("TEST_BASH", "bash")) or "bash"
+RUN_SECONDS = 120.0  # one run of the script; each call of vastai takes about one
+
+
+@dataclass
+class Run:
+    """A run of the script in a session of its own, as on a terminal; output grows as it speaks."""
+
+    process: subprocess.Popen[str]
+    stdout: str = ""
+    stderr: str = ""
+    readers: list[threading.Thread] = field(default_factory=list)
+
+    def read(self, name: str) -> None:
+        for line in getattr(self.process, name):
+            setattr(self, name, getattr(self, name) + line)
+
+    def start_reading(self) -> None:
+        for name in ("stdout", "stderr"):
+            self.readers.append(threading.Thread(target=self.read, args=(name,), daemon=True))
+            self.readers[-1].start()
+
+    def wait(self, seconds: float = RUN_SECONDS) -> Run:
+        self.process.wait(seconds)
+        for reader in self.readers:
+            reader.join(10)
+        return self
+
+    @property
+    def status(self) -> int:
+        return self.process.returncode
+
+
+@dataclass
+class Manager:
+    """The script on a machine of its own (HOME, key), beside one Vast account."""
+
+    vast: FakeVast
+    home: Path
+    runs: list[Run] = field(default_factory=list)
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        base = clean_environment(PATH=path, BARK_POLL="1", **self.vast.environment(self.home))
+        return {name: value for name, value in {**base, **settings}.items()
+                if name not in ("PORT", "HOST", "HF_HUB_OFFLINE") or name in settings}
+
+    def launch(self, *arguments: str, cwd: Path | None = None, **settings: str) -> Run:
+        """Starts the script without a terminal; `settings` go into its environment."""
+        process = subprocess.Popen([BASH, str(SCRIPT), *arguments], text=True,
+                                   env=self.environment(**settings), cwd=cwd or self.home,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, start_new_session=True)
+        run = Run(process)
+        run.start_reading()
+        self.runs.append(run)
+        return run
+
+    def run(self, *arguments: str, cwd: Path | None = None, **settings: str) -> Run:
+        """The script's end, with what it said."""
+        return self.launch(*arguments, cwd=cwd, **settings).wait()
+
+    def said(self) -> str:
+        return "".join(run.stdout + run.stderr for run in self.runs)
+
+    def end(self) -> None:
+        """Ends what still runs, shows what was said, and checks what holds for every run."""
+        for run in self.runs:
+            if run.process.poll() is None:
+                run.process.terminate()
+            run.wait()
+            print(run.process.args, run.status, run.stdout, run.stderr, sep="\n")
+        assert [secret for secret in self.vast.secrets if secret in self.said()] == []
+        assert self.vast.rate_violations() == []
+        assert [stranger.touched for stranger in self.vast.strangers] == [[]]
+
+
+@contextlib.contextmanager
+def managed(folder: Path, model: Path) -> Iterator[Manager]:
+    """A Manager and its Vast, checked at the end. `env` prints the worker's key on purpose, so
+    tests that run it compare and take it out of the run's stdout."""
+    home = folder / "home"
+    home.mkdir()
+    with FakeVast(folder / "vast", {"suno/bark-small": model}) as vast:
+        manager = Manager(vast, home)
+        try:
+            yield manager
+        finally:
+            manager.end()

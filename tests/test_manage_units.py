@@ -1,0 +1,878 @@
+"""manage-bark-worker.sh without an account: its functions, help, wrong usage, completion.
+
+TEST_BASH names another bash to run it with, such as a 3.2 like macOS's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import clean_environment
+from manager import BASH, SCRIPT
+
+RUN_SECONDS = 30.0  # one run; each takes some hundredths
+HELP_SECONDS = 0.05  # in which help and complaints about usage are there
+TOOLS = ("dirname", "sed", "tr")  # all that reading the options takes
+COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "env",
+            "local", "completion", "help")
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+
+
+def shell(code: str, *arguments: str, stdin: str = "", **settings: str,
+          ) -> subprocess.CompletedProcess[str]:
+    """Sources the script, then runs `code` on the arguments; `settings` go into its environment."""
+    command = [BASH, "-c", f'source "$1"; shift; {code}', "test", str(SCRIPT), *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True,
+                          timeout=RUN_SECONDS, env=clean_environment(**settings))
+
+
+def answer(code: str, *arguments: str, stdin: str = "", **settings: str) -> str:
+    """What `code` prints; it must not complain."""
+    done = shell(code, *arguments, stdin=stdin, **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def facts(filter_: str, rows: object, **settings: str) -> Any:
+    """What the script's jq filter makes of rows of Vast's; `settings` are its global variables."""
+    names = "".join(f"{name}={settings[name]!r}; " for name in settings)
+    return json.loads(answer(f'{names}facts "$1 | tojson"', filter_, stdin=json.dumps(rows)))
+
+
+def command(*arguments: str, path: Path, script: Path = SCRIPT, **settings: str,
+            ) -> subprocess.CompletedProcess[str]:
+    """Runs the script itself, with a PATH of one folder."""
+    return subprocess.run([BASH, str(script), *arguments], capture_output=True, text=True,
+                          timeout=RUN_SECONDS, stdin=subprocess.DEVNULL,
+                          env=clean_environment(PATH=str(path), **settings))
+
+
+@pytest.fixture(scope="module")
+def bare_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PATH with TOOLS alone: no vastai, curl, jq or Python."""
+    folder = tmp_path_factory.mktemp("bin")
+    for tool in TOOLS:
+        folder.joinpath(tool).symlink_to(shutil.which(tool) or tool)
+    return folder
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def cli_module(name: str) -> ModuleType:
+    """A module of the real CLI that stands alone, without the package, which talks to the net."""
+    package = importlib.util.find_spec("vastai")
+    assert package and package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0], *name.split(".")).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(f"cli_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Names of GPUs and countries
+
+
+@pytest.mark.parametrize(("given", "names"), [
+    ("RTX 3060", "RTX 3060"),
+    ("rtx_3060_ti,4060", "RTX 3060 Ti,RTX 4060"),
+    ("4060ti , rtx 3060ti", "RTX 4060 Ti,RTX 3060 Ti"),
+    ("3060 ti,3070 ti,3080", "RTX 3060 Ti,RTX 3070 Ti,RTX 3080"),
+    ("rtx 3070 laptop,RTX 3080 LAPTOP", "RTX 3070 laptop,RTX 3080 laptop"),
+    ("rtx_a4000,a5000", "RTX A4000,RTX A5000"),
+    ("1660,1080 ti", "GTX 1660,GTX 1080 Ti"),
+    ("4070s,rtx_4070s_ti", "RTX 4070S,RTX 4070S Ti"),
+    ("tesla_t4,l4", "Tesla T4,L4"),
+    ("any", "ANY"),
+])
+def test_gpu_names_are_spelled_as_vast_does(given: str, names: str) -> None:
+    assert answer('gpu_names "$1"', given) == f"{names}\n"
+
+
+NVIDIA = re.compile(r"(RTX|GTX|Q RTX|Tesla|Quadro|Titan|[ABLH]\d+)\b.*|GH200 SXM")
+
+
+def test_a_gpu_named_as_vast_does_keeps_its_name() -> None:
+    """Those that the CLI itself lists; the advice after a search names GPUs like that, too."""
+    values = vars(cli_module("data.query")).values()
+    names = sorted({name for name in values if isinstance(name, str) and NVIDIA.fullmatch(name)})
+    assert len(names) > 90
+    assert answer('gpu_names "$1"', ",".join(names).replace(" ", "_")) == f"{','.join(names)}\n"
+
+
+@pytest.mark.parametrize(("given", "codes"), [
+    ("de", "DE"),
+    ("DE, fr", "DE,FR"),
+    ("CH,EU,NO", "CH,AT,"),
+])
+def test_regions_become_country_codes(given: str, codes: str) -> None:
+    assert answer('region_codes "$1"', given).startswith(codes)
+
+
+def test_eu_stands_for_its_27_members() -> None:
+    codes = answer("region_codes us,eu,ch").strip().split(",")
+    assert codes[0] == "US" and codes[-1] == "CH"
+    assert len(set(codes)) == len(codes) == 29 and {"DE", "GR", "SE"} <= set(codes)
+
+
+@pytest.mark.parametrize("given", ["", "Germany", "D", "DE,", ",DE", "DE,,FR", "D1", "DE;FR",
+                                   "DE\nFR"])
+def test_what_is_no_country_code_is_refused(given: str) -> None:
+    done = shell('region_codes "$1" && echo taken', given)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(("given", "number"), [
+    ("0", 0), ("0.25", 250_000), (".5", 500_000), ("1.", 1_000_000), ("0.20", 200_000),
+    ("08", 8_000_000), ("0.09", 90_000), ("128", 128_000_000), ("0.0000019", 1),
+    ("999999.999999", 999_999_999_999),
+])
+def test_decimals_become_millionths(given: str, number: int) -> None:
+    assert answer('millionths "$1"', given) == f"{number}\n"
+
+
+@pytest.mark.parametrize(("number", "text"), [
+    (0, "0.0000"), (99, "0.0000"), (100, "0.0001"), (123_456, "0.1234"), (1_000_000, "1.0000"),
+    (12_000_050, "12.0000"), (99_999_900, "99.9999"),
+])
+def test_millionths_become_decimals(number: int, text: str) -> None:
+    assert answer('decimal "$1"', str(number)) == f"{text}\n"
+
+
+@pytest.mark.parametrize(("function", "given"), [
+    ("need_number", ["1", "1.0", "5.5", "10", "10.000", "010"]),
+    ("need_whole", ["1", "5", "10", "010", "08"]),
+])
+def test_numbers_within_the_bounds_are_taken(function: str, given: list[str]) -> None:
+    code = f'for value in "$@"; do {function} start --some "$value" 1 10; done'
+    assert answer(code, *given) == ""
+
+
+@pytest.mark.parametrize(("function", "given"), [
+    *[("need_number", value) for value in ("0.999999", "10.000001", "11", "-1", "+5", "1e1", "5,5",
+                                           "5 ", "x", ".", "0x5", "5\n", "1;2", "9" * 30)],
+    *[("need_whole", value) for value in ("0", "11", "5.0", "-1", "5 ", "five", "0x5", "5\n",
+                                          "9" * 30)],
+])
+def test_other_numbers_are_refused_with_what_is_allowed(function: str, given: str) -> None:
+    done = shell(f'{function} start --some "$1" 1 10', given)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--some is '{given}'; it must be a" in done.stderr and "from 1 to 10" in done.stderr
+    assert "usage: manage-bark-worker.sh start" in done.stderr
+
+
+# What the rented worker is given
+
+
+def parse_env(text: str) -> dict[str, str]:
+    return cli_module("utils").parse_env(text)
+
+
+def test_the_containers_environment_arrives_as_it_was_meant() -> None:
+    settings = {"TTS_MAX_LENGTH": "400", "BARK_DTYPE": "float16", "BARK_MAX_BATCH": "8",
+                "BARK_MAX_QUEUE": "9", "BARK_TIMEOUT": "77.5", "BARK_DETERMINISTIC": "on"}
+    text = answer('parse_start --model suno/bark-small --voice=v2/de_speaker_3; run_key=abc123;'
+                  ' container_env', BARK_DEVICE="cpu", BARK_API_KEY="mine", HOST="::", **settings)
+    assert parse_env(text.rstrip("\n")) == {
+        "-p 8080:8080": "1", "BARK_API_KEY": "abc123", "HF_HOME": "/workspace/models",
+        "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "v2/de_speaker_3", **settings}
+
+
+def test_what_is_not_set_is_not_passed() -> None:
+    text = answer("parse_start; run_key=k; container_env", BARK_DTYPE="", BARK_VOICE="")
+    assert parse_env(text.rstrip("\n")).keys() == {"-p 8080:8080", "BARK_API_KEY", "HF_HOME"}
+
+
+def test_the_builtin_voice_is_the_images() -> None:
+    text = answer("parse_start --model builtin-voice; run_key=k; container_env")
+    assert parse_env(text.rstrip("\n"))["BARK_MODEL"] == "/app/builtin-voice"
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", 'say "x"', "a\nb", "a\tb", "$HOME", "`id`", "a=b",
+                                   "a;b", "a*b", "höher", "a\\b", "a,b", " "])
+@pytest.mark.parametrize("name", ["BARK_VOICE", "BARK_DTYPE"])
+def test_values_that_the_cli_would_mangle_are_refused(name: str, value: str,
+                                                      bare_path: Path) -> None:
+    done = command("start", "--yes", path=bare_path, **{name: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"is '{value}'; it may have letters" in done.stderr
+
+
+def test_the_workers_settings_are_passed_on_and_no_others(bark: ModuleType) -> None:
+    """The others are the manager's own choice: address, device, key; model and voice by option."""
+    own = {"PORT", "HOST", "BARK_DEVICE", "BARK_API_KEY", "BARK_MODEL", "BARK_VOICE"}
+    passed = answer('printf "%s\\n" "$PASSED_ON"').split()
+    assert sorted(passed) == sorted({v.name for v in bark.VARIABLES} - own)
+
+
+def test_the_worker_knows_every_variable_of_the_manager(bark: ModuleType) -> None:
+    """It warns of BARK_ variables that it does not know."""
+    read = set(re.findall(r"(?<!\\)\$\{?(BARK_[A-Z_]+)", SOURCE))
+    assert read - {v.name for v in bark.VARIABLES} == bark.MANAGER_VARIABLES
+
+
+# The on-start command
+
+
+def on_start() -> str:
+    return answer('printf "%s\\n" "$ON_START"')
+
+
+def test_the_on_start_command_is_short_enough_for_vast() -> None:
+    assert 0 < len(on_start()) < 4000
+
+
+@pytest.mark.parametrize("console", ["console", "absent/console"])
+@pytest.mark.parametrize("interpreter", ["bash", "sh"])
+@pytest.mark.parametrize("statuses", [[0], [2], [1, 0], [137, 143, 3, 2]])
+def test_the_worker_is_started_again_until_it_ends_well_or_refuses_its_settings(
+        statuses: list[int], interpreter: str, console: str, tmp_path: Path) -> None:
+    """What it says goes where `vastai logs` reads; where that cannot be, where Vast lets it."""
+    (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in [*statuses, 0, 0]))
+    executable(tmp_path / "python", f"""#!/bin/sh
+cd {tmp_path}
+echo "python $*"
+echo complaint >&2
+read -r status <statuses
+sed -i 1d statuses
+exit "$status"
+""")
+    executable(tmp_path / "sleep", '#!/bin/sh\necho "sleep $*"\n')
+    code = on_start().replace("/proc/1/fd/1", str(tmp_path / console))
+    done = subprocess.run([interpreter, "-c", f"{code}\nwait"], stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.STDOUT, timeout=RUN_SECONDS,
+                          env=clean_environment(PATH=f"{tmp_path}:/usr/bin:/bin"))
+    runs = [f"python -u /app/bark-worker.py\ncomplaint\nbark-worker ended with status {status}\n"
+            for status in statuses]
+    read = (tmp_path / console).read_text() if console == "console" else done.stdout
+    assert (done.returncode, read) == (0, "sleep 5\n".join(runs))
+
+
+def test_the_on_start_command_returns_while_the_worker_runs(tmp_path: Path) -> None:
+    """Vast waits for it before it lets anybody in."""
+    executable(tmp_path / "python", "#!/bin/sh\nread -r _ <release\n")
+    os.mkfifo(tmp_path / "release")
+    code = on_start().replace("/proc/1/fd/1", str(tmp_path / "console"))
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, timeout=RUN_SECONDS,
+                          stderr=subprocess.DEVNULL,
+                          env=clean_environment(PATH=f"{tmp_path}:/usr/bin:/bin"))
+    (tmp_path / "release").write_text("go\n")  # blocks until the worker reads it
+    assert done.returncode == 0
+
+
+# What Vast tells of instances
+
+
+def row(**fields: object) -> dict[str, object]:
+    return {"id": 7, "label": "bark-worker", "intended_status": "running", "cur_state": "running",
+            "actual_status": "running", "status_msg": None, "is_bid": False, "extra_env": [],
+            "gpu_name": "RTX 3060", "num_gpus": 1, "dph_total": 0.07, **fields}
+
+
+@pytest.mark.parametrize(("actual", "intended", "message", "is_bid", "state"), [
+    (None, "running", None, False, "provisioning"),
+    ("", "running", "", False, "provisioning"),
+    (None, "running", "Error response from daemon: no such image", False, "error"),
+    (None, None, None, False, "provisioning"),
+    ("loading", "running", "Pulling from acme/bark", False, "loading"),
+    ("loading", "running", "Failed to pull image", False, "error"),
+    ("loading", "running", "OCI runtime create failed", False, "error"),
+    ("created", "running", None, False, "loading"),
+    ("rebooting", "running", None, False, "loading"),
+    ("running", "running", "success, running acme/bark", False, "running"),
+    ("running", "running", "error: of an earlier start", False, "running"),
+    ("frozen", "running", None, False, "frozen"),
+    ("scheduling", "running", None, False, "scheduling"),
+    ("offline", "running", None, False, "offline"),
+    ("offline", "stopped", None, False, "offline"),
+    ("unknown", "running", "error", False, "unknown"),
+    ("exited", "running", None, False, "exited"),
+    ("exited", "running", "container exited", True, "outbid"),
+    ("stopped", "running", None, True, "outbid"),
+    ("stopped", "running", None, False, "exited"),
+    ("exited", "stopped", "container stopped", False, "stopped"),
+    ("stopped", "stopped", None, True, "stopped"),
+    ("exited", "stopped", "error while stopping", False, "stopped"),
+    (None, "stopped", None, False, "stopped"),
+    ("scheduling", "stopped", None, False, "stopped"),
+    ("running", "stopped", None, False, "stopping"),
+    ("loading", "stopped", None, False, "stopping"),
+])
+def test_an_instances_state_is_what_vast_and_its_owner_make_of_it(
+        actual: str | None, intended: str | None, message: str | None, is_bid: bool, state: str,
+        ) -> None:
+    one = row(actual_status=actual, intended_status=intended, status_msg=message, is_bid=is_bid)
+    assert facts("instance.state", one) == state
+
+
+PORTS = {"8080/tcp": [{"HostIp": "0.0.0.0", "HostPort": "40123"}],
+         "22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "40022"}]}
+
+
+@pytest.mark.parametrize(("fields", "address"), [
+    ({"public_ipaddr": "192.0.2.7", "ports": PORTS}, "http://192.0.2.7:40123"),
+    ({"public_ipaddr": " 192.0.2.7 \n", "ports": PORTS}, "http://192.0.2.7:40123"),
+    ({"public_ipaddr": "192.0.2.7", "ports": None}, ""),
+    ({"public_ipaddr": "192.0.2.7", "ports": {}}, ""),
+    ({"public_ipaddr": "192.0.2.7", "ports": {"8080/tcp": []}}, ""),
+    ({"public_ipaddr": "192.0.2.7", "ports": {"8080/tcp": None}}, ""),
+    ({"public_ipaddr": None, "ports": PORTS}, ""),
+    ({"public_ipaddr": "192.0.2.7", "ports": PORTS, "actual_status": "loading"}, ""),
+])
+def test_a_worker_has_an_address_once_it_can_have_one(fields: dict[str, object],
+                                                      address: str) -> None:
+    assert facts("instance.address", row(**fields)) == address
+
+
+@pytest.mark.parametrize(("extra_env", "known", "key"), [
+    (None, False, ""),
+    ([], True, ""),
+    ([["BARK_API_KEY", 'q"uo\\te'], ["HF_HOME", "/x"]], True, 'q"uo\\te'),
+    ({"BARK_API_KEY": "k=1"}, True, "k=1"),
+    ([None, ["BARK_API_KEY", "k"]], True, "k"),
+])
+def test_the_workers_key_is_found_whatever_the_lists_shape(extra_env: object, known: bool,
+                                                           key: str) -> None:
+    assert facts("instance | [.known, .key]", row(extra_env=extra_env)) == [known, key]
+
+
+@pytest.mark.parametrize(("fields", "host", "port"), [
+    ({"public_ipaddr": "192.0.2.7\n", "ports": PORTS}, "192.0.2.7", "40022"),
+    ({"ssh_host": "ssh4.example.net", "ssh_port": 12345}, "ssh4.example.net", "12345"),
+    ({}, "", ""),
+])
+def test_ssh_goes_straight_to_the_instance_where_it_can(fields: dict[str, object], host: str,
+                                                        port: str) -> None:
+    assert facts("instance | [.ssh_host, .ssh_port]", row(**fields)) == [host, port]
+
+
+def test_an_odd_row_does_not_break_the_list() -> None:
+    assert facts("map(instance.state)", [{"id": 1}, row(), row(status_msg=3, extra_env={})]) \
+        == ["provisioning", "running", "running"]
+
+
+CHOICES = [
+    (["stopped", "running"], 1), (["running", "running"], 0), (["stopped", "loading"], 1),
+    (["outbid", "stopped"], 1), (["error", "outbid"], 1), (["offline"], 0), ([], None),
+]
+
+
+@pytest.mark.parametrize(("states", "chosen"), CHOICES)
+def test_what_runs_is_meant_before_what_sleeps_and_what_sleeps_before_what_failed(
+        states: list[str], chosen: int | None) -> None:
+    rows = [{"id": number, "state": state} for number, state in enumerate(states)]
+    told = answer('instances="$1"; chosen_row', json.dumps(rows))
+    assert (json.loads(told)["id"] if told else None) == chosen
+
+
+@pytest.mark.parametrize(("message", "fault"), [
+    ("Error response from daemon: manifest for ghcr.io/a/b:latest not found: manifest unknown",
+     True),
+    ("manifest unknown", True),
+    ("pull access denied for a/b, repository does not exist or may require 'docker login'", True),
+    ("denied: requested access to the resource is denied", True),
+    ('Error response from daemon: Head "https://ghcr.io/v2/a/b/manifests/latest": denied', True),
+    ('Error response from daemon: Head "https://ghcr.io/v2/a/b/manifests/latest": unauthorized',
+     True),
+    ("unauthorized: authentication required", True),
+    ("no matching manifest for linux/amd64 in the manifest list entries", True),
+    ("invalid reference format", True),
+    ("Error: NAME UNKNOWN: repository name not known to registry", True),
+    ("OCI runtime create failed: nvidia-container-cli: initialization error", False),
+    ("write /var/lib/docker/x: no space left on device", False),
+    ("toomanyrequests: You have reached your pull rate limit", False),
+    ("net/http: TLS handshake timeout", False),
+    ("permission denied while trying to connect to the Docker daemon socket", False),
+    ("Error response from daemon: could not select device driver with capabilities", False),
+    ("", False),
+])
+def test_a_fault_of_the_image_is_told_from_one_of_the_host(message: str, fault: bool) -> None:
+    assert answer('is_image_fault "$1" && echo yes || echo no', message) == \
+        ("yes\n" if fault else "no\n")
+
+
+# Offers
+
+
+def offer(**fields: object) -> dict[str, object]:
+    return {"id": 1, "gpu_name": "RTX 3060", "gpu_ram": 12288, "geolocation": "Sweden, SE",
+            "reliability2": 0.99, "inet_down": 500, "inet_down_cost": 0.01, "dph_total": 0.07,
+            "min_bid": 0.03, "storage_cost": 0.15, **fields}
+
+
+@pytest.mark.parametrize(("wanted", "query"), [
+    ([], {"gpu_ram": {"gte": 8000.0}, "reliability": {"gt": "0.95"}, "dph_total": {"lte": "0.20"},
+          "disk_space": {"gte": "50"}, "cuda_max_good": {"gte": "12.6"},
+          "compute_cap": {"lt": "1000"}, "num_gpus": {"eq": "1"}, "cpu_arch": {"eq": "amd64"}}),
+    (["--gpu", "3060,4060_ti"], {"gpu_name": {"in": ["RTX 3060", "RTX 4060 Ti"]}}),
+    (["--gpu=any"], {"gpu_name": None}),
+    (["--gpu", "rtx 3090"], {"gpu_name": {"in": ["RTX 3090"]}}),
+    (["--region", "de,fr"], {"geolocation": {"in": ["DE", "FR"]}}),
+    (["--region", "de"], {"geolocation": {"in": ["DE"]}}),
+    (["--disk", "080", "--min-vram", "11.5"], {"disk_space": {"gte": "80"},
+                                               "gpu_ram": {"gte": 11500.0}}),
+    (["--image", "acme/bark:cu130"], {"cuda_max_good": {"gte": "13.0"}, "compute_cap": None}),
+])
+def test_the_cli_reads_the_search_as_it_was_meant(wanted: list[str],
+                                                  query: dict[str, object]) -> None:
+    text = answer('parse_start "$@"; printf "%s %s\\n" "$(hard_query)" "$(soft_query)"', *wanted)
+    parsed = cli_module("api.query").parse_query(text.strip(), {}, OFFER_FIELDS, {}, MULTIPLIED)
+    assert {name: parsed.get(name) for name in query} == query
+
+
+OFFER_FIELDS = {"num_gpus", "cpu_arch", "cuda_max_good", "compute_cap", "direct_port_count",
+                "inet_down", "disk_space", "gpu_ram", "reliability", "dph_total", "gpu_name",
+                "geolocation"}
+MULTIPLIED = {"gpu_ram": 1000.0}
+
+
+def test_offers_come_cheapest_first_with_what_they_cost_in_all() -> None:
+    rows = [offer(id=1, dph_total=0.09), offer(id=2), offer(id=3, dph_total=None)]
+    found = facts("offers", rows, disk="72")
+    assert [(one["id"], one["cost"], one["bid"]) for one in found] == [(2, 0.07, None),
+                                                                       (1, 0.09, None)]
+    assert found[0]["storage"] == pytest.approx(0.15 * 72 / 720)
+
+
+@pytest.mark.parametrize(("bid", "found"), [
+    ("", [(1, 0.0375, 0.0775), (2, 0.125, 0.145)]),  # a quarter above the lowest that wins
+    ("0.05", [(1, 0.05, 0.09)]),  # too little for the other
+    ("0.02", []),
+])
+def test_an_interruptible_offer_costs_its_bid(bid: str, found: list[tuple[int, float, float]],
+                                              ) -> None:
+    rows = [offer(id=1, min_bid=0.03, dph_total=0.07), offer(id=2, min_bid=0.1, dph_total=0.12),
+            offer(id=3, min_bid=None)]
+    told = facts("offers", rows, pricing="bid", bid=bid)
+    assert [(one["id"], one["bid"], one["cost"]) for one in told] == \
+        [(number, pytest.approx(price), pytest.approx(cost)) for number, price, cost in found]
+
+
+@pytest.mark.parametrize(("fields", "options"), [
+    ({}, []),
+    ({"dph_total": 0.2101}, ["--max-price 0.22"]),
+    ({"dph_total": 0.2}, []),
+    ({"gpu_ram": 6144}, ["--min-vram 6"]),
+    ({"gpu_ram": 8188}, []),  # an 8 GB card has some MB less than 8 GiB
+    ({"gpu_name": "RTX 4090"}, ["--gpu 'RTX 4090'"]),
+    ({"geolocation": "Canada, CA"}, ["--region CA"]),
+    ({"reliability2": 0.95}, ["--min-reliability 0.949"]),
+    ({"reliability2": 0.9431}, ["--min-reliability 0.943"]),
+    ({"dph_total": 0.5, "gpu_name": "RTX 4090"}, ["--max-price 0.5", "--gpu 'RTX 4090'"]),
+])
+def test_each_option_that_keeps_an_offer_out_is_named_with_the_value_that_lets_it_in(
+        fields: dict[str, object], options: list[str]) -> None:
+    assert facts("offer | widenings", offer(**fields), region="SE,DE") == options
+
+
+def test_the_advice_names_the_cheapest_for_each_option_and_the_nearest() -> None:
+    rows = [offer(id=1, dph_total=0.25), offer(id=2, dph_total=0.3),
+            offer(id=3, gpu_name="RTX 4090", dph_total=0.19),
+            offer(id=4, gpu_ram=4096, dph_total=0.4, gpu_name="GTX 1650")]
+    told = answer("offers=\"$(facts 'offers | tojson')\"; advice", stdin=json.dumps(rows))
+    assert told.splitlines() == [
+        "  with --gpu 'RTX 4090': RTX 4090, 12 GB, Sweden, SE: 0.1900 $/h (4.56 $ a day)",
+        "  with --max-price 0.25: RTX 3060, 12 GB, Sweden, SE: 0.2500 $/h (6.00 $ a day)",
+        "the nearest: --gpu 'RTX 4090': RTX 4090, 12 GB, Sweden, SE: 0.1900 $/h (4.56 $ a day)"]
+
+
+def test_there_is_no_advice_without_offers() -> None:
+    assert answer("offers='[]'; advice") == ""
+
+
+# Logs
+
+
+@pytest.mark.parametrize(("seen", "log", "new"), [
+    ("", "", ""),
+    ("", "a\nb\n", "a\nb\n"),
+    ("a\nb\n", "", ""),
+    ("a\nb\n", "a\nb\n", ""),
+    ("a\nb\n", "a\nb\nc\nd\n", "c\nd\n"),
+    ("a\nb\nc\n", "b\nc\nd\n", "d\n"),  # what is shown has an upper limit
+    ("a\nb\nc\n", "c\nd\ne\n", "d\ne\n"),
+    ("a\nb\n", "x\ny\n", "x\ny\n"),  # more than the limit came, or it is another container
+    ("x\nx\n", "x\nx\nx\n", "x\n"),
+    ("a\nb\npar", "a\nb\npartial\nc\n", "partial\nc\n"),
+    ("par", "partial\n", "partial\n"),
+    ("a\nb\npar", "b\npartial\n", "partial\n"),
+    ("a\nb", "a\nb\n", ""),
+    ("a.c\n", "abc\n", "abc\n"),  # no pattern
+    ("a\\n\n", "a\\n\n%s\\t\n", "%s\\t\n"),
+])
+def test_following_a_log_repeats_no_line(seen: str, log: str, new: str, tmp_path: Path) -> None:
+    (tmp_path / "seen").write_text(seen)
+    (tmp_path / "log").write_text(log)
+    assert answer('new_lines "$@"', str(tmp_path / "seen"), str(tmp_path / "log")) == new
+
+
+@pytest.mark.parametrize("key", ["0123abcd", 'q"uo\\te', "*", "[a-z]", "a?c", "s/x/&/", "$HOME"])
+def test_a_log_shows_no_workers_key(key: str, tmp_path: Path) -> None:
+    (tmp_path / "abc").touch()  # what a pattern might stand for
+    code = 'cd "$1"; instances="$2"; without_keys "$3"'
+    rows = json.dumps([{"key": ""}, {"key": key}])
+    assert answer(code, str(tmp_path), rows, f"abc -e K={key} (abc)\n{key}{key} xyz") == \
+        "abc -e K=[key] (abc)\n[key][key] xyz\n"
+
+
+# The sound of `test`
+
+
+def number(value: int, size: int) -> bytes:
+    return value.to_bytes(size, "little", signed=value < 0)
+
+
+def wav(samples: Iterable[int], *, rate: int = 24_000, channels: int = 1, bits: int = 16,
+        riff_size: int | None = None, data_size: int | None = None, kind: int = 1) -> bytes:
+    data = b"".join(number(sample, bits // 8) for sample in samples)
+    frame = channels * bits // 8
+    riff_size = 36 + len(data) if riff_size is None else riff_size
+    data_size = len(data) if data_size is None else data_size
+    return (b"RIFF" + number(riff_size, 4) + b"WAVEfmt " + number(16, 4) + number(kind, 2)
+            + number(channels, 2) + number(rate, 4) + number(rate * frame, 4) + number(frame, 2)
+            + number(bits, 2) + b"data" + number(data_size, 4) + data)
+
+
+TONE = [2000, -2000] * 6000
+SOUNDS = [
+    (wav(TONE), "0.5"),
+    (wav([299, -300] * 3000), "0.25"),  # as soft as it may be
+    (wav([-32768] * 24), "0.001"),
+    (wav([0] * 24_000), "silent"),
+    (wav([299, -299] * 100), "silent"),
+    (wav([]), "empty"),
+    (wav(TONE)[:-2], "header tells another size"),
+    (wav(TONE) + b"\0\0", "header tells another size"),
+    (wav(TONE, riff_size=2**32 - 1, data_size=2**32 - 1), "header tells another size"),
+    (wav(TONE, data_size=0), "header tells another size"),
+    (wav(TONE, channels=2), "not 16-bit mono PCM"),
+    (wav([100, 200], bits=8), "not 16-bit mono PCM"),
+    (wav(TONE, kind=3), "not 16-bit mono PCM"),
+    (b"", "no WAV file"),
+    (b"RIFF", "no WAV file"),
+    (json.dumps({"error": {"message": "x" * 99}}).encode(), "no WAV file"),
+    (b"\xff\xfb\x90" + bytes(1000), "no WAV file"),
+]
+
+
+@pytest.mark.parametrize(("sound", "told"), SOUNDS, ids=[told for _, told in SOUNDS])
+def test_a_sound_is_taken_if_it_is_whole_and_can_be_heard(sound: bytes, told: str,
+                                                          tmp_path: Path) -> None:
+    (tmp_path / "sound").write_bytes(sound)
+    done = shell('scratch="$1"; if check_sound "$1/sound"; then exit 0; else exit 9; fi',
+                 str(tmp_path))
+    good = told[0].isdigit()
+    assert (done.returncode, done.stderr) == (0 if good else 9, "")
+    assert done.stdout == f"{told}\n" if good else told in done.stdout
+
+
+# Keys and tools
+
+
+def test_the_managers_key_comes_before_that_of_the_cli() -> None:
+    code = 'require_key; printf "%s\\n" "${VAST_API_KEY-unset}"'
+    assert answer(code, VASTAI_API_KEY="mine", VAST_API_KEY="its") == "mine\n"
+    assert answer(code, VASTAI_API_KEY="", VAST_API_KEY="its") == "its\n"
+
+
+@pytest.mark.parametrize("place", ["config/vastai/vast_api_key", "config/vastai/vast_tfa_key",
+                                   "home/.vast_api_key"])
+def test_an_empty_key_does_not_hide_a_stored_one(place: str, tmp_path: Path) -> None:
+    stored = tmp_path / place
+    stored.parent.mkdir(parents=True)
+    stored.write_text("stored")
+    told = answer('require_key; printf "%s\\n" "${VAST_API_KEY-unset}"', VASTAI_API_KEY="",
+                  VAST_API_KEY="", HOME=str(tmp_path / "home"),
+                  XDG_CONFIG_HOME=str(tmp_path / "config"))
+    assert told == "unset\n"  # so that the CLI looks for the stored one
+
+
+def test_without_a_key_it_says_where_one_is_made(tmp_path: Path) -> None:
+    done = shell("require_key", VASTAI_API_KEY="", VAST_API_KEY="", HOME=str(tmp_path),
+                 XDG_CONFIG_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "https://cloud.vast.ai/manage-keys/" in done.stderr and "VASTAI_API_KEY" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["first-half\nsecond-half", "first-half second-half", "first-half'",
+                                 "first-hälf", "first-half\r", 'first-half"', "\tfirst-half"])
+def test_a_key_that_is_none_is_refused_and_not_shown(key: str) -> None:
+    done = shell("require_key", VASTAI_API_KEY=key)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "VASTAI_API_KEY" in done.stderr and "first" not in done.stderr
+
+
+@pytest.mark.parametrize(("missing", "way"), [
+    (["curl"], "sudo apt install curl"),
+    (["jq"], "sudo apt install jq"),
+    (["vastai"], "pip install vastai==1.9.1"),
+    (["curl", "jq", "vastai"], "brew install"),
+])
+def test_each_missing_tool_is_named_with_how_to_get_it(missing: list[str], way: str,
+                                                       tmp_path: Path) -> None:
+    script = shutil.copy(SCRIPT, tmp_path)  # alone, without a .venv beside it
+    for tool in {"curl", "jq", "vastai"} - set(missing):
+        executable(tmp_path / tool, "#!/bin/sh\nexit 9\n")
+    done = command("status", path=tmp_path, script=Path(script))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.findall(r"^  (\w+):", done.stderr, re.M) == missing and way in done.stderr
+
+
+def test_the_vastai_beside_the_script_serves_too(tmp_path: Path) -> None:
+    script = shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for tool in ("curl", "jq", ".venv/bin/vastai"):
+        executable(tmp_path / tool, "#!/bin/sh\nexit 9\n")
+    done = command("status", path=tmp_path, script=Path(script), HOME=str(tmp_path))
+    assert done.returncode == 3 and "no Vast API key" in done.stderr
+
+
+def test_a_missing_ssh_is_named_with_how_to_get_it(bare_path: Path) -> None:
+    code = ("open_account() { :; }; look_or_die() { :; }; find_running() { :; }; row=x address=x;"
+            " fact() { echo 'host|22'; }; PATH=\"$1\"; cmd_ssh")
+    done = shell(code, str(bare_path))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "ssh is missing: sudo apt install openssh-client" in done.stderr
+
+
+# help
+
+
+def help_of(name: str, path: Path) -> str:
+    done = command("help", name, path=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_that_calls_nothing(name: str, tmp_path: Path) -> None:
+    told = help_of(name, tmp_path)
+    assert told.startswith(f"usage: manage-bark-worker.sh {name}")
+    for flag in ("--help", "-h"):
+        done = command(name, flag, path=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
+
+
+def test_help_lists_every_command_and_no_other(tmp_path: Path) -> None:
+    told = command("help", path=tmp_path)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert sorted(re.findall(r"^  ([a-z]+) ", told.stdout, re.M)) == sorted(COMMANDS)
+    assert command("--help", path=tmp_path).stdout == told.stdout
+    defined = set(re.findall(r"^cmd_(\w+)\(\)", SOURCE, re.M))
+    assert defined == set(COMMANDS)
+
+
+def test_help_is_no_wider_than_a_terminal_of_100_columns(tmp_path: Path) -> None:
+    for name in ("", *COMMANDS):
+        assert [line for line in help_of(name, tmp_path).splitlines() if len(line) > 100] == []
+
+
+def listed_options(text: str) -> list[tuple[str, str]]:
+    """The options in a help text, each with what stands for its value, if it takes one."""
+    found = re.findall(r"^  (?:-\w, )?(--[a-z-]+)(?: ([A-Z]+)\b)?", text, re.M)
+    return found + [(short, "") for short in re.findall(r"^  (-\w), ", text, re.M)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_that_help_lists_is_taken(name: str, bare_path: Path) -> None:
+    for option, value in listed_options(help_of(name, bare_path)):
+        done = command(name, option, *([] if value else ["--nonsense"]), path=bare_path)
+        words = f"{option} needs a" if value else f"{name} knows no '--nonsense'"
+        assert done.returncode == 2 and words in done.stderr
+
+
+# Wrong usage
+
+
+MISUSE = [
+    ([], "a command is needed"),
+    (["fly"], "unknown command 'fly'"),
+    (["--json"], "unknown command '--json'"),
+    *[([name, "--nonsense"], f"{name} knows no '--nonsense'")
+      for name in ("start", "search", "status", "test", "logs", "stop", "destroy", "tunnel",
+                   "env", "local")],
+    (["start", "now"], "start knows no 'now'"),
+    (["start", "--yes=1"], "start knows no '1'"),
+    (["start", "--gpu"], "--gpu needs a value"),
+    (["start", "--gpu="], "--gpu needs a value"),
+    (["start", "--gpu", "RTX 3060;reboot"], "--gpu is 'RTX 3060;reboot'"),
+    (["start", "--min-vram", "0.5"], "--min-vram is '0.5'; it must be a number from 1 to 1000"),
+    (["start", "--min-vram=lots"], "--min-vram is 'lots'"),
+    (["start", "--max-price", "0"], "--max-price is '0'"),
+    (["start", "--max-price", "-1"], "--max-price is '-1'"),
+    (["start", "--max-price", "0,2"], "--max-price is '0,2'"),
+    (["start", "--max-price", "129"], "--max-price is '129'"),
+    (["start", "--min-reliability", "1.01"], "--min-reliability is '1.01'"),
+    (["start", "--disk", "7"], "--disk is '7'; it must be a whole number from 8 to 2000"),
+    (["start", "--disk", "50.5"], "--disk is '50.5'"),
+    (["start", "--region", "Germany"], "--region is 'Germany'; it must be country codes"),
+    (["start", "--bid", "0.1"], "--bid needs --interruptible"),
+    (["start", "--interruptible", "--bid", "0"], "--bid is '0'"),
+    (["start", "--interruptible", "--bid", "0.3"], "--bid 0.3 is more than --max-price 0.20"),
+    (["start", "--interruptible", "--bid"], "--bid needs a value"),
+    (["start", "--image", "a b"], "--image is 'a b'"),
+    (["start", "--model", "bark"], "--model is 'bark'; it must be a hub id"),
+    (["start", "--model", "/models/bark"], "a folder of this"),
+    (["start", "--model", "../models/bark"], "a folder of this"),
+    (["start", "--model", "./bark"], "a folder of this"),
+    (["start", "--voice", "a voice"], "--voice is 'a voice'"),
+    (["start", "--timeout", "0"], "--timeout is '0'; it must be a whole number from 1 to 86400"),
+    (["start", "--timeout", "20m"], "--timeout is '20m'"),
+    (["search", "--yes"], "search knows no '--yes'"),
+    (["search", "--model", "suno/bark"], "search knows no '--model'"),
+    (["search", "--bid", "0.1"], "--bid needs --interruptible"),
+    (["status", "7"], "status knows no '7'"),
+    (["test", "one", "two"], "test takes one TEXT; put it in quotes"),
+    (["test", "--voice"], "--voice needs a value"),
+    (["test", "--out", "/nonexistent/x.wav"], "--out /nonexistent/x.wav cannot be written"),
+    (["test", "--out", "/"], "--out / cannot be written"),
+    (["logs", "--tail", "0"], "--tail is '0'; it must be a whole number from 1 to 100000"),
+    (["logs", "--tail"], "--tail needs a value"),
+    (["logs", "7"], "logs knows no '7'"),
+    (["stop", "bark-worker"], "stop knows no 'bark-worker'"),
+    (["stop", "7", "8"], "stop knows no '8'"),
+    (["stop", "--yes"], "stop knows no '--yes'"),
+    (["stop", ""], "stop knows no ''"),
+    (["destroy", "--now"], "destroy knows no '--now'"),
+    (["destroy", "-7"], "destroy knows no '-7'"),
+    (["tunnel", "--port", "65536"], "--port is '65536'; it must be a whole number from 1 to 65535"),
+    (["tunnel", "--port"], "--port needs a value"),
+    (["tunnel", "8080"], "tunnel knows no '8080'"),
+    (["env", "--json"], "env knows no '--json'"),
+    (["completion"], "completion is for bash or zsh"),
+    (["completion", "fish"], "completion is for bash or zsh, not 'fish'"),
+    (["help", "fly"], "unknown command 'fly'"),
+    (["help", "start", "stop"], "help takes one command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), MISUSE)
+def test_misuse_says_what_and_how_on_stderr_and_calls_nothing(
+        arguments: list[str], complaint: str, bare_path: Path) -> None:
+    done = command(*arguments, path=bare_path, VASTAI_API_KEY="", VAST_API_KEY="")
+    assert (done.returncode, done.stdout) == (2, "")
+    first, _, rest = done.stderr.partition("\n")
+    assert first.startswith("manage-bark-worker.sh: ") and complaint in done.stderr
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else "COMMAND"
+    assert f"usage: manage-bark-worker.sh {'COMMAND' if arguments[1:] == ['fly'] else name}" in rest
+
+
+@pytest.mark.parametrize(("settings", "complaint"), [
+    ({"BARK_LABEL": "two words"}, "BARK_LABEL is 'two words'"),
+    ({"BARK_LABEL": "-x"}, "BARK_LABEL is '-x'"),
+    ({"BARK_LABEL": 'a"b'}, "BARK_LABEL is 'a\"b'"),
+    ({"BARK_POLL": "0"}, "BARK_POLL is '0'; it must be a whole number of seconds"),
+    ({"BARK_POLL": "0.5"}, "BARK_POLL is '0.5'"),
+])
+def test_a_wrong_setting_of_the_manager_is_named_before_anything_is_called(
+        settings: dict[str, str], complaint: str, bare_path: Path) -> None:
+    done = command("status", path=bare_path, **settings)
+    assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
+
+
+@pytest.mark.parametrize(("settings", "complaint"), [
+    ({"BARK_IMAGE": "a b"}, "is 'a b'; it may have letters"),
+    ({"BARK_MODEL": "/models/bark"}, "is '/models/bark'; it must be a hub id"),
+    ({"TTS_MAX_LENGTH": "5 00"}, "TTS_MAX_LENGTH is '5 00'"),
+])
+def test_a_setting_that_cannot_go_along_stops_the_start(
+        settings: dict[str, str], complaint: str, bare_path: Path) -> None:
+    done = command("start", "--yes", path=bare_path, **settings)
+    assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["start", "--help"], ["start", "--nonsense"], []])
+def test_help_and_complaints_take_less_than_50_ms(arguments: list[str], bare_path: Path) -> None:
+    """One run in a row of them does, on a machine that has other things to do as well."""
+    seconds = []
+    while len(seconds) < 40 and min(seconds, default=1.0) >= HELP_SECONDS:
+        began = time.monotonic()
+        command(*arguments, path=bare_path)
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < HELP_SECONDS
+
+
+# Completion
+
+
+@pytest.fixture(scope="module", params=["bash", "zsh"])
+def completion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+               ) -> Callable[[list[str]], list[str]]:
+    """What completion offers for the words of a command line, the last of which is unfinished."""
+    if not shutil.which(request.param):
+        pytest.skip(f"no {request.param} here")
+    folder = tmp_path_factory.mktemp("completion")
+    done = command("completion", request.param, path=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    script = folder / "completion"
+    script.write_text(done.stdout)
+    emulation = "emulate -L sh" if request.param == "zsh" else ""  # as its compgen has it
+    code = f"""source "$1"; shift; {emulation}
+        COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _manage_bark_worker
+        for word in "${{COMPREPLY[@]}}"; do printf '%s\\n' "$word"; done"""
+    interpreter = BASH if request.param == "bash" else "zsh"
+
+    def complete(words: list[str]) -> list[str]:
+        run = subprocess.run([interpreter, "-c", code, "test", script, "manage-bark-worker.sh",
+                              *words], capture_output=True, text=True, timeout=RUN_SECONDS,
+                             env=clean_environment(HOME=str(folder)))
+        assert (run.returncode, run.stderr) == (0, "")
+        offered = run.stdout.split()
+        if request.param == "zsh":  # which picks those that fit by itself
+            offered = [word for word in offered if word.startswith(words[-1])]
+        return offered
+    return complete
+
+
+@pytest.mark.parametrize(("words", "offered"), [
+    ([""], list(COMMANDS)),
+    (["st"], ["start", "status", "stop"]),
+    (["x"], []),
+    (["help", "l"], ["logs", "local"]),
+    (["start", "--m"], ["--min-vram", "--max-price", "--min-reliability", "--model"]),
+    (["start", "--yes", "--dr"], ["--dry-run"]),
+    (["logs", "-"], ["-f", "--follow", "--tail", "--daemon"]),
+    (["stop", "--"], ["--now"]),
+    (["destroy", "--"], ["--yes"]),
+    (["test", "--"], ["--voice", "--out", "--play"]),
+    (["local", "--"], ["--model"]),
+    (["fly", "--"], []),
+])
+def test_tab_completes_commands_and_options(
+        words: list[str], offered: list[str],
+        completion: Callable[[list[str]], list[str]]) -> None:
+    assert sorted(completion(words)) == sorted(offered)
+
+
+def test_every_listed_option_can_be_completed(completion: Callable[[list[str]], list[str]],
+                                              bare_path: Path) -> None:
+    for name in COMMANDS:
+        listed = {option for option, _ in listed_options(help_of(name, bare_path))}
+        assert set(completion([name, "-"])) == listed
+
+
+def test_completion_is_turned_on_as_its_help_says(tmp_path: Path) -> None:
+    """That line has to work in this very bash; 3.2 cannot source a process substitution."""
+    line = re.search(r"^  (.*completion bash.*)", help_of("completion", tmp_path), re.M)
+    assert line
+    done = subprocess.run([BASH, "-c", f"{line[1]}\ncomplete -p ./manage-bark-worker.sh"],
+                          cwd=SCRIPT.parent, capture_output=True, text=True, timeout=RUN_SECONDS)
+    assert done.returncode == 0 and "_manage_bark_worker" in done.stdout
