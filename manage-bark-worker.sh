@@ -32,9 +32,8 @@ readonly DEFAULT_GPUS="$GPUS_OF_2020,$GPUS_OF_2023"
 readonly MIN_DOWNLOAD=200         # Mb/s; image and model are some 10 GB: 7 minutes at that rate
 readonly ATTEMPTS=3               # instances that one start rents at most, one after the other
 readonly ORDERS=8                 # offers it asks for at most; some are gone when it does
-readonly ORDER_PAUSE=5            # seconds between orders; Vast wants 4.5
 readonly SCHEDULING_SECONDS=60    # still scheduling then: the GPU is somebody else's
-readonly APPEAR_SECONDS=60        # that a new instance may take to show up in Vast's list
+readonly APPEAR_SECONDS=30        # that a new instance may take to show up in Vast's list
 readonly DRAIN_SECONDS=60         # that `stop` gives running requests
 readonly STOP_SECONDS=120         # that Vast may take to stop an instance
 readonly AUDIBLE=300              # of 32768; a sound whose largest sample is below is silence
@@ -274,6 +273,19 @@ need_number() {
   fi
 }
 
+agreed=''    # yes, if --yes was said
+
+# usage: agree QUESTION DOING DONE    (ends unless --yes was said or a person says yes)
+agree() {
+  local answer=''
+  [[ -z "$agreed" ]] || return 0
+  [[ -t 0 ]] ||
+    die "$EX_USAGE" "not $2 without being told to: this is no terminal, so say --yes"
+  printf '%s [y/N] ' "$1" >&2
+  read -r answer || true
+  [[ "$answer" == [yY] || "$answer" == [yY]es ]] || die "$EX_UNHEALTHY" "nothing is $3"
+}
+
 # usage: need_whole COMMAND OPTION VALUE LOW HIGH
 need_whole() {
   if [[ ! "$3" =~ ^[0-9]{1,6}$ ]] || ((10#$3 < $4 || 10#$3 > $5)); then
@@ -292,7 +304,8 @@ need_plain() {
 gpu_names() {
   local name names=''
   while IFS= read -r name; do
-    [[ "$name" =~ [[:lower:]] && "$name" =~ [[:upper:]] ]] || name="$(gpu_name "$name")"
+    [[ "$name" =~ [[:lower:]] && "$name" =~ [[:upper:]] && "$name" != [RA][tn][xy]* ]] ||
+      name="$(gpu_name "$name")"
     names="$names,$name"
   done <<<"$(printf '%s\n' "$1" | tr ',_' '\n ' | sed -E 's/^ +//; s/ +$//')"
   printf '%s\n' "${names#,}"
@@ -319,7 +332,8 @@ region_codes() {
 
 reply=''        # what the last question to Vast brought
 complaint=''    # why it brought nothing
-refused=''      # the HTTP status, if it was Vast that said no
+refused=''      # who said no: an HTTP status; `no` in an answer; `usage`, the CLI itself
+calling=''      # the call that is under way
 scratch=''      # a folder that only this user can read
 VASTAI=''       # the CLI
 
@@ -329,17 +343,27 @@ VASTAI=''       # the CLI
 vast() {
   local status=0
   space_calls "$1 $2"
-  reply='' complaint='' refused=''
+  reply='' complaint='' refused='' calling="$1 $2"
   (
     trap '' HUP INT TERM
     exec "$VASTAI" "$@" --raw --retry 1 </dev/null >"$scratch/out" 2>"$scratch/err"
   ) &
   wait "$!" || status=$?
+  calling=''
   note_call "$1 $2"
   read_reply "$status"
-  [[ "$status" != 2 ]] ||
-    die "$EX_MISSING" "$VASTAI does not take what vastai $VASTAI_VERSION takes: $complaint"
   [[ -z "$complaint" ]]
+}
+
+# Waits for a call that a signal broke in on, unless it only asked: two at once would mix up.
+finish_call() {
+  [[ -n "$calling" ]] || return 0
+  case "$calling" in
+    show\ * | search\ * | logs\ *) kill -KILL "$!" 2>/dev/null || true ;;
+  esac
+  { wait || true; } 2>/dev/null    # where bash would tell of the kill
+  note_call "$calling"
+  calling=''
 }
 
 last_look=-99 last_change=-99 last_order=-99 last_destroy=-99    # when Vast was last asked, in s
@@ -365,18 +389,22 @@ note_call() {
 }
 
 # usage: read_reply EXIT_STATUS    (an error of Vast is a JSON object on stderr, under --raw)
+# 2 comes from the CLI itself: it does not know an option, as another version may not.
 read_reply() {
   local said line
   reply="$(<"$scratch/out")"
+  [[ -s "$scratch/err" || "$1" != 0 ]] || return 0
   said="$(jq -Rr 'fromjson? | objects | select(.error == true) | "\(.status_code)|"
     + (.msg // "no reason given" | tostring | gsub("\\s+"; " "))' "$scratch/err")"
   if [[ -n "$said" ]]; then
     said="${said##*$'\n'}"
     refused="${said%%|*}"
     complaint="Vast says: ${said#*|} (HTTP $refused)"
-    return
+    return 0
   fi
   [[ "$1" != 0 ]] || return 0
+  refused=usage
+  [[ "$1" == 2 ]] || refused=''
   line="$(grep -v '^ *$' "$scratch/err" | tail -n 1)" || true
   case "$line" in
     *InvalidHeader* | *UnicodeEncodeError*) line='the API key has characters that no key has' ;;
@@ -385,10 +413,12 @@ read_reply() {
   complaint="vastai failed ($1): ${line:0:200}"
 }
 
-# usage: vast_json TYPE WORDS...    (fails too unless the reply is JSON of that type)
+# usage: vast_json object|array WORDS...    (fails too unless the reply begins like one)
 vast_json() {
-  vast "${@:2}" || return
-  [[ -n "$reply" && "$(jq -r type <<<"$reply" 2>/dev/null)" == "$1" ]] && return
+  local bracket='{'
+  [[ "$1" == object ]] || bracket='['
+  vast "${@:2}" || return 1
+  [[ "$reply" == "$bracket"* ]] && return 0
   complaint='Vast answered, but not what was asked for'
   return 1
 }
@@ -399,7 +429,7 @@ ask_vast() {
   for attempt in 1 2 3; do
     ! vast_json "$@" || return 0
     case "$refused" in
-      400 | 401 | 403 | 404) return 1 ;;
+      400 | 401 | 403 | 404 | usage) return 1 ;;
       429) [[ "$complaint" != *'Resets at'* ]] || return 1    # the day's searches are used up
         ((attempt == 3)) || pause "$((attempt * 10))" ;;
       *) ((attempt == 3)) || pause "$((attempt * 2))" ;;
@@ -408,9 +438,11 @@ ask_vast() {
   return 1
 }
 
+# usage: die_by_vast WHAT_FAILED
 die_by_vast() {
   local hint=''
   case "$refused" in
+    usage) die "$EX_MISSING" "$1: this is not vastai $VASTAI_VERSION: $complaint" ;;
     401) hint='; is VASTAI_API_KEY one of https://cloud.vast.ai/manage-keys/ ?' ;;
     403) hint='; the key needs the permissions misc, user_read, instance_read and instance_write' ;;
   esac
@@ -426,7 +458,7 @@ authorized() {
 # Prints the worker's health as JSON; fails if there is no answer that is one.
 health_of() {
   local health
-  health="$(curl -s --max-time 5 "$1/health")" || return
+  health="$(curl -s --max-time 5 "$1/health")" && [[ -n "$health" ]] || return 1
   jq -ce 'objects | select(.status | strings)' <<<"$health" 2>/dev/null
 }
 
@@ -525,8 +557,8 @@ driver_cuda() {
 why_no_gpu() {
   local list
   case "${BARK_DEVICE:-}" in
-    cpu) printf 'BARK_DEVICE=cpu leaves the GPU alone\n'; return ;;
-    cuda*) return ;;
+    cpu) printf 'BARK_DEVICE=cpu leaves the GPU alone\n'; return 0 ;;
+    cuda*) return 0 ;;
   esac
   if [[ "${CUDA_VISIBLE_DEVICES-0}" == '' || "${CUDA_VISIBLE_DEVICES-0}" == '-1' ]]; then
     printf 'CUDA_VISIBLE_DEVICES hides every GPU\n'
@@ -565,13 +597,16 @@ def state: (.actual_status // "") as $actual
     elif $actual | is_one_of(["stopped", "exited"]) then
       if .is_bid then "outbid" else "exited" end
     elif $actual == "" then "provisioning" else "loading" end;
-def mapped($port): (.ports // {})[$port] // [] | .[0].HostPort // "" | clean;
-def instance: {id, state: state, message: (.status_msg | clean | .[:160]),
+def mapped($port): [(.ports | objects)[$port] | arrays | .[0].HostPort?] | .[0] | clean;
+def blotted($key): if $key == "" then . else split($key) | join("[key]") end
+  | gsub("(?<name>[A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)[^ ]+"; "\(.name)[key]");
+def instance: (environment.BARK_API_KEY // "") as $key
+  | {id, state: state, message: (.status_msg | clean | blotted($key) | .[:160]),
     gpu: ("\(.num_gpus // 1)x \(.gpu_name | clean)" | ltrimstr("1x ")),
     region: (.geolocation | clean),
     price: (.dph_total // 0), storage: storage, interruptible: (.is_bid // false),
     started: .start_date, wanted: (.intended_status // ""),
-    known: (.extra_env != null), key: (environment.BARK_API_KEY // "")}
+    known: (.extra_env != null), key: $key}
   + (mapped("\(env.worker_port)/tcp") as $port | (.public_ipaddr | clean) as $host
     | {address: (if state == "running" and $port != "" and $host != ""
          then "http://\($host):\($port)" else "" end)})
@@ -579,9 +614,10 @@ def instance: {id, state: state, message: (.status_msg | clean | .[:160]),
       then {ssh_host: (.public_ipaddr | clean), ssh_port: $port}
       else {ssh_host: (.ssh_host | clean), ssh_port: (.ssh_port | clean)} end);
 def is_before: "\(.id)" | is_one_of(env.before | split(" "));
+def state_is_live: .state | is_one_of(["running", "loading", "provisioning", "rebooting"]);
 # Another start's instance that came first.
 def is_rival: .known and .key != env.key and .id < (env.rented | tonumber) and (is_before | not)
-  and (.state | is_one_of(["running", "loading", "provisioning", "rebooting", "scheduling"]));
+  and (state_is_live or .state == "scheduling");
 def hours: if .started then (now - .started) / 3600 else 0 end;
 def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
 
@@ -593,21 +629,21 @@ def visible: .[1] as $health | .[0] | {id, state, gpu, region, address, interrup
 # The bid that an offer would be rented with, and what it then costs in all.
 def bid: if env.pricing != "bid" then null elif env.bid != "" then env.bid | tonumber
   else (.min_bid // 0) * 1.25 * 10000 | ceil / 10000 end;
-def offer: bid as $bid | {id, gpu: (.gpu_name | clean), vram: ((.gpu_ram // 0) / 1024),
-    region: (.geolocation | clean), reliability: (.reliability2 // .reliability // 0),
-    down: (.inet_down // 0), traffic: (.inet_down_cost // 0), bid: $bid,
-    cost: (if $bid then .dph_total - .min_bid + $bid else .dph_total end),
-    storage: ((.storage_cost // 0) * (env.disk | tonumber) / (env.month_hours | tonumber)),
-    winning: ($bid == null or $bid >= .min_bid)};
-def offers: map(select(.dph_total and (env.pricing != "bid" or .min_bid)) | offer)
-  | map(select(.winning)) | sort_by(.cost);
+def offer: bid as $bid | ($bid == null or $bid >= .min_bid) as $winning | {id,
+    gpu: (.gpu_name | clean), vram: ((.gpu_ram // 0) / 1024), region: (.geolocation | clean),
+    reliability: (.reliability2 // .reliability // 0), down: (.inet_down // 0),
+    traffic: (.inet_down_cost // 0), bid: $bid, min_bid: (.min_bid // 0), winning: $winning,
+    cost: (if $bid and $winning then .dph_total - .min_bid + $bid else .dph_total end),
+    storage: ((.storage_cost // 0) * (env.disk | tonumber) / (env.month_hours | tonumber))};
+def offers: map(select(.dph_total and (env.pricing != "bid" or .min_bid)) | offer) | sort_by(.cost);
 def sentence: "\(.gpu), \(.vram | round) GB, \(.region): \(.cost | fixed(4)) $/h"
   + " (\(.cost * 24 | fixed(2)) $ a day)";
 
 # The options that keep an offer out, each with the value that would let it in.
 def country: .region | split(" ") | last // "";
 def widenings: . as $offer
-  | [if .cost > (env.max_price | tonumber) then "--max-price \(.cost * 100 | ceil / 100)"
+  | [if .winning then empty else "--bid \(.min_bid)" end,
+     if .cost > (env.max_price | tonumber) then "--max-price \(.cost * 100 | ceil / 100)"
      else empty end,
      if .vram < (env.min_vram | tonumber) * 1000 / 1024 then "--min-vram \(.vram | floor)"
      else empty end,
@@ -654,21 +690,22 @@ look() {
   local token='' found=''
   while :; do
     vast_json object show instances --label "$LABEL" --limit 25 \
-      ${token:+--next-token "$token"} || return
+      ${token:+--next-token "$token"} || return 1
     found="$found$(jq -c '.instances[]? | objects' <<<"$reply")"$'\n'
     token="$(jq -r '.next_token // ""' <<<"$reply")"
     [[ -n "$token" ]] || break
     pause 1
   done
-  instances="$(facts 'map(select(.label == env.our_label) | instance) | sort_by(.id)' -cs \
-    <<<"$found")"
+  found="$(facts 'map(select(.label == env.our_label) | instance) | sort_by(.id)' -cs \
+    <<<"$found" 2>/dev/null)" || { complaint='a row of Vast is not understood'; return 1; }
+  instances="$found"
 }
 
 look_or_die() {
   local attempt
   for attempt in 1 2 3; do
     ! look || return 0
-    [[ ! "$refused" =~ ^40[0-9]$ && "$attempt" != 3 ]] || break
+    [[ ! "$refused" =~ ^(40[0-9]|usage)$ && "$attempt" != 3 ]] || break
     if [[ "$refused" == 429 ]]; then pause "$((attempt * 10))"; else pause "$((attempt * 2))"; fi
   done
   die_by_vast 'the instances cannot be listed'
@@ -708,6 +745,7 @@ run_key=''       # drawn by this run; every instance whose worker has it is this
 before=''        # the ids that were there before, by blanks
 rented_id=''     # the instance of the last order, until it is healthy or gone
 open_orders=0    # orders without a clear answer: each may have brought an instance
+order_time=0     # when the last one's call had ended, in SECONDS
 ordering=''      # yes while one is on its way
 woken_id=''      # the stopped instance that this run started
 
@@ -721,6 +759,8 @@ guard() {
 }
 
 # A second signal must not cut the first one's work, nor that of an EXIT trap that has just begun.
+# Under a trap a bare `return` tells the status from before the trap (bash 4.4 and later), so that
+# every `return` in this file names its own.
 end_by_signal() {
   trap '' HUP INT TERM
   finish
@@ -741,9 +781,11 @@ pause() {
   while ((SECONDS < end)); do sleep 1 || true; done
 }
 
-# Fails if something may still be billed; then the last line says what, and what ends it.
+# Fails if something may still be billed; then the last lines say what, and what ends it.
 give_back() {
   local failed=''
+  finish_call
+  [[ -z "$ordering" ]] || read_order
   give_back_rented || failed=yes
   give_back_woken || failed=yes
   [[ -z "$failed" ]]
@@ -760,32 +802,41 @@ unclear_ids() {
   before="$before" facts '.[] | select((.known | not) and (is_before | not)) | .id' <<<"$instances"
 }
 
+# Whether an order without an answer may still bring an instance.
+order_may_come() { ((open_orders && SECONDS - order_time < APPEAR_SECONDS)); }
+
 # Destroys what this run rented until Vast lists none of it.
 give_back_rented() {
-  local attempt id ids clear=0
-  [[ -z "$ordering" ]] || { wait || true; read_order; }    # it must arrive first
+  local attempt=0 id ids sent='' what='what the last order may bring'
   [[ -n "$rented_id" ]] || ((open_orders)) || return 0
-  say "giving back${rented_id:+ instance $rented_id}"
-  [[ -z "$rented_id" ]] || destroy_once "$rented_id"
-  for attempt in 1 2 3 4 5 6 7 8; do
+  [[ -z "$rented_id" ]] || what="instance $rented_id"
+  say "giving back $what"
+  while ((attempt < 8)) || order_may_come; do
+    attempt=$((attempt + 1))
+    # An instance that is not listed yet is not gone: Vast must have taken the order to destroy it.
+    [[ -z "$rented_id" || -n "$sent" ]] || ! destroy_once "$rented_id" || sent=yes
     if look; then
       ids="$(own_ids)"
-      for id in $ids; do rented_id="$id"; destroy_once "$id"; done
-      if [[ -z "$ids" ]]; then clear=$((clear + 1)); fi
-      if ((clear > (open_orders ? 2 : 0))) && [[ "$open_orders" == 0 || -z "$(unclear_ids)" ]]; then
+      for id in $ids; do destroy_once "$id" || true; done
+      if [[ -z "$ids" && (-z "$rented_id" || -n "$sent") ]] && ! order_may_come &&
+        [[ "$open_orders" == 0 || -z "$(unclear_ids)" ]]; then
         say "${rented_id:+instance $rented_id is destroyed: }this run has nothing rented any more"
         rented_id='' open_orders=0
-        return
+        return 0
       fi
     fi
     pause "$((attempt < 4 ? 2 : 10))"
   done
-  say_still_billed "$rented_id" destroy
+  say_still_billed destroy "$(own_ids)" "$rented_id"
+  rented_id='' open_orders=0    # enough was tried
   return 1
 }
 
-# Vast wants a pause between destroys. Whether it worked is for the next look to tell.
-destroy_once() { vast destroy instance "$1" -y || say "destroying $1: $complaint"; }
+# Fails unless Vast took the order, or has no such instance; that it is gone, only a look tells.
+destroy_once() {
+  vast destroy instance "$1" -y || [[ "$refused" == 404 ]] ||
+    { say "destroying $1: $complaint"; return 1; }
+}
 
 give_back_woken() {
   local attempt
@@ -795,13 +846,14 @@ give_back_woken() {
     vast stop instance "$woken_id" || say "stopping $woken_id: $complaint"
     pause 2
     if look && is_stopped "$woken_id"; then
-      say "instance $woken_id is stopped as before; its storage goes on costing"
+      say_stopped "$woken_id"
       woken_id=''
       return 0
     fi
     pause "$((attempt * 2))"
   done
-  say_still_billed "$woken_id" stop
+  say_still_billed stop "$woken_id"
+  woken_id=''
   return 1
 }
 
@@ -812,18 +864,27 @@ is_stopped() {
   [[ -z "$row" || "$(fact "$row" .wanted)" == stopped ]]
 }
 
-# usage: say_still_billed ID VERB
-say_still_billed() {
-  local prefix='' options=''
+# usage: by_hand WORDS...    (prints the command of vastai that a person can copy)
+by_hand() {
+  local prefix='' program=vastai
   [[ -z "${VASTAI_API_KEY:-}" ]] || prefix="VAST_API_KEY=\$VASTAI_API_KEY "
-  [[ "$2" != destroy ]] || options=' -y'
-  if [[ -n "$1" ]]; then
-    say "instance $1 may still be billed; this ends it: ${prefix}vastai $2 instance $1$options"
-  else
-    say "an order went out and Vast does not tell what became of it: see whether" \
-      "${prefix}vastai show instances lists a '$LABEL', and end it:" \
-      "${prefix}vastai destroy instance ID -y"
-  fi
+  command -v vastai >/dev/null 2>&1 || program="$VASTAI"
+  printf '%s\n' "$prefix$program $*"
+}
+
+# usage: say_still_billed VERB IDS...    (says of each what ends it; without any, where to look)
+say_still_billed() {
+  local id ids="${*:2}" said=' ' yes=''
+  [[ "$1" != destroy ]] || yes=' -y'
+  for id in $ids; do
+    [[ "$said" != *" $id "* ]] || continue
+    say "instance $id may still be billed; this ends it: $(by_hand "$1" instance "$id$yes")"
+    said="$said$id "
+  done
+  [[ "$said" == ' ' ]] || return 0
+  say "an order went out and Vast does not tell what became of it: see whether" \
+    "$(by_hand show instances) lists a '$LABEL', and end it:" \
+    "$(by_hand destroy instance ID -y)"
 }
 
 # -----------------------------------------------------------------------------
@@ -836,7 +897,7 @@ pricing='on-demand' bid='' image="${BARK_IMAGE:-$DEFAULT_IMAGE}"
 # usage: search_option COMMAND OPTION [VALUE]    (fails for an option that is none of search's)
 search_option() {
   case "$2" in
-    --interruptible) pricing=bid; return ;;
+    --interruptible) pricing=bid; return 0 ;;
     --gpu | --min-vram | --max-price | --min-reliability | --disk | --region | --bid | --image) ;;
     *) return 1 ;;
   esac
@@ -894,14 +955,16 @@ search_offers() {
 # Vast's own filter is not the last word on what costs money.
 find_offers() {
   search_offers "$(hard_query) $(soft_query)" 64
-  offers="$(facts 'map(select(.cost <= (env.max_price | tonumber))) | tojson' <<<"$offers")"
+  offers="$(facts 'map(select(.winning and .cost <= (env.max_price | tonumber))) | tojson' \
+    <<<"$offers")"
   [[ "$offers" == '[]' ]] || return 0
   pause 1
   search_offers "$(hard_query)" 500
-  say "no offer fits; Vast has $(facts length <<<"$offers") with one GPU, $disk GB of disk and a" \
-    "driver for the image"
+  say "no offer fits; Vast has $(facts length <<<"$offers") with one GPU, $disk GB of disk," \
+    "a fast line and a driver for the image:"
   advice >&2
-  die "$EX_REFUSED" "No suitable GPU found: widen one of the options above; $(what_is_left)"
+  die "$EX_REFUSED" "No suitable GPU found; widen --max-price, --min-vram, --gpu, --region or
+--min-reliability, or ask for less --disk. $(what_is_left)"
 }
 
 # Prints, for each option, what widening it alone would bring, then the nearest offer of all.
@@ -936,7 +999,7 @@ cmd_search() {
   check_search search
   open_account
   find_offers
-  offer_line OFFER GPU GB '$/HOUR' '$/DAY' WHERE RELIAB 'MB/S' '$/GB IN'
+  offer_line OFFER GPU GB '$/HOUR' '$/DAY' WHERE RELIAB 'Mb/s' '$/GB IN'
   while IFS='|' read -r -a cells; do offer_line "${cells[@]}"; done <<<"$(facts '.[]
     | [.id, .gpu, (.vram | round), (.cost | fixed(4)), (.cost * 24 | fixed(2)), .region[-20:],
       (.reliability | fixed(3)), (.down | round), (.traffic | fixed(3))] | join("|")' <<<"$offers")"
@@ -945,20 +1008,24 @@ cmd_search() {
 # -----------------------------------------------------------------------------
 # Waiting for a worker
 
-outcome=''    # how the wait ended: ready, failed, image, taken, lost, late
+outcome=''    # how the wait ended: ready, failed, gone, image, taken, lost, late
 reason=''     # what to say of it
 row=''        # the instance as last seen
 address=''
 phase=''      # what it did when last seen
+shown=''      # the phase that was shown last
 rival=''      # the instance of another start that came first
-wait_began=0 running_since='' silent_since=0 gpu_price=0 storage_price=0    # s; millionths of $/h
+wait_began=0 running_since='' scheduling_since='' silent_since=0    # SECONDS
+gpu_price=0 storage_price=0                     # millionths of $/h
+old_ends=''                                     # how often the worker had ended before
 
 # usage: await_worker ID SECONDS    (fails unless outcome is ready)
 # Vast is asked only while the worker itself does not answer.
 await_worker() {
   local deadline=$((SECONDS + $2))
   outcome='' reason='' row='' address='' phase='waiting for Vast' rival=''
-  wait_began=$SECONDS running_since='' silent_since=$SECONDS
+  wait_began=$SECONDS running_since='' scheduling_since='' silent_since=$SECONDS old_ends=''
+  [[ "$1" != "$rented_id" ]] || old_ends=0
   while :; do
     hear_worker || see_instance "$1"
     [[ -z "$outcome" ]] || break
@@ -987,7 +1054,6 @@ show_phase() {
   fi
   shown="$phase"
 }
-shown=''
 
 # Asks the worker; fails if there is no answer.
 hear_worker() {
@@ -1013,9 +1079,9 @@ see_instance() {
   row="$(row_of "$1")"
   if [[ -z "$row" ]]; then
     phase='not in the list of Vast yet'
-    [[ "$1" == "$rented_id" ]] && ((SECONDS - wait_began < APPEAR_SECONDS)) && return
-    outcome=failed reason="Vast lists no instance $1 any more"
-    return
+    [[ "$1" == "$rented_id" ]] && ((SECONDS - wait_began < APPEAR_SECONDS)) && return 0
+    outcome=gone reason="Vast lists no instance $1 any more"
+    return 0
   fi
   IFS='|' read -r gpu_price storage_price address <<<"$(fact "$row" \
     '"\([.price - .storage, 0] | max * 1e6 | round)|\(.storage * 1e6 | round)|\(.address)"')"
@@ -1025,7 +1091,6 @@ see_instance() {
 
 # What concerns only an instance of this run: it is its only one, the first one, within the price.
 check_rented() {
-  local id
   end_strays "$1"
   rival="$(rented="$1" key="$run_key" before="$before" facts 'map(select(is_rival))
     | .[0].id // ""' <<<"$instances")"
@@ -1042,16 +1107,30 @@ end_strays() {
   local id
   for id in $(own_ids); do
     [[ "$id" == "$1" ]] || { say "instance $id showed up late: destroying it"; destroy_once "$id"; }
-  done
+  done || true
 }
 
-# After orders without an answer, looks once more for what they brought.
+# Whether the last look leaves no doubt: nothing else of this run, and no lower id that is bare yet.
+is_settled() {
+  ! order_may_come && [[ "$(own_ids)" == "$rented_id" ]] &&
+    [[ "$(min_id "$(unclear_ids)" "$rented_id")" == "$rented_id" ]]
+}
+
+min_id() { printf '%s\n' "$@" | sort -n | grep -m 1 .; }
+
+# Before a healthy instance counts: another start's may have come first, an order without an answer
+# may have brought a second one. Fails if this run's has to go.
 settle() {
-  ((open_orders)) || return 0
-  say 'looking for what the unanswered order may have brought'
-  pause 2
-  look || look || look || { outcome=failed reason="$complaint"; return 1; }
-  end_strays "$rented_id"
+  local deadline=$((SECONDS + APPEAR_SECONDS))
+  while ((SECONDS < deadline)) || order_may_come; do
+    if look; then
+      row="$(row_of "$rented_id")"
+      [[ -z "$row" ]] || check_rented "$rented_id"
+      [[ "$outcome" == ready ]] || return 1
+      ! is_settled || return 0
+    fi
+    pause 1
+  done
 }
 
 # usage: judge_state ID
@@ -1061,13 +1140,13 @@ judge_state() {
   phase="$state${message:+: $message}"
   case "$state" in
     running)
-      running_since="${running_since:-$SECONDS}"
+      running_since="${running_since:-$SECONDS}" scheduling_since=''
       phase='running; the worker does not answer yet'
       ((SECONDS - silent_since < LOG_SECONDS)) || { silent_since=$SECONDS; read_log "$1"; } ;;
     provisioning | loading | rebooting | stopping) ;;
     scheduling) wait_for_gpu "$1" ;;
     exited | outbid | stopped)
-      if [[ "$1" == "$woken_id" ]]; then wait_for_gpu "$1"
+      if [[ "$1" == "$woken_id" && -z "$running_since" ]]; then wait_for_gpu "$1"
       else outcome=failed reason="instance $1 is $state${message:+: $message}"
       fi ;;
     error) outcome=failed reason="instance $1: $message"
@@ -1078,7 +1157,8 @@ judge_state() {
 
 wait_for_gpu() {
   phase="scheduling${phase#"${phase%%:*}"}"
-  ((SECONDS - wait_began < SCHEDULING_SECONDS)) ||
+  scheduling_since="${scheduling_since:-$SECONDS}"
+  ((SECONDS - scheduling_since < SCHEDULING_SECONDS)) ||
     outcome=taken reason="the GPU of instance $1 is taken, by somebody else in most cases"
 }
 
@@ -1093,12 +1173,14 @@ is_image_fault() {
 
 # usage: read_log ID    (shows the log's last line; a worker that cannot start says so there)
 read_log() {
-  local ends pattern='bark-worker ended with status '
-  vast logs "$1" --tail 40 || return 0
+  local ends last pattern='bark-worker ended with status '
+  vast logs "$1" --tail 1000 || return 0
   reply="$(without_keys "$reply")"
   ends="$(grep -c "$pattern" <<<"$reply" || true)"
-  phase="running; its log says: $(tail -n 1 <<<"$reply" | cut -c 1-150)"
-  if ((ends >= 3)) || grep -q "${pattern}2\$" <<<"$reply"; then
+  old_ends="${old_ends:-$ends}"    # of a run before this one: the log outlives a stop
+  last="$(tail -n 1 <<<"$reply")"
+  phase="running; its log says: ${last:0:150}"
+  if [[ "$last" == "${pattern}2" ]] || ((ends >= old_ends + 3)); then
     outcome=failed reason="the worker does not start:"$'\n'"$(tail -n 8 <<<"$reply")"
   fi
 }
@@ -1117,8 +1199,8 @@ without_keys() {
 # start
 
 model="${BARK_MODEL:-}" voice="${BARK_VOICE:-}" timeout=1200
-replace='' dry_run='' agreed=''    # yes or nothing
-replaced_id=''                     # the old instance that goes when the new one is healthy
+replace='' dry_run=''    # yes or nothing
+replaced_id=''           # the old instance that goes when the new one is healthy
 
 # usage: start_option OPTION [VALUE]    (takes two words, or one)
 start_option() {
@@ -1168,18 +1250,18 @@ cmd_start() {
   open_account
   look_or_die
   chosen="$(chosen_row)"
-  [[ -n "$chosen" ]] || { rent; return; }
+  [[ -n "$chosen" ]] || { rent; return 0; }
   IFS='|' read -r id state <<<"$(fact "$chosen" '"\(.id)|\(.state)"')"
   if [[ -n "$dry_run" ]]; then
     say "instance $id is $state: start would use it"
     describe "$(with_health "$chosen")"
-    return
+    return 0
   fi
   case "$state" in
     stopped | stopping) wake "$id" ;;
     running | provisioning | loading | rebooting | scheduling) join "$id" ;;
     outbid) replace_or_die "$id" "$EX_REFUSED" "instance $id is outbid; it comes back by itself when
-nobody bids more, or at once for a higher bid: vastai change bid $id" ;;
+nobody bids more, or at once for a higher bid: $(by_hand change bid "$id")" ;;
     *) replace_or_die "$id" "$EX_REFUSED" "instance $id is $state$(fact "$chosen" \
       'if .message == "" then "" else ": " + .message end')" ;;
   esac
@@ -1188,8 +1270,9 @@ nobody bids more, or at once for a higher bid: vastai change bid $id" ;;
 # usage: join ID    (waits for an instance that is not this run's, and leaves it alone)
 join() {
   say "instance $1 is there already: waiting for its worker"
-  if await_worker "$1" "$timeout"; then announce "$1"; return; fi
-  say "instance $1 is left as it is, and billed; to end it: ./$PROGRAM destroy $1"
+  if await_worker "$1" "$timeout"; then announce "$1"; return 0; fi
+  [[ "$outcome" == gone ]] ||
+    say "instance $1 is left as it is, and billed; to end it: ./$PROGRAM destroy $1"
   case "$outcome" in
     late) die "$EX_LATE" "$reason" ;;
     failed) die "$EX_UNHEALTHY" "$reason" ;;
@@ -1207,7 +1290,7 @@ wake() {
   if [[ -z "$outcome" ]] && await_worker "$1" "$timeout"; then
     woken_id=''
     announce "$1"
-    return
+    return 0
   fi
   case "$outcome" in
     late) status="$EX_LATE" ;;
@@ -1218,17 +1301,18 @@ wake() {
   replace_or_die "$1" "$status" "$reason"
 }
 
-# usage: ask_to_start ID    (sets outcome if Vast says no; no answer at all leaves that to be seen)
+# usage: ask_to_start ID    (sets outcome if Vast says no; no answer leaves that to be seen)
 ask_to_start() {
   local attempt
   for attempt in 1 2 3; do
-    vast start instance "$1" || true
-    [[ "$refused" == 429 ]] || break
-    pause "$((attempt * 10))"
+    ! vast start instance "$1" || break
+    case "$refused" in
+      429) pause "$((attempt * 10))" ;;
+      4* | usage) die_by_vast "instance $1 cannot be started" ;;
+      *) pause "$((attempt * 2))" ;;
+    esac
   done
-  if [[ -n "$refused" ]]; then
-    outcome=taken reason="instance $1 does not start: $complaint"
-  elif [[ -z "$complaint" && "$reply" != starting* ]]; then
+  if [[ -z "$complaint" && "$reply" != starting* ]]; then
     outcome=taken reason="instance $1 does not start; Vast says: $reply"
   fi
 }
@@ -1241,28 +1325,38 @@ To rent another and destroy this one then: ./$PROGRAM start --replace"
   replaced_id="$1"
   rent
   replaced_id=''
+  look_or_die
+  if [[ "$(fact "$(row_of "$1")" 'state_is_live')" == true ]]; then
+    say "instance $1, which was to be replaced, runs again: it is left alone, and billed"
+    return 0
+  fi
   say "destroying instance $1, which it replaces"
-  destroy_confirmed "$1" || exit "$EX_REFUSED"
+  destroy_confirmed "$1" || { say_still_billed destroy "$1"; exit "$EX_REFUSED"; }
 }
 
 # Rents the cheapest offer whose worker gets healthy.
 rent() {
-  local order=0 rented=0 offer
+  local place=0 orders=0 rented=0 offer
   find_offers
   offer="$(facts '.[0] | tojson' <<<"$offers")"
   show_offer "$offer" >&2
-  [[ -z "$dry_run" ]] || { show_dry_run "$offer"; return; }
-  consent
+  [[ -z "$dry_run" ]] || { show_dry_run "$offer"; return 0; }
+  agree "Rent it (if it fails, the next, up to $max_price \$/h)?" renting rented    # asked once
   run_key="$(od -An -N 24 -tx1 /dev/urandom | tr -d ' \n')"
   before="$(facts 'map(.id | tostring) | join(" ")' <<<"$instances")"
-  while ((rented < ATTEMPTS && order < ORDERS)); do
-    offer="$(facts ".[$order] | select(.) | tojson" <<<"$offers")"
+  while ((rented < ATTEMPTS && orders < ORDERS)); do
+    offer="$(facts ".[$place] | select(.) | tojson" <<<"$offers")"
     [[ -n "$offer" ]] || break
-    ((order == 0)) || { pause "$ORDER_PAUSE"; show_offer "$offer" >&2; }
-    order=$((order + 1))
-    order_instance "$offer" || continue
-    rented=$((rented + 1))
-    ! try_rented || return 0
+    ((orders == 0)) || show_offer "$offer" >&2
+    orders=$((orders + 1))
+    if order_instance "$offer"; then
+      rented=$((rented + 1))
+      ! try_rented || return 0
+    elif [[ "$refused" == 429 ]]; then
+      pause 15
+      continue
+    fi
+    place=$((place + 1))
   done
   rent_failed "$rented"
 }
@@ -1270,7 +1364,7 @@ rent() {
 # usage: rent_failed RENTED
 rent_failed() {
   give_back || exit "$EX_REFUSED"    # of orders without an answer
-  (($1)) || die "$EX_REFUSED" "no offer could be had any more when it was ordered; $(what_is_left)"
+  (($1)) || die "$EX_REFUSED" "no offer could be had; the last: $reason; $(what_is_left)"
   [[ "$outcome" != late ]] || die "$EX_LATE" "$reason; $(what_is_left)"
   die "$EX_REFUSED" "$1 tried, none got healthy; the last: $reason; $(what_is_left)"
 }
@@ -1288,17 +1382,6 @@ show_dry_run() {
   say 'dry run: nothing is rented'
 }
 
-# Asks once, for all attempts.
-consent() {
-  local answer=''
-  [[ -z "$agreed" ]] || return 0
-  [[ -t 0 ]] ||
-    die "$EX_USAGE" 'not renting without being told to: this is no terminal, so say --yes'
-  printf '%s' "Rent it (if it fails, the next, up to $max_price \$/h)? [y/N] " >&2
-  read -r answer || true
-  [[ "$answer" == [yY] || "$answer" == [yY]es ]] || die "$EX_UNHEALTHY" 'nothing is rented'
-}
-
 # Prints what `create` passes to the container, in the form its --env wants.
 container_env() {
   local name
@@ -1311,35 +1394,49 @@ container_env() {
   printf '\n'
 }
 
-# usage: order_instance OFFER    (sets rented_id; fails if the next offer may be tried)
+# usage: order_instance OFFER    (sets rented_id; fails if there is none, with refused and reason)
 order_instance() {
-  local offer_id offer_bid why='Vast tells no instance'
+  local offer_id offer_bid
   IFS='|' read -r offer_id offer_bid <<<"$(fact "$1" '"\(.id)|\(.bid // "")"')"
-  rented_id='' ordering=yes
+  space_calls 'create instance'    # here, so that a signal meanwhile finds no order
+  rented_id='' ordering=yes reason='Vast tells no instance'
   open_orders=$((open_orders + 1))
   vast_json object create instance "$offer_id" --image "$image" --disk "$disk" --label "$LABEL" \
     --ssh --direct --cancel-unavail ${offer_bid:+--bid_price "$offer_bid"} \
-    --env "$(container_env)" --onstart-cmd "$ON_START" || why="$complaint"
+    --env "$(container_env)" --onstart-cmd "$ON_START" || reason="$complaint"
   read_order
   [[ -z "$rented_id" ]] || return 0
   case "$refused" in
-    404 | 410) say "offer $offer_id is gone" ;;
-    429) say 'Vast wants fewer orders: waiting'; pause 15 ;;
-    4*) die_by_vast "offer $offer_id cannot be rented" ;;
-    *) say "no clear answer to the order ($why): looking for what it brought"
-      find_order; return ;;
+    404 | 410) reason="offer $offer_id is gone" ;;
+    429) reason='Vast wants fewer orders' ;;
+    no) reason="Vast does not rent offer $offer_id: $complaint" ;;
+    4* | usage) die_by_vast "offer $offer_id cannot be rented" ;;
+    *) say "no clear answer to the order ($reason): looking for what it brought"
+      ! find_order || return 0
+      reason="no answer to the order of offer $offer_id, and nothing came of it" ;;
   esac
+  say "$reason"
   return 1
 }
 
-# Closes the last order if its answer, in $scratch, is clear: an instance, or a refusal (4xx).
-# It may have come while a signal was being handled. It holds a secret of the instance's.
+# usage: reply_says FILTER    (prints nothing if the reply is no JSON object)
+reply_says() { jq -r "objects | $1" <<<"$reply" 2>/dev/null || true; }
+
+# Closes the last order if its answer, in $scratch, is clear: an instance, a refusal or "no". It may
+# have come while a signal was being handled, or that may break in here: `ordering` goes last.
+# The answer holds a secret of the instance's.
 read_order() {
+  local known
+  order_time=$SECONDS
+  [[ -n "$refused" ]] || read_reply 0
+  known="$(reply_says 'select(.success) | .new_contract // ""')"
+  if [[ "$(reply_says .success)" == false ]]; then
+    refused=no complaint="$(reply_says '.msg // .error // "no reason given"')"
+  fi
+  if [[ -n "$known" || "$refused" == 4* || "$refused" == no || "$refused" == usage ]]; then
+    rented_id="$known" open_orders=$((open_orders - 1)) ordering=''
+  fi
   ordering=''
-  read_reply 0
-  rented_id="$(jq -r 'objects | select(.success) | .new_contract // ""' <<<"$reply" 2>/dev/null)" ||
-    rented_id=''
-  [[ -z "$rented_id" && "$refused" != 4* ]] || open_orders=$((open_orders - 1))
 }
 
 # Sets rented_id if an instance of this run shows up that no answer told of.
@@ -1362,7 +1459,7 @@ try_rented() {
   say "instance $rented_id is rented"
   if await_worker "$rented_id" "$timeout" && settle; then
     announce "$rented_id"
-    rented_id='' open_orders=0
+    keep_rented
     return 0
   fi
   say "$reason"
@@ -1373,6 +1470,19 @@ try_rented() {
     lost) join "$rival" ;;
     *) return 1 ;;
   esac
+}
+
+# From here on the healthy instance stays; strays that could not be destroyed are named.
+keep_rented() {
+  local id kept="$rented_id" strays
+  rented_id=''
+  strays="$(own_ids | grep -vx "$kept")" || true
+  open_orders=0
+  for id in $(unclear_ids | grep -vx "$kept"); do
+    say "instance $id came up meanwhile and does not tell whose it is; if it is nobody's," \
+      "this ends it: $(by_hand destroy instance "$id" -y)"
+  done
+  [[ -z "$strays" ]] || { say_still_billed destroy "$strays"; exit "$EX_REFUSED"; }
 }
 
 # usage: show_last_words ID
@@ -1386,7 +1496,7 @@ announce() {
   local facts_line
   facts_line="$(fact "$(row_of "$1")" '"\(.gpu), \(.price | fixed(4)) $/h"' 2>/dev/null)" || true
   say "ready after $((SECONDS - wait_began)) s: instance $1${facts_line:+, $facts_line}"
-  printf '%s\n' "$address"
+  printf '%s\n' "$address" || say "nobody reads the answer, which is $address"
   say "its key: ./$PROGRAM env; try it: ./$PROGRAM test; end the rent: ./$PROGRAM stop, or destroy"
 }
 
@@ -1436,6 +1546,7 @@ cmd_status() {
   [[ -n "$ready" ]] || exit "$EX_UNHEALTHY"
 }
 
+took=''    # seconds that the last request took
 text='Hello from Bark. If you can hear this, everything works.'
 out='bark-test.wav' play='' spoken_voice=''
 
@@ -1469,8 +1580,6 @@ cmd_test() {
   printf '%s: %s\n' "$out" "$(facts "speed($took; $seconds)" <<<null)"
   [[ -z "$play" ]] || play_sound "$out"
 }
-took=''    # seconds that the last request took
-
 # Has the worker at address say text; leaves the answer in $scratch/sound.
 speak() {
   local status
@@ -1574,7 +1683,7 @@ new_lines() {
 
 target_id=''
 
-# usage: parse_target COMMAND FLAG [ARGUMENTS...]    (sets target_id, and agreed if FLAG is there)
+# usage: parse_target COMMAND FLAG [ARGUMENTS...]    (sets target_id; agreed, if FLAG is there)
 parse_target() {
   local command="$1" flag="$2"
   shift 2
@@ -1587,7 +1696,9 @@ parse_target() {
   done
 }
 
-# Finds the instances that stop and destroy are for; prints a row a line.
+targets=''    # a row a line
+
+# Sets targets to the instances that stop and destroy are for.
 find_targets() {
   open_account
   look_or_die
@@ -1596,7 +1707,6 @@ find_targets() {
   [[ -n "$targets" ]] || die "$EX_NO_INSTANCE" "no instance $target_id is labelled '$LABEL'; those\
  that are: $(facts 'map(.id | tostring) | join(", ")' <<<"$instances")"
 }
-targets=''
 
 cmd_stop() {
   local row failed=''
@@ -1614,7 +1724,7 @@ stop_one() {
   IFS='|' read -r id state url <<<"$(fact "$1" '"\(.id)|\(.state)|\(.address)"')"
   if [[ "$state" == stopped ]]; then
     say "instance $id is stopped already; $(storage_cost "$1")"
-    return
+    return 0
   fi
   if [[ -n "$url" && -n "$agreed" ]]; then
     say_what_is_cut "$url"
@@ -1623,8 +1733,19 @@ stop_one() {
   fi
   vast stop instance "$id" || [[ ! "$refused" =~ ^40[13]$ ]] ||
     die_by_vast "instance $id is not stopped"
-  confirm_stopped "$id" || return
-  say "instance $id is stopped; $(storage_cost "$1"); start wakes it, destroy ends that too"
+  confirm_stopped "$id" || return "$?"
+  say_stopped "$id"
+}
+
+# usage: say_stopped ID    (of the last look)
+say_stopped() {
+  local row
+  row="$(row_of "$1")"
+  if [[ -z "$row" ]]; then
+    say "Vast lists no instance $1 any more: it costs nothing"
+  else
+    say "instance $1 is stopped; $(storage_cost "$row"); start wakes it, destroy ends that too"
+  fi
 }
 
 storage_cost() {
@@ -1635,7 +1756,7 @@ storage_cost() {
 # Prints how many requests the worker has, running and waiting; fails if it does not tell.
 work_of() {
   local health
-  health="$(health_of "$1")" || return
+  health="$(health_of "$1")" || return 1
   facts '"\(.queue.running // 0) running, \(.queue.waiting // 0) waiting"' <<<"$health"
 }
 
@@ -1651,7 +1772,7 @@ drain() {
   while work="$(work_of "$1")" && [[ "$work" != '0 running, 0 waiting' ]]; do
     if ((SECONDS >= deadline)); then
       say "after $2 s still $work: stopping all the same, which cuts them"
-      return
+      return 0
     fi
     [[ "$work" == "$said" ]] || say "waiting for requests: $work"
     said="$work"
@@ -1665,7 +1786,7 @@ confirm_stopped() {
   while ((SECONDS < deadline)); do
     if look; then
       row="$(row_of "$1")"
-      [[ -n "$row" ]] || { say "Vast lists no instance $1 any more"; return; }
+      [[ -n "$row" ]] || return 0
       IFS='|' read -r wanted state <<<"$(fact "$row" '"\(.wanted)|\(.state)"')"
       [[ "$wanted" == stopped ]] || vast stop instance "$1" || say "$complaint"
       [[ "$wanted" != stopped || "$state" == stopping ]] || return 0
@@ -1673,62 +1794,56 @@ confirm_stopped() {
     pause "$((POLL < 5 ? POLL : 5))"
   done
   say "Vast was told to stop instance $1, and still lists it as ${state:-unknown}"
-  say_still_billed "$1" stop
+  say_still_billed stop "$1"
   return "$EX_LATE"
 }
 
 cmd_destroy() {
-  local row id failed=''
+  local id left=''
   parse_target destroy --yes "$@"
   find_targets
   facts '"instance \(.id): \(.state), \(.gpu), \(.price | fixed(4)) $/h"' <<<"$targets" >&2
-  [[ -n "$agreed" ]] || agree_to_destroy
+  agree 'Destroy it, with its disk?' destroying destroyed
   for id in $(facts .id <<<"$targets"); do
-    destroy_confirmed "$id" || failed=yes
+    destroy_confirmed "$id" || left="$left $id"
   done
-  [[ -z "$failed" ]] || exit "$EX_REFUSED"
+  [[ -z "$left" ]] || { say_still_billed destroy "$left"; exit "$EX_REFUSED"; }
 }
 
-agree_to_destroy() {
-  local answer=''
-  [[ -t 0 ]] ||
-    die "$EX_USAGE" 'not destroying without being told to: this is no terminal, so say --yes'
-  printf '%s' 'Destroy it, with its disk? [y/N] ' >&2
-  read -r answer || true
-  [[ "$answer" == [yY] || "$answer" == [yY]es ]] || die "$EX_UNHEALTHY" 'nothing is destroyed'
-}
-
-# Destroys instance $1 and waits until Vast lists it no more.
+# Destroys instance $1 and looks until Vast lists it no more; fails if it goes on listing it.
 destroy_confirmed() {
   local attempt
   for attempt in 1 2 3 4 5; do
-    destroy_once "$1"
+    destroy_once "$1" || true
     if look && [[ -z "$(row_of "$1")" ]]; then
       say "instance $1 is destroyed; it costs nothing any more"
-      return
+      return 0
     fi
     pause "$attempt"
   done
-  say_still_billed "$1" destroy
   return 1
 }
 
 # -----------------------------------------------------------------------------
 # ssh, tunnel, env
 
-# Sets ssh_host and ssh_port of the instance.
+ssh_host='' ssh_port=''
+
+# Sets ssh_host and ssh_port to those of the instance.
 find_ssh() {
+  local state
   open_account
   look_or_die
-  find_running
-  IFS='|' read -r ssh_host ssh_port <<<"$(fact "$row" '"\(.ssh_host)|\(.ssh_port)"')"
-  [[ -n "$ssh_host" && -n "$ssh_port" ]] ||
-    die "$EX_UNHEALTHY" 'Vast does not tell an SSH address (yet)'
+  row="$(chosen_row)"
+  [[ -n "$row" ]] || no_instance
+  IFS='|' read -r state ssh_host ssh_port <<<"$(fact "$row" \
+    '"\(.state)|\(.ssh_host)|\(.ssh_port)"')"
+  [[ "$state" == running && -n "$ssh_host" && -n "$ssh_port" ]] ||
+    die "$EX_UNHEALTHY" "the instance is $state, and Vast tells no SSH address of it (yet)"
   command -v ssh >/dev/null 2>&1 ||
     die "$EX_MISSING" 'ssh is missing: sudo apt install openssh-client'
   rm -rf "$scratch"    # exec leaves no one to do it
 }
-ssh_host='' ssh_port=''
 
 cmd_ssh() {
   find_ssh
@@ -1826,7 +1941,7 @@ find_python() {
     python_is_new_enough "$name" || continue
     if "$name" -c 'import ensurepip, venv' >/dev/null 2>&1; then
       printf '%s\n' "$name"
-      return
+      return 0
     fi
     without_venv="${without_venv:-$name}"
   done
@@ -1897,7 +2012,7 @@ pip_line() {
 torch_advice() {
   local index built_index="cu${2//./}"
   [[ -n "$3" ]] || { echo 'nvidia-smi does not tell the CUDA version of its driver;' \
-    'torch needs a driver for CUDA 12.6 (560) or newer.'; return; }
+    'torch needs a driver for CUDA 12.6 (560) or newer.'; return 0; }
   index="$(torch_index "$3")"
   if [[ "$4" == *'no kernel image'* && "$2" == 13.* ]]; then
     index='cu126'    # CUDA 13 left out GPUs before Turing
@@ -1979,7 +2094,7 @@ wait_until_ready() {
     if health="$(worker_health "$1")"; then
       heard=$SECONDS
       [[ "$health" == "$last" ]] || case "$health" in
-        'ready '*) say "ready after $SECONDS s"; return ;;
+        'ready '*) say "ready after $SECONDS s"; return 0 ;;
         'failed '*) say "the worker failed: ${health#failed }"; return 1 ;;
         *) say "${health% }" ;;
       esac
@@ -2110,7 +2225,7 @@ cmd_completion() {
 
 cmd_help() {
   (($# <= 1)) || usage_error 'help takes one command' help
-  if [[ -z "${1:-}" ]]; then printf '%s\n' "$USAGE"; return; fi
+  if [[ -z "${1:-}" ]]; then printf '%s\n' "$USAGE"; return 0; fi
   usage_of "$1" || unknown_command "$1"
 }
 
@@ -2119,12 +2234,12 @@ unknown_command() { die "$EX_USAGE" "unknown command '$1'"$'\n'"$USAGE"; }
 main() {
   local command="${1:-}" word
   case "$command" in
-    -h | --help) printf '%s\n' "$USAGE"; return ;;
+    -h | --help) printf '%s\n' "$USAGE"; return 0 ;;
     '') die "$EX_USAGE" 'a command is needed'$'\n'"$USAGE" ;;
   esac
   usage_of "$command" >/dev/null || unknown_command "$command"
   for word in "${@:2}"; do
-    case "$word" in -h | --help) usage_of "$command"; return ;; esac
+    case "$word" in -h | --help) usage_of "$command"; return 0 ;; esac
     [[ "$command" != ssh ]] || break    # its other words are for the instance
   done
   "cmd_$command" "${@:2}"

@@ -110,20 +110,19 @@ def shell_block(*needles: str) -> str:
 
 def by_hand(manager: Manager, command: str) -> str:
     """What a shell with the real vastai prints for a command."""
-    done = subprocess.run([BASH, "-c", command], env=manager.environment() | {
-        "VAST_API_KEY": manager.vast.account_key}, capture_output=True, text=True,
-        timeout=START_SECONDS)
+    done = subprocess.run([BASH, "-c", command], env=manager.environment(), cwd=ROOT, text=True,
+                          capture_output=True, timeout=START_SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
 def test_the_route_by_hand_leads_to_a_worker_that_only_its_key_opens(
         tmp_path: Path, toy: Path) -> None:
-    search, create = re.split(r"(?=^vastai create)", shell_block("vastai create"), flags=re.M)
+    export, search, create = re.split(r"(?=^vastai )", shell_block("vastai create"), flags=re.M)
     with managed(tmp_path, toy) as manager:
         offer = manager.vast.add_offer()
-        assert str(offer) in by_hand(manager, search)
-        by_hand(manager, create.replace("OFFER_ID", str(offer)))
+        assert str(offer) in by_hand(manager, export + search)
+        by_hand(manager, export + create.replace("OFFER_ID", str(offer)))
         (instance,) = manager.vast.instances.values()
         wait_until(lambda: instance.port, "worker", START_SECONDS)
         assert manager.run("start").stdout == f"{instance.worker_url}\n"

@@ -1,0 +1,689 @@
+"""The commands on what is rented: status, test, logs, stop, destroy, ssh, tunnel, env, and keys.
+
+All of it is played side by side, each act on an account of its own (see renting.py): one story with
+the real worker, and the awkward cases with workers that merely say how they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+import wave
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_model
+from conftest import ROOT, wait_until
+from fake_vast import Instance, Request
+from manager import Run
+from renting import Act, Acts, Scene, acts_of, ids_named, plays
+
+GB_AT_50 = 0.15 * 50 / 720  # $/h that 50 GB of an ordinary offer cost
+NASTY_KEY = "q\"u'o\\t$e`*;#&(!~"  # all of it may be in a worker's key
+FOLLOW_SECONDS = 60.0  # until a followed log shows what was written
+
+
+@pytest.fixture(scope="module")
+def acts(request: pytest.FixtureRequest,
+         tmp_path_factory: pytest.TempPathFactory) -> Iterator[Acts]:
+    with acts_of(request, tmp_path_factory.mktemp("acts")) as playing:
+        yield playing
+
+
+def launch(stage: Scene, command: str, *words: str, stdin: int = subprocess.DEVNULL,
+           **settings: str) -> Run:
+    """Starts a command, a second after the last look, as Vast wants it and people are slower."""
+    looks = stage.vast.calls("GET", "/api/v1/instances")
+    wait_until(lambda: not looks or time.monotonic() > looks[-1].time + 1.0, "next second")
+    return stage.launch(*words, command=command, stdin=stdin, **settings)
+
+
+def run(stage: Scene, command: str, *words: str, stdin: int = subprocess.DEVNULL,
+        **settings: str) -> Run:
+    """A command's end; of the files that it made for itself none may be left."""
+    scratch = stage.manager.home / f"scratch-{len(stage.manager.runs)}"
+    scratch.mkdir()
+    done = launch(stage, command, *words, stdin=stdin, TMPDIR=str(scratch), **settings).wait()
+    assert list(scratch.iterdir()) == []
+    return done
+
+
+def ended(done: Run, status: int, *words: str) -> None:
+    """It ended so, said these words to people and printed no answer."""
+    assert (done.status, done.stdout) == (status, "")
+    assert [word for word in words if word not in done.stderr] == []
+
+
+def says(stage: Scene, command: str, *words: str, **settings: str) -> str:
+    """What a command that succeeds prints."""
+    done = run(stage, command, *words, **settings)
+    assert (done.status, done.stderr) == (0, "")
+    return done.stdout
+
+
+# The whole story
+
+
+class CommandLines:
+    """Notes, while used as a context manager, the command lines of all processes that are new."""
+
+    def __init__(self) -> None:
+        self.seen: set[bytes] = set()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, args=(set(os.listdir("/proc")),))
+
+    def __enter__(self) -> CommandLines:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def watch(self, old: set[str]) -> None:
+        """Reads each process's again and again in its first second, as it may become another."""
+        first_seen: dict[str, float] = {}
+        while not self.over.wait(0.04):
+            now = time.monotonic()
+            for number in filter(str.isdigit, set(os.listdir("/proc")) - old):
+                if now - first_seen.setdefault(number, now) < 1.0:
+                    with contextlib.suppress(OSError):
+                        self.seen.add(Path("/proc", number, "cmdline").read_bytes())
+
+    def holding(self, secret: str) -> list[list[str]]:
+        return [line.decode().split("\0") for line in self.seen if secret.encode() in line]
+
+
+def ask(worker: Instance, text: str) -> dict[str, Any]:
+    """The worker's answer to a request with its key."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {worker.key}"}
+    request = urllib.request.Request(f"{worker.worker_url}/synthesize",
+                                     json.dumps({"text": text}).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        return json.load(reply)
+
+
+def running_requests(worker: Instance) -> int:
+    with urllib.request.urlopen(f"{worker.worker_url}/health", timeout=10) as reply:
+        return json.load(reply)["queue"]["running"]
+
+
+def status_tells_of(stage: Scene, worker: Instance) -> None:
+    """In two calls at most, which is what `status` may cost."""
+    before = len(stage.vast.requests)
+    told = says(stage, "status")
+    assert len(stage.vast.requests) - before <= 2
+    assert told.startswith(f"instance {worker.id}: running, RTX 3060, Sweden, SE\n")
+    for part in (worker.worker_url, "0.0704 $/h", "worker ready, 0 running, 0 waiting",
+                 "suno/bark-small"):
+        assert part in told
+
+
+def env_leads_to(stage: Scene, worker: Instance) -> None:
+    told = says(stage, "env")
+    lines = [line for line in told.splitlines() if not line.startswith("#")]
+    assert lines == [f"BARK_URL={worker.worker_url}", f"BARK_API_KEY={worker.key}",
+                     f"VASTAI_ENDPOINT_ID={worker.id}"]
+    assert "# VASTAI_API_KEY=" in told
+    stage.manager.runs[-1].stdout = ""  # the one place where the key may show
+
+
+def speech_is_checked(stage: Scene, out: Path) -> None:
+    told = says(stage, "test", "Hello there.", "--voice", "v2/de_speaker_3", "--out", str(out))
+    with wave.open(str(out)) as speech:
+        seconds = speech.getnframes() / speech.getframerate()
+    match = re.fullmatch(r"(.*): (\S+) s of speech in (\S+) s, real-time factor (\S+)\n", told)
+    assert match and match[1] == str(out)
+    sound, took, factor = map(float, match.groups()[1:])
+    assert sound == pytest.approx(seconds, abs=0.01)
+    assert factor == pytest.approx(took / sound, abs=0.1)
+    before = out.read_bytes()
+    ended(run(stage, "test", "--voice", "nobody", "--out", str(out)), 1, "HTTP 400", "nobody")
+    assert out.read_bytes() == before
+
+
+def log_is_followed(stage: Scene, worker: Instance) -> None:
+    """While `test` speaks; in the end the lines are those of the log, once each."""
+    follower = launch(stage, "logs", "-f")
+    wait_until(lambda: "status=ready" in follower.stdout, "log", FOLLOW_SECONDS)
+    speech_is_checked(stage, stage.manager.home / "speech.wav")
+    wait_until(lambda: follower.stdout == worker.log, "rest of the log", FOLLOW_SECONDS)
+    os.killpg(follower.process.pid, signal.SIGINT)
+    assert follower.wait().status == 130 and follower.stderr == ""
+    assert "POST /synthesize status=200" in follower.stdout
+
+
+def stop_waits_for(stage: Scene, worker: Instance) -> None:
+    with ThreadPoolExecutor() as pool:
+        answer: Future[dict[str, Any]] = pool.submit(ask, worker, "Hello there, you. " * 12)
+        wait_until(lambda: running_requests(worker) == 1, "running request")
+        stage.vast.on("PUT", f"/instances/{worker.id}/",
+                      lambda request: answered_before.append(answer.done()))
+        answered_before: list[bool] = []
+        ended(run(stage, "stop"), 0, "waiting for requests: 1 running, 0 waiting",
+              f"instance {worker.id} is stopped", "0.0104 $/h")
+        assert answer.result()["status"] == "success" and answered_before == [True]
+    assert stage.billed() == {worker.id: "stopped"}
+
+
+def start_wakes(stage: Scene, worker: Instance) -> None:
+    """From now on the worker has another key, as the manual route may have given it."""
+    worker.env["BARK_API_KEY"] = NASTY_KEY
+    before = worker.id
+    done = run(stage, "start", "--yes")
+    assert (done.status, done.stdout) == (0, f"{worker.worker_url}\n")
+    assert stage.only().id == before and worker.intended == "running"
+    assert "s of speech" in says(stage, "test", "Hello again.")
+
+
+def make_worker_real(stage: Scene) -> None:
+    """The next instance gets the real worker, before it runs, and finds a toy model."""
+    toy = stage.manager.home / "toy"
+    toy_model.build(toy)
+    stage.vast.models["suno/bark-small"] = toy
+    stage.vast.provisioning = 1.0
+
+    def install(request: Request) -> None:
+        app = stage.only().container.root / "app"
+        for name in ("bark-worker.py", "builtin-voice"):
+            (app / name).unlink()
+            (app / name).symlink_to(ROOT / name)
+    stage.vast.on("PUT", "/asks/", install, when="after")
+
+
+def whole_story(stage: Scene) -> None:
+    make_worker_real(stage)
+    stage.vast.add_offer()
+    with CommandLines() as lines:
+        done = run(stage, "start", "--yes", PATH=stage.manager.environment()["PATH"])  # no warm one
+        worker = stage.only()
+        assert (done.status, done.stdout) == (0, f"{worker.worker_url}\n")
+        drawn_key = str(worker.key)
+        status_tells_of(stage, worker)
+        env_leads_to(stage, worker)
+        log_is_followed(stage, worker)
+        stop_waits_for(stage, worker)
+        start_wakes(stage, worker)
+        ended(run(stage, "destroy", "--yes"), 0, f"instance {worker.id} is destroyed")
+    assert stage.vast.destroyed == [worker.id] and stage.billed() == {}
+    assert [key for key in (drawn_key, NASTY_KEY) if key in stage.manager.said()] == []
+    assert lines.holding(stage.vast.account_key) == lines.holding(NASTY_KEY) == []
+    (order,) = lines.holding(drawn_key)  # which has no other way to pass it
+    assert order[2:4] == ["create", "instance"]
+
+
+@plays(whole_story)
+def test_a_worker_is_rented_used_put_to_sleep_woken_and_destroyed(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
+# status
+
+
+def every_state(stage: Scene) -> None:
+    add = stage.vast.add_instance
+    state = {add(state="stopped").id: "stopped", add(fate="outbid", price=0.05).id: "outbid",
+             add(fate="offline").id: "offline", add(fate="stuck").id: "loading",
+             add(fate="error: Failed to pull image").id: "error", add(fate="exited").id: "exited"}
+    before = len(stage.vast.requests)
+    done = run(stage, "status")
+    assert len(stage.vast.requests) - before <= 4  # the first two of them are of a new HOME
+    assert (done.status, done.stderr) == (1, "")
+    told = dict(re.findall(r"^instance (\d+): (\w+)", done.stdout, re.M))
+    assert told == {str(number): name for number, name in state.items()}
+    for part in ("(Failed to pull image)", "0.0604 $/h interruptible", "rented 1.0 h ago",
+                 "at most 0.07 $ since", "storage 0.0104 $/h (0.25 $ a day) also while stopped"):
+        assert part in done.stdout
+    done = run(stage, "status", "--json")
+    found = json.loads(done.stdout)["instances"]
+    assert done.status == 1 and {one["id"]: one["state"] for one in found} == state
+    assert [one["health"] for one in found] == [None] * 6
+
+
+def one_of_two_is_ready(stage: Scene) -> None:
+    """One is enough, and the key is nowhere."""
+    ready, silent = stage.vast.add_instance(), stage.vast.add_instance(fate="silent")
+    wait_until(lambda: ready.port, "worker")
+    told = says(stage, "status")
+    assert told.count("worker ready") == told.count("worker: no answer") == 1
+    as_json = says(stage, "status", "--json")
+    row = json.loads(as_json)["instances"][0]
+    assert (row["id"], row["state"], row["address"]) == (ready.id, "running", ready.worker_url)
+    assert row["health"]["ready"] and row["price_per_hour"] == pytest.approx(0.06 + GB_AT_50)
+    assert [key for key in (ready.key, silent.key) if str(key) in told + as_json] == []
+
+
+def not_ready(stage: Scene) -> None:
+    stage.workers_say("failed", error="no weights")
+    instance = stage.vast.add_instance()
+    wait_until(lambda: instance.port, "worker")
+    done = run(stage, "status")
+    assert done.status == 1 and "worker failed" in done.stdout and "no weights" in done.stdout
+
+
+def nothing_there(stage: Scene) -> None:
+    """But the stranger, whose label is another's."""
+    for command in ("status", "stop", "env"):
+        ended(run(stage, command), 5, "no instance labelled 'bark-worker'")
+    done = run(stage, "status", "--json")
+    assert done.status == 5
+    assert json.loads(done.stdout) == {"label": "bark-worker", "instances": []}
+
+
+def another_label(stage: Scene) -> None:
+    stage.vast.add_instance(label="mine-2", state="stopped")
+    stage.vast.add_instance(fate="offline")
+    done = run(stage, "status", BARK_LABEL="mine-2")
+    assert ": stopped" in done.stdout and ": offline" not in done.stdout
+
+
+def many_pages(stage: Scene) -> None:
+    stage.vast.page_rows = 2
+    for _ in range(5):
+        stage.vast.add_instance(state="stopped")
+    assert run(stage, "status").stdout.count(": stopped") == 5
+
+
+# The account's key
+
+
+def stored_key(stage: Scene) -> None:
+    """Neither of two empty variables hides what `vastai set api-key` stored."""
+    stage.vast.add_instance(state="stopped")
+    stored = stage.manager.home / "config/vastai/vast_api_key"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(stage.vast.account_key)
+    done = run(stage, "status", VASTAI_API_KEY="", VAST_API_KEY="")
+    assert done.status == 1 and ": stopped" in done.stdout
+
+
+def wrong_key(stage: Scene) -> None:
+    ended(run(stage, "status", VASTAI_API_KEY="0123-wrong", VAST_API_KEY=stage.vast.account_key),
+          4, "Invalid user key", "HTTP 401", "https://cloud.vast.ai/manage-keys/")
+    assert "0123-wrong" not in stage.manager.said()
+
+
+def no_key_that_could_be_one(stage: Scene) -> None:
+    ended(run(stage, "status", VASTAI_API_KEY=""), 3, "no Vast API key", "VASTAI_API_KEY")
+    for key in (f"{stage.vast.account_key}\n", f"{stage.vast.account_key}\nmore", "with blank"):
+        ended(run(stage, "start", "--yes", VASTAI_API_KEY=key), 3, "VASTAI_API_KEY")
+    assert "with blank" not in stage.manager.said() and stage.vast.requests == []
+
+
+def key_without_rights(stage: Scene) -> None:
+    stage.vast.add_instance(fate="silent")
+    stage.vast.fault("PUT", "/instances/", times=9, status=403,
+                     body={"success": False, "error": "forbidden", "msg": "not yours to stop"})
+    ended(run(stage, "stop"), 4, "not yours to stop", "HTTP 403", "permissions")
+
+
+def vast_out_of_order(stage: Scene) -> None:
+    """A question is put again."""
+    stage.vast.add_instance(state="stopped")
+    stage.vast.fault("GET", "/api/v1/instances", status=502)
+    assert ": stopped" in run(stage, "status").stdout
+
+
+@plays(nothing_there, every_state, one_of_two_is_ready, vast_out_of_order, not_ready, another_label,
+       many_pages, stored_key, wrong_key, no_key_that_could_be_one, key_without_rights)
+def test_status_tells_of_each_instance_and_no_key(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
+# test
+
+
+def unfit_answer(stage: Scene) -> None:
+    """The stage's workers cannot speak."""
+    instance = stage.vast.add_instance()
+    wait_until(lambda: instance.port, "worker")
+    ended(run(stage, "test"), 1, "HTTP 501")
+    assert not (stage.manager.home / "bark-test.wav").exists()
+
+
+def uncallable(stage: Scene) -> None:
+    instance = stage.vast.add_instance(fate="stuck")
+    ended(run(stage, "env"), 1, f"instance {instance.id} cannot be called: it is loading")
+
+
+def silent_worker(stage: Scene) -> None:
+    stage.vast.add_instance(fate="silent")
+    ended(run(stage, "test"), 1, "does not speak")
+
+
+# logs
+
+
+def follow_few(stage: Scene) -> None:
+    """From the last two lines on; one arrives in two pieces, and one answer is missing."""
+    instance = stage.vast.add_instance(fate="silent")
+    log = instance.container.log
+    log.write_text("".join(f"line {number}\n" for number in range(10)))
+    follower = launch(stage, "logs", "-f", "--tail", "2")
+    wait_until(lambda: "line 9" in follower.stdout, "log", FOLLOW_SECONDS)
+    stage.vast.wait_for_call("PUT", "request_logs", 2)
+    stage.vast.fault("PUT", "request_logs", status=502)
+    with log.open("a") as sink:
+        sink.write("line 9\nhalf a")
+        sink.flush()
+        wait_until(lambda: "half a" in follower.stdout, "half a line", FOLLOW_SECONDS)
+        sink.write(" line\nlast\n")
+    wait_until(lambda: "last" in follower.stdout, "rest of it", FOLLOW_SECONDS)
+    os.killpg(follower.process.pid, signal.SIGTERM)
+    assert follower.wait().status == 143
+    assert follower.stdout == "line 8\nline 9\nline 9\nhalf a\nhalf a line\nlast\n"
+
+
+def follow_until_destroyed(stage: Scene) -> None:
+    instance = stage.vast.add_instance(fate="silent")
+    instance.container.log.write_text("hello\n")
+    follower = launch(stage, "logs", "--follow")
+    wait_until(lambda: follower.stdout, "log", FOLLOW_SECONDS)
+    with stage.vast.lock:
+        stage.vast.instances.pop(instance.id).destroy()
+    assert follower.wait().status == 4
+    assert (follower.stdout, "HTTP 404" in follower.stderr) == ("hello\n", True)
+
+
+def daemon_log(stage: Scene) -> None:
+    """Docker's own words have the whole environment in them; end() looks for the other keys."""
+    plain = stage.vast.add_instance(fate="silent")
+    told = says(stage, "logs", "--daemon")
+    assert "docker create" in told and str(plain.key) not in told
+    plain.env["BARK_API_KEY"] = NASTY_KEY
+    told = says(stage, "logs", "--daemon")
+    assert "docker create" in told and NASTY_KEY not in told
+
+
+def short_log(stage: Scene) -> None:
+    """The worker's key does not show, though it should not be there."""
+    instance = stage.vast.add_instance(fate="silent")
+    instance.container.log.write_text(f"one\ntwo {instance.key}\nthree\n")
+    assert says(stage, "logs", "--tail", "2") == "two [key]\nthree\n"
+
+
+# stop
+
+
+def busy(stage: Scene) -> Instance:
+    """An instance whose worker says that it has much to do."""
+    stage.workers_say("ready", queue={"running": 1, "waiting": 2, "capacity": 32})
+    instance = stage.vast.add_instance()
+    wait_until(lambda: instance.port, "worker")
+    return instance
+
+
+def stop_now(stage: Scene) -> None:
+    instance = busy(stage)
+    done = run(stage, "stop", "--now")
+    ended(done, 0, "this cuts requests: 1 running, 2 waiting", f"instance {instance.id} is stopped")
+    assert "waiting for requests" not in done.stderr
+    assert stage.billed() == {instance.id: "stopped"}
+    before = stage.changes()
+    ended(run(stage, "stop"), 0, f"instance {instance.id} is stopped already", "0.0104 $/h")
+    assert stage.changes() == before
+
+
+def stop_interrupted(stage: Scene) -> None:
+    """While it waits for the worker nothing has happened yet."""
+    instance = busy(stage)
+    stopping = launch(stage, "stop")
+    wait_until(lambda: "waiting for requests: 1 running, 2 waiting" in stopping.stderr, "words")
+    os.killpg(stopping.process.pid, signal.SIGINT)
+    assert stopping.wait().status == 130 and stage.changes() == []
+    assert stage.billed() == {instance.id: "running"}
+
+
+def stop_refused_at_first(stage: Scene) -> None:
+    """`success: false`, and the CLI's exit status is 0."""
+    instance = stage.vast.add_instance(fate="silent")
+    stage.vast.fault("PUT", f"/instances/{instance.id}/", status=200,
+                     body={"success": False, "msg": "try again"})
+    ended(run(stage, "stop"), 0, f"instance {instance.id} is stopped")
+    assert stage.billed() == {instance.id: "stopped"} and len(stage.changes()) == 2
+
+
+def stop_without_reply(stage: Scene) -> None:
+    instance = stage.vast.add_instance(fate="silent")
+    stage.vast.fault("PUT", f"/instances/{instance.id}/", drop="after")
+    ended(run(stage, "stop"), 0, f"instance {instance.id} is stopped")
+    assert stage.billed() == {instance.id: "stopped"} and len(stage.changes()) == 1
+
+
+def stop_takes_a_while(stage: Scene) -> None:
+    stage.vast.stopping = 4.0
+    instance = stage.vast.add_instance(fate="silent")
+    ended(run(stage, "stop"), 0, f"instance {instance.id} is stopped")
+    assert instance.actual == "exited" and len(stage.changes()) == 1
+
+
+def stop_what_is_offline(stage: Scene) -> None:
+    """Its host may come back, so it counts that Vast means it to be stopped."""
+    instance = stage.vast.add_instance(fate="offline")
+    stage.vast.fault("PUT", f"/instances/{instance.id}/", status=200,
+                     body={"success": False, "msg": "try again"})
+    ended(run(stage, "stop"), 0, f"instance {instance.id} is stopped")
+    assert stage.billed() == {instance.id: "stopped"}
+
+
+def stop_what_is_outbid(stage: Scene) -> None:
+    """It would come back by itself, and be billed."""
+    instance = stage.vast.add_instance(fate="outbid", price=0.05)
+    ended(run(stage, "stop"), 0, f"instance {instance.id} is stopped")
+    assert stage.billed() == {instance.id: "stopped"}
+
+
+def stop_one_of_two(stage: Scene) -> None:
+    one, other = (stage.vast.add_instance(fate="silent") for _ in range(2))
+    ended(run(stage, "stop", str(other.id)), 0, f"instance {other.id} is stopped")
+    assert stage.billed() == {one.id: "running", other.id: "stopped"}
+
+
+def foreign_instance(stage: Scene) -> None:
+    """It is there, but not ours; end() asserts that nobody touched it."""
+    instance = stage.vast.add_instance(fate="silent")
+    stranger = str(stage.vast.strangers[0].id)
+    for words in (("stop", stranger), ("destroy", stranger, "--yes")):
+        ended(run(stage, *words), 5, "is labelled 'bark-worker'", str(instance.id))
+    assert stage.changes() == []
+
+
+# destroy
+
+
+def answered(stage: Scene, text: str, *words: str) -> Run:
+    """`destroy` on a terminal, at which somebody types `text`."""
+    keyboard, terminal = pty.openpty()
+    try:
+        os.write(keyboard, text.encode())
+        return run(stage, "destroy", *words, stdin=terminal)
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
+
+
+def destroy_asks(stage: Scene) -> None:
+    instance = stage.vast.add_instance(state="stopped")
+    ended(run(stage, "destroy"), 2, "say --yes", f"instance {instance.id}: stopped, RTX 3060")
+    for text in ("n\n", "\x04"):
+        done = answered(stage, text)
+        ended(done, 1, "nothing is destroyed", f"instance {instance.id}: stopped")
+        assert done.stderr.count("[y/N]") == 1
+    assert stage.changes() == []
+    ended(answered(stage, "y\n"), 0, f"instance {instance.id} is destroyed")
+    assert stage.vast.destroyed == [instance.id]
+
+
+def destroy_without_effect(stage: Scene) -> None:
+    """Vast says `success: true`, and at first the instance stays."""
+    instance = stage.vast.add_instance(fate="silent")
+    instance.destroy_refusals = 1
+    ended(run(stage, "destroy", "--yes"), 0, f"instance {instance.id} is destroyed")
+    assert stage.vast.destroyed == [instance.id] and len(stage.changes()) == 2
+
+
+def destroy_without_reply(stage: Scene) -> None:
+    instance = stage.vast.add_instance(fate="silent")
+    stage.vast.fault("DELETE", f"/instances/{instance.id}/", drop="after")
+    ended(run(stage, "destroy", "--yes"), 0, f"instance {instance.id} is destroyed")
+    assert stage.vast.destroyed == [instance.id] and len(stage.changes()) == 1
+
+
+def destroy_two(stage: Scene) -> None:
+    ids = [stage.vast.add_instance(**fields).id
+           for fields in ({"state": "stopped"}, {"fate": "offline"})]
+    ended(run(stage, "destroy", "--yes"), 0, *(f"instance {one} is destroyed" for one in ids))
+    assert stage.vast.destroyed == ids
+
+
+def destroy_refused_at_first(stage: Scene) -> None:
+    instance = stage.vast.add_instance(fate="silent")
+    stage.vast.fault("DELETE", "/instances/", status=200,
+                     body={"success": False, "msg": "try again"})
+    ended(run(stage, "destroy", "--yes"), 0, f"instance {instance.id} is destroyed")
+    assert stage.vast.destroyed == [instance.id] and len(stage.changes()) == 2
+
+
+def destroy_one_of_two(stage: Scene) -> None:
+    one, other = stage.vast.add_instance(fate="offline"), stage.vast.add_instance(state="stopped")
+    ended(run(stage, "destroy", str(other.id), "--yes"), 0, f"instance {other.id} is destroyed")
+    assert stage.vast.destroyed == [other.id] and stage.billed() == {one.id: "running"}
+
+
+@plays(destroy_asks, destroy_without_effect, destroy_refused_at_first, destroy_two, stop_now,
+       stop_refused_at_first, stop_what_is_offline, stop_takes_a_while, stop_without_reply,
+       stop_interrupted, stop_what_is_outbid, stop_one_of_two, destroy_without_reply,
+       destroy_one_of_two, foreign_instance)
+def test_stop_and_destroy_are_confirmed_by_vast_whatever_the_cli_says(act: Act,
+                                                                      acts: Acts) -> None:
+    acts.end_of(act)
+
+
+def destroy_never(stage: Scene) -> None:
+    instance = stage.vast.add_instance(fate="refuses_destroy")
+    other = stage.vast.add_instance(state="stopped")
+    done = run(stage, "destroy", "--yes")
+    ended(done, 4, f"instance {other.id} is destroyed")
+    assert f"vastai destroy instance {instance.id} -y" in done.stderr
+    assert stage.billed() == {instance.id: "running"}
+
+
+def stop_never(stage: Scene) -> None:
+    instance = stage.vast.add_instance(fate="silent")
+    stage.vast.fault("PUT", f"/instances/{instance.id}/", times=math.inf, status=200,
+                     body={"success": False, "msg": "no"})
+    done = run(stage, "stop", BARK_POLL="5")
+    ended(done, 6)
+    assert ids_named(done) == {instance.id}
+
+
+def stop_waits_a_minute(stage: Scene) -> None:
+    instance = busy(stage)
+    ended(run(stage, "stop"), 0, "after 60 s still 1 running, 2 waiting: stopping all the same",
+          f"instance {instance.id} is stopped")
+
+
+def vast_out_of_order_for_long(stage: Scene) -> None:
+    stage.vast.add_instance(state="stopped")
+    stage.vast.fault("GET", "/api/v1/instances", status=502)
+    stage.vast.fault("GET", "/api/v1/instances", drop="before")
+    assert ": stopped" in run(stage, "status").stdout
+    stage.vast.fault("GET", "/api/v1/instances", times=3, status=500)
+    ended(run(stage, "status"), 4, "the instances cannot be listed", "HTTP 500")
+
+
+@pytest.mark.long  # up to two minutes
+@plays(destroy_never, stop_never, stop_waits_a_minute, vast_out_of_order_for_long)
+def test_patience_has_an_end_and_what_stays_billed_is_named(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
+# ssh, tunnel, env
+
+
+def stub_ssh(stage: Scene, status: int) -> str:
+    """A PATH whose ssh writes its words down, one a line, and ends with `status`."""
+    folder = stage.manager.home / "bin"
+    folder.mkdir(exist_ok=True)
+    program = folder / "ssh"
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"$HOME/words"\nexit {status}\n')
+    program.chmod(0o755)
+    return os.pathsep.join((str(folder), stage.path))
+
+
+def ssh_words(stage: Scene) -> list[str]:
+    return (stage.manager.home / "words").read_text().splitlines()
+
+
+def real_ssh_reads(words: list[str]) -> dict[str, str]:
+    """What the real client makes of them, by option; it goes nowhere."""
+    if not shutil.which("ssh"):
+        return {}
+    done = subprocess.run(["ssh", "-G", "-F", "none", *words], capture_output=True, text=True,
+                          check=True, timeout=30)
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+
+
+def shell_on_it(stage: Scene) -> None:
+    instance = stage.vast.add_instance(fate="silent")
+    port = str(instance.container.ports["22/tcp"].getsockname()[1])
+    done = run(stage, "ssh", "ls", "-l", "a b", PATH=stub_ssh(stage, 7))
+    assert (done.status, done.stdout, done.stderr) == (7, "", "")
+    words = ssh_words(stage)
+    assert words[-4:] == ["root@127.0.0.1", "ls", "-l", "a b"]
+    read = real_ssh_reads(words)
+    assert not read or (read["hostname"], read["user"], read["port"]) == ("127.0.0.1", "root", port)
+
+
+def shell_through_the_proxy(stage: Scene) -> None:
+    """Where no port leads straight to it."""
+    stage.vast.add_instance(fate="silent", runtype="ssh_proxy")
+    run(stage, "ssh", PATH=stub_ssh(stage, 0))
+    assert ssh_words(stage) == ["-p", "9", "root@localhost"]
+
+
+def tunnel_to_it(stage: Scene) -> None:
+    stage.vast.add_instance(fate="silent")
+    done = run(stage, "tunnel", "--port=18080", PATH=stub_ssh(stage, 0))
+    assert (done.status, done.stdout) == (0, "http://127.0.0.1:18080\n")
+    words = ssh_words(stage)
+    assert words[-1] == "root@127.0.0.1" and "-N" in words
+    read = real_ssh_reads(words)
+    assert not read or read["localforward"] == "[127.0.0.1]:18080 [127.0.0.1]:8080"
+    assert not read or read["exitonforwardfailure"] == "yes"
+    assert run(stage, "tunnel", PATH=stub_ssh(stage, 255)).status == 255
+    assert "127.0.0.1:8080:127.0.0.1:8080" in ssh_words(stage)
+
+
+def env_for_a_shell(stage: Scene) -> None:
+    """Whatever the key is."""
+    instance = stage.vast.add_instance(fate="silent", env={"BARK_API_KEY": NASTY_KEY})
+    lines = stage.manager.home / "env"
+    lines.write_text(says(stage, "env"))
+    stage.manager.runs[-1].stdout = ""
+    for shell in ("bash", "sh"):
+        done = subprocess.run(
+            [shell, "-c", 'set -eu; . "$0"; printf "%s\n" "$BARK_URL" "$BARK_API_KEY"'
+             ' "$VASTAI_ENDPOINT_ID"', str(lines)], capture_output=True, text=True, timeout=10)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines() == [instance.worker_url, NASTY_KEY, str(instance.id)]
+
+
+@plays(follow_few, follow_until_destroyed, daemon_log, short_log, shell_on_it,
+       shell_through_the_proxy, tunnel_to_it, env_for_a_shell, unfit_answer, uncallable,
+       silent_worker)
+def test_test_logs_ssh_tunnel_and_env_reach_the_instance(act: Act, acts: Acts) -> None:
+    acts.end_of(act)

@@ -1,0 +1,165 @@
+"""The real `vastai` without its second of importing: a call is forked from a process that has it.
+
+    with warm_vastai(folder) as program:      # a path whose folder goes in front of PATH
+        subprocess.run([program, "show", "instances", "--raw"])
+
+A call runs the `vastai` beside this Python, with the caller's arguments, environment, files, folder
+and ignored signals, and ends when its caller does. It differs from an ordinary one in what it is a
+child of, and in that calls with the same environment share what the program does while importing.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+PROGRAM = Path(sys.executable).parent / "vastai"
+MODULE = "vastai.cli.main"
+LONGEST_CALL = 1 << 17  # bytes of arguments and environment
+MOST_FILES = 4096  # that the server has open at once
+START_SECONDS = 60.0  # to import everything on a busy machine
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+CLIENT = """#!{python} -IS
+import _signal, _socket, os, sys
+server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+server.connect({address!r})
+ignored = [number for number in {signals} if _signal.getsignal(number) == _signal.SIG_IGN]
+call = repr((sys.argv[1:], dict(os.environ), os.getcwd(), ignored))
+files = b"".join(number.to_bytes(4, sys.byteorder) for number in (0, 1, 2))
+server.sendmsg([call.encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, files)])
+sys.exit(int(server.recv(16) or b"1"))
+"""
+
+
+@contextlib.contextmanager
+def warm_vastai(folder: Path) -> Iterator[Path]:
+    """Serves as long as the context lasts; the folder's path has to be a short one."""
+    folder.mkdir(parents=True)
+    address, program = folder / "calls", folder / "vastai"
+    program.write_text(CLIENT.format(python=sys.executable, address=str(address),
+                                     signals=[int(one) for one in SIGNALS]))
+    program.chmod(0o755)
+    server = subprocess.Popen([sys.executable, __file__, str(address)], stdout=subprocess.PIPE,
+                              env=loopback_environment(folder), start_new_session=True)
+    try:
+        assert server.stdout and select.select([server.stdout], [], [], START_SECONDS)[0]
+        assert server.stdout.readline() == b"ready\n"
+        yield program
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def loopback_environment(folder: Path) -> dict[str, str]:
+    """That of the first import, which asks for the names of GPUs; nobody listens there."""
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("XDG_", "VAST"))}
+    return {**kept, "HOME": str(folder), "VAST_URL": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+
+
+def serve(address: str) -> NoReturn:
+    """Hands each call to the process that was prepared for its environment."""
+    importlib.import_module(MODULE)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    prepared: dict[str, socket.socket] = {}
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.bind(address)
+    server.listen(64)
+    os.write(1, b"ready\n")
+    while True:
+        caller, _ = server.accept()
+        with caller:
+            message, files, _, _ = socket.recv_fds(caller, LONGEST_CALL, 3)
+            if not message:
+                continue
+            environment = ast.literal_eval(message.decode())[1]
+            key = repr(sorted(environment.items()))
+            if key not in prepared:
+                prepared[key] = prepare(environment)
+            socket.send_fds(prepared[key], [message], [caller.fileno(), *files])
+            close(files)
+
+
+def prepare(environment: dict[str, str]) -> socket.socket:
+    """A process that imports the program in the environment; gives the way to send it calls."""
+    link, own = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        own.close()
+        return link
+    os.closerange(3, own.fileno())  # of callers too, who wait for the last copy to be closed
+    os.closerange(own.fileno() + 1, MOST_FILES)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "vastai":
+            del sys.modules[name]
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [str(PROGRAM)]
+    importlib.import_module(MODULE)
+    while True:
+        message, files, _, _ = socket.recv_fds(own, LONGEST_CALL, 4)
+        if not message:
+            os._exit(0)
+        if os.fork() == 0:
+            own.close()
+            answer(ast.literal_eval(message.decode()), files)
+        close(files)
+
+
+def answer(call: tuple[list[str], dict[str, str], str, list[int]], files: list[int]) -> NoReturn:
+    """Runs one call and tells its caller the exit status; kills it if the caller goes first."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    number = os.fork()
+    if number == 0:
+        become(call, files)
+    caller = files[0]
+    close(files[1:])
+    if caller in select.select([os.pidfd_open(number), caller], [], [])[0]:
+        os.kill(number, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    with contextlib.suppress(OSError):
+        os.write(caller, str(status).encode())
+    os._exit(0)
+
+
+def become(call: tuple[list[str], dict[str, str], str, list[int]], files: list[int]) -> NoReturn:
+    """Runs the program in this process as the caller would have."""
+    arguments, _, folder, ignored = call
+    for number, file in enumerate(files[1:]):
+        os.dup2(file, number)
+    close(files)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+    os.chdir(folder)
+    sys.argv = [str(PROGRAM), *arguments]
+    status = 1
+    try:
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+
+
+def close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
