@@ -6,10 +6,18 @@ set -euo pipefail
 # -----------------------------------------------------------------------------
 # Constants
 
-[[ "${BASH_SOURCE[0]}" == */* ]] && ROOT="${BASH_SOURCE[0]%/*}" || ROOT='.'
-ROOT="$(cd "$ROOT" && pwd -P)"
+# The folder of this file itself, wherever links to it lie. macOS has no readlink -f.
+ROOT="${BASH_SOURCE[0]}"
+while [[ -L "$ROOT" ]]; do
+  LINK="$(readlink "$ROOT")"
+  [[ "$LINK" == /* || "$ROOT" != */* ]] || LINK="${ROOT%/*}/$LINK"
+  ROOT="$LINK"
+done
+[[ "$ROOT" == */* ]] || ROOT="./$ROOT"
+ROOT="$(cd "${ROOT%/*}" && pwd -P)"
 readonly ROOT
 readonly PROGRAM='manage-bark-worker.sh'
+readonly AGAIN="${BARK_LABEL:+BARK_LABEL=$BARK_LABEL }./$PROGRAM"    # for commands to copy
 readonly WORKER="$ROOT/bark-worker.py"
 readonly BUILTIN_VOICE="$ROOT/builtin-voice"
 readonly VENV="$ROOT/.venv"
@@ -78,9 +86,9 @@ commands:
   completion       tab completion for bash or zsh
   help [COMMAND]   show this, or one command's options
 
-exit status: 0 ok, 1 unhealthy, 2 wrong usage or configuration, 3 a tool or key is missing (the
-message says how to get it), 4 Vast refused or has nothing that fits, 5 no instance, 6 time ran
-out, 129/130/143 ended by a signal
+exit status: 0 ok, 1 unhealthy or answered with no, 2 wrong usage or configuration, 3 a tool or key
+is missing (the message says how to get it), 4 Vast refused or has nothing that fits, 5 no instance,
+6 time ran out, 129/130/143 ended by a signal
 
 environment: VASTAI_API_KEY (or a key that \`vastai set api-key\` stored), BARK_LABEL (bark-worker),
 BARK_IMAGE ($DEFAULT_IMAGE), BARK_POLL (seconds between looks, 5)"
@@ -230,7 +238,10 @@ die() {
 }
 
 # usage: usage_error MESSAGE COMMAND
-usage_error() { die "$EX_USAGE" "$1"$'\n'"$(usage_of "$2")"; }
+usage_error() {
+  say "$(usage_of "$2")"
+  die "$EX_USAGE" "$1"
+}
 
 # -----------------------------------------------------------------------------
 # Options
@@ -444,6 +455,7 @@ die_by_vast() {
   case "$refused" in
     usage) die "$EX_MISSING" "$1: this is not vastai $VASTAI_VERSION: $complaint" ;;
     401) hint='; is VASTAI_API_KEY one of https://cloud.vast.ai/manage-keys/ ?' ;;
+    '') hint='; what is rented goes on being billed: https://cloud.vast.ai/instances/' ;;
     403) hint='; the key needs the permissions misc, user_read, instance_read and instance_write' ;;
   esac
   die "$EX_REFUSED" "$1: $complaint$hint"
@@ -626,6 +638,19 @@ def visible: .[1] as $health | .[0] | {id, state, gpu, region, address, interrup
   price_per_hour: .price, storage_per_hour: .storage, hours: hours, cost_at_most: (hours * .price),
   message, health: $health};
 
+def span: if . < 1 then "\(. * 60 | floor) min" else "\(fixed(1)) h" end;
+def costs: (.price_per_hour | fixed(4) + " $/h") as $price
+  | (.storage_per_hour | fixed(4) + " $/h") as $storage
+  | (if .state | is_one_of(["stopped", "outbid"])
+     then "now \($storage) for storage (\(.storage_per_hour * 24 | fixed(2)) $ a day), "
+       + "\($price) when it runs"
+     else "\($price), of it \($storage) for storage, which goes on when stopped" end)
+  + (if .interruptible then "; interruptible" else "" end)
+  + "; rented \(.hours | span) ago, at most \(.cost_at_most | fixed(4)) $ since";
+def worker: .health | "\(.status), \(.queue.running // 0) running, \(.queue.waiting // 0) waiting,"
+  + " up \((.uptime // 0) / 3600 | span), \(.model_id // "")"
+  + if .error then ": \(.error)" else "" end;
+
 # The bid that an offer would be rented with, and what it then costs in all.
 def bid: if env.pricing != "bid" then null elif env.bid != "" then env.bid | tonumber
   else (.min_bid // 0) * 1.25 * 10000 | ceil / 10000 end;
@@ -721,7 +746,10 @@ chosen_row() {
     if length == 0 then empty else min_by([rank, .id]) | tojson end' <<<"$instances"
 }
 
-no_instance() { die "$EX_NO_INSTANCE" "no instance labelled '$LABEL'; run: ./$PROGRAM start"; }
+no_instance() {
+  die "$EX_NO_INSTANCE" "no instance labelled '$LABEL': nothing is billed under that label
+To rent one: $AGAIN start; whatever else the account has: $(by_hand show instances)"
+}
 
 # Sets row and address to those of an instance that can be called.
 find_running() {
@@ -730,7 +758,7 @@ find_running() {
   address="$(fact "$row" .address)"
   [[ -z "$address" ]] || return 0
   die "$EX_UNHEALTHY" "$(fact "$row" '"instance \(.id) cannot be called: it is \(.state)"
-    + if .message == "" then "" else " (\(.message))" end'); run: ./$PROGRAM start"
+    + if .message == "" then "" else " (\(.message))" end'); run: $AGAIN start"
 }
 
 # usage: target_rows [ID]    (one row a line: the one with that id, else all)
@@ -748,6 +776,7 @@ open_orders=0    # orders without a clear answer: each may have brought an insta
 order_time=0     # when the last one's call had ended, in SECONDS
 ordering=''      # yes while one is on its way
 woken_id=''      # the stopped instance that this run started
+if_cut=''        # the last word if a signal ends the run
 
 # From here on, whatever ends this script ends its child and gives back.
 guard() {
@@ -764,6 +793,7 @@ guard() {
 end_by_signal() {
   trap '' HUP INT TERM
   finish
+  [[ -z "$if_cut" ]] || say "$if_cut"
   trap - EXIT
   exit "$1"
 }
@@ -892,6 +922,7 @@ say_still_billed() {
 
 # The options of search.
 gpus="$DEFAULT_GPUS" min_vram=8 max_price=0.20 min_reliability=0.95 disk=50 region=''
+rent_options=''    # those given, of this kind
 pricing='on-demand' bid='' image="${BARK_IMAGE:-$DEFAULT_IMAGE}"
 
 # usage: search_option COMMAND OPTION [VALUE]    (fails for an option that is none of search's)
@@ -901,6 +932,7 @@ search_option() {
     --gpu | --min-vram | --max-price | --min-reliability | --disk | --region | --bid | --image) ;;
     *) return 1 ;;
   esac
+  rent_options="${rent_options:+$rent_options, }$2"
   need_value "$1" "$2" "${3:-}"
   case "$2" in
     --gpu) gpus="$(gpu_names "$3")"; [[ "$gpus" != ANY ]] || gpus='' ;;
@@ -961,10 +993,10 @@ find_offers() {
   pause 1
   search_offers "$(hard_query)" 500
   say "no offer fits; Vast has $(facts length <<<"$offers") with one GPU, $disk GB of disk," \
-    "a fast line and a driver for the image:"
+    "a fast line and a driver for the image"
   advice >&2
   die "$EX_REFUSED" "No suitable GPU found; widen --max-price, --min-vram, --gpu, --region or
---min-reliability, or ask for less --disk. $(what_is_left)"
+--min-reliability, or ask for less --disk${bid:+ or a higher --bid}${renting:+; $(what_is_left)}"
 }
 
 # Prints, for each option, what widening it alone would bring, then the nearest offer of all.
@@ -1028,6 +1060,7 @@ await_worker() {
   [[ "$1" != "$rented_id" ]] || old_ends=0
   while :; do
     hear_worker || see_instance "$1"
+    [[ -n "$outcome" || -z "$address" || "$phase" != running* ]] || hear_worker || true
     [[ -z "$outcome" ]] || break
     show_phase
     if ((SECONDS >= deadline)); then
@@ -1200,6 +1233,7 @@ without_keys() {
 
 model="${BARK_MODEL:-}" voice="${BARK_VOICE:-}" timeout=1200
 replace='' dry_run=''    # yes or nothing
+renting=''               # yes once this run means to rent
 replaced_id=''           # the old instance that goes when the new one is healthy
 
 # usage: start_option OPTION [VALUE]    (takes two words, or one)
@@ -1208,12 +1242,12 @@ start_option() {
     --model | --voice | --timeout) need_value start "$1" "${2:-}" ;;
   esac
   case "$1" in
-    --model) model="$2" ;;
-    --voice) voice="$2" ;;
+    --model) model="$2" rent_options="${rent_options:+$rent_options, }--model" ;;
+    --voice) voice="$2" rent_options="${rent_options:+$rent_options, }--voice" ;;
     --timeout) need_whole start "$1" "$2" 1 86400; timeout="$((10#$2))" ;;
     --replace) replace=yes ;;
     --dry-run) dry_run=yes ;;
-    --yes) agreed=yes ;;
+    -y | --yes) agreed=yes ;;
     *) search_option start "$@" || usage_error "start knows no '$1'" start ;;
   esac
 }
@@ -1224,7 +1258,7 @@ parse_start() {
   set -- ${words[@]+"${words[@]}"}
   while (($#)); do
     start_option "$@"
-    case "$1" in --replace | --dry-run | --yes | --interruptible) ;; *) shift ;; esac
+    case "$1" in --replace | --dry-run | -y | --yes | --interruptible) ;; *) shift ;; esac
     shift
   done
   check_search start
@@ -1247,6 +1281,7 @@ machine is not on the rented one" start
 cmd_start() {
   local chosen state id
   parse_start "$@"
+  if_cut='nothing is rented'
   open_account
   look_or_die
   chosen="$(chosen_row)"
@@ -1269,10 +1304,13 @@ nobody bids more, or at once for a higher bid: $(by_hand change bid "$id")" ;;
 
 # usage: join ID    (waits for an instance that is not this run's, and leaves it alone)
 join() {
-  say "instance $1 is there already: waiting for its worker"
+  say "instance $1 is there already"
+  if_cut="instance $1 is left as it is, and billed"
+  [[ -z "$rent_options" ]] ||
+    say "it stays as it is: $rent_options only count when one is rented; destroy it first"
   if await_worker "$1" "$timeout"; then announce "$1"; return 0; fi
   [[ "$outcome" == gone ]] ||
-    say "instance $1 is left as it is, and billed; to end it: ./$PROGRAM destroy $1"
+    say "instance $1 is left as it is, and billed; to end it: $AGAIN destroy $1"
   case "$outcome" in
     late) die "$EX_LATE" "$reason" ;;
     failed) die "$EX_UNHEALTHY" "$reason" ;;
@@ -1284,7 +1322,7 @@ join() {
 wake() {
   local status
   say "instance $1 is stopped: starting it again"
-  woken_id="$1"
+  woken_id="$1" if_cut=''
   outcome=''
   ask_to_start "$1"
   if [[ -z "$outcome" ]] && await_worker "$1" "$timeout"; then
@@ -1320,7 +1358,7 @@ ask_to_start() {
 # usage: replace_or_die ID STATUS MESSAGE
 replace_or_die() {
   [[ -n "$replace" ]] || die "$2" "$3
-To rent another and destroy this one then: ./$PROGRAM start --replace"
+To rent another and destroy this one then: $AGAIN start --replace"
   say "$3: renting another"
   replaced_id="$1"
   rent
@@ -1337,6 +1375,7 @@ To rent another and destroy this one then: ./$PROGRAM start --replace"
 # Rents the cheapest offer whose worker gets healthy.
 rent() {
   local place=0 orders=0 rented=0 offer
+  renting=yes
   find_offers
   offer="$(facts '.[0] | tojson' <<<"$offers")"
   show_offer "$offer" >&2
@@ -1399,7 +1438,7 @@ order_instance() {
   local offer_id offer_bid
   IFS='|' read -r offer_id offer_bid <<<"$(fact "$1" '"\(.id)|\(.bid // "")"')"
   space_calls 'create instance'    # here, so that a signal meanwhile finds no order
-  rented_id='' ordering=yes reason='Vast tells no instance'
+  rented_id='' ordering=yes if_cut='' reason='Vast tells no instance'
   open_orders=$((open_orders + 1))
   vast_json object create instance "$offer_id" --image "$image" --disk "$disk" --label "$LABEL" \
     --ssh --direct --cancel-unavail ${offer_bid:+--bid_price "$offer_bid"} \
@@ -1497,7 +1536,7 @@ announce() {
   facts_line="$(fact "$(row_of "$1")" '"\(.gpu), \(.price | fixed(4)) $/h"' 2>/dev/null)" || true
   say "ready after $((SECONDS - wait_began)) s: instance $1${facts_line:+, $facts_line}"
   printf '%s\n' "$address" || say "nobody reads the answer, which is $address"
-  say "its key: ./$PROGRAM env; try it: ./$PROGRAM test; end the rent: ./$PROGRAM stop, or destroy"
+  say "its key: $AGAIN env; try it: $AGAIN test; end the rent: $AGAIN stop, or destroy"
 }
 
 # -----------------------------------------------------------------------------
@@ -1514,15 +1553,10 @@ with_health() {
 # Prints what a person wants to know of a row with health.
 describe() {
   fact "$1" '"instance \(.id): \(.state)\(if .message != "" and .state != "running" then
-      " (\(.message))" else "" end), \(.gpu), \(.region)
-  \(if .address == "" then "" else .address + "\n  " end)\(.price_per_hour | fixed(4)) $/h"
-    + "\(if .interruptible then " interruptible" else "" end); rented \(.hours | fixed(1)) h ago,"
-    + " at most \(.cost_at_most | fixed(2)) $ since; storage \(.storage_per_hour | fixed(4)) $/h"
-    + " (\(.storage_per_hour * 24 | fixed(2)) $ a day) also while stopped"
-    + if .health then "\n  worker \(.health.status), \(.health.queue.running // 0) running, "
-        + "\(.health.queue.waiting // 0) waiting, up \((.health.uptime // 0) / 3600 | fixed(1)) h, "
-        + "\(.health.model_id // "")" + if .health.error then ": \(.health.error)" else "" end
-      elif .address != "" then "\n  worker: no answer" else "" end'
+      " (\(.message))" else "" end), \(.gpu), \(.region)"
+    + (if .address == "" then "" else "\n  " + .address end) + "\n  " + costs
+    + if .health then "\n  worker " + worker elif .address != "" then "\n  worker: no answer"
+      else "" end'
 }
 
 cmd_status() {
@@ -1551,15 +1585,16 @@ text='Hello from Bark. If you can hear this, everything works.'
 out='bark-test.wav' play='' spoken_voice=''
 
 parse_test() {
-  local given=''
+  local given='' plain=''
   split_words "$@"
-  set -- ${words[@]+"${words[@]}"}
+  [[ " $* " == *' -- '* ]] || set -- ${words[@]+"${words[@]}"}
   while (($#)); do
-    case "$1" in
+    case "$plain$1" in
       --voice) need_value test "$1" "${2:-}"; spoken_voice="$2"; shift ;;
       --out) need_value test "$1" "${2:-}"; out="$2"; shift ;;
       --play) play=yes ;;
-      -*) usage_error "test knows no '$1'" test ;;
+      --) plain=' ' ;;
+      -*) usage_error "test knows no '$1'; a TEXT that begins so comes after --" test ;;
       *) [[ -z "$given" ]] || usage_error "test takes one TEXT; put it in quotes" test
         given=yes text="$1" ;;
     esac
@@ -1611,11 +1646,21 @@ peak_of() {
     jq -n 'reduce inputs as $sample (0; [., $sample, -$sample] | max)'
 }
 
+# Prints the name of a program that plays WAV files; fails if there is none.
+find_player() {
+  local player
+  for player in aplay afplay paplay ffplay; do
+    ! command -v "$player" >/dev/null 2>&1 || { printf '%s\n' "$player"; return 0; }
+  done
+  return 1
+}
+
 play_sound() {
   local player
   player="$(find_player)" || die "$EX_MISSING" "no player found (aplay, afplay, paplay or ffplay);\
  the sound is in $1"
-  "$player" "$1" >&2
+  [[ "$player" != ffplay ]] || player='ffplay -nodisp -autoexit'
+  $player "$1" >&2
 }
 
 cmd_logs() {
@@ -1688,9 +1733,9 @@ parse_target() {
   local command="$1" flag="$2"
   shift 2
   while (($#)); do
-    if [[ "$1" == "$flag" ]]; then agreed=yes
+    if [[ "$1" == "$flag" || "$flag $1" == '--yes -y' ]]; then agreed=yes
     elif [[ "$1" =~ ^[0-9]+$ && -z "$target_id" ]]; then target_id="$1"
-    else usage_error "$command knows no '$1'" "$command"
+    else usage_error "$command knows no '$1'; an ID is a number" "$command"
     fi
     shift
   done
@@ -1726,14 +1771,17 @@ stop_one() {
     say "instance $id is stopped already; $(storage_cost "$1")"
     return 0
   fi
+  if_cut="instance $id is not stopped, and billed"
   if [[ -n "$url" && -n "$agreed" ]]; then
     say_what_is_cut "$url"
   elif [[ -n "$url" ]]; then
     drain "$url" "$DRAIN_SECONDS"
   fi
+  if_cut="it is not sure that instance $id is stopped; see: $AGAIN status"
   vast stop instance "$id" || [[ ! "$refused" =~ ^40[13]$ ]] ||
     die_by_vast "instance $id is not stopped"
   confirm_stopped "$id" || return "$?"
+  if_cut=''
   say_stopped "$id"
 }
 
@@ -1863,7 +1911,8 @@ cmd_tunnel() {
   done
   find_ssh
   printf 'http://127.0.0.1:%s\n' "$port"
-  say 'open until Ctrl-C, if SSH says nothing below'
+  say 'open until Ctrl-C, unless SSH complains: your SSH key must have been in the Vast account' \
+    'when the instance was rented, and a new instance may need a minute'
   exec ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15 \
     -L "127.0.0.1:$port:127.0.0.1:$WORKER_PORT" -p "$ssh_port" "root@$ssh_host"
 }
@@ -2110,9 +2159,7 @@ wait_until_ready() {
 how_to_call() {
   local key='' play='listen to hello.wav' player
   if [[ -n "${BARK_API_KEY:-}" ]]; then key=" -H \"Authorization: Bearer \$BARK_API_KEY\""; fi
-  for player in aplay afplay paplay ffplay; do
-    if command -v "$player" >/dev/null 2>&1; then play="$player hello.wav"; break; fi
-  done
+  if player="$(find_player)"; then play="$player hello.wav"; fi
   printf '%s\n' "curl -sSf $1/synthesize$key -H 'Accept: audio/wav'\
  -H 'Content-Type: application/json' -d '{\"text\": \"Hello\"}' -o hello.wav"
   printf '%s\n' "then: $play; how the worker is: $1/health; Ctrl-C here ends it"
@@ -2201,6 +2248,7 @@ _manage_bark_worker() {
   local words=''
   case "$COMP_CWORD ${COMP_WORDS[1]:-}" in
     1\ * | 2\ help) words='@COMMANDS@' ;;
+    2\ completion) words='bash zsh' ;;
 @OPTIONS@
   esac
   COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
@@ -2226,18 +2274,22 @@ cmd_completion() {
 cmd_help() {
   (($# <= 1)) || usage_error 'help takes one command' help
   if [[ -z "${1:-}" ]]; then printf '%s\n' "$USAGE"; return 0; fi
-  usage_of "$1" || unknown_command "$1"
+  usage_of "$1" || misused "unknown command '$1'"
 }
 
-unknown_command() { die "$EX_USAGE" "unknown command '$1'"$'\n'"$USAGE"; }
+# usage: misused MESSAGE    (the message last, where a terminal shows it)
+misused() {
+  say "$USAGE"
+  die "$EX_USAGE" "$1"
+}
 
 main() {
   local command="${1:-}" word
   case "$command" in
     -h | --help) printf '%s\n' "$USAGE"; return 0 ;;
-    '') die "$EX_USAGE" 'a command is needed'$'\n'"$USAGE" ;;
+    '') misused 'a command is needed' ;;
   esac
-  usage_of "$command" >/dev/null || unknown_command "$command"
+  usage_of "$command" >/dev/null || misused "unknown command '$command'"
   for word in "${@:2}"; do
     case "$word" in -h | --help) usage_of "$command"; return 0 ;; esac
     [[ "$command" != ssh ]] || break    # its other words are for the instance

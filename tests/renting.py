@@ -120,7 +120,7 @@ class Scene:
         """The offers that were ordered, one by one."""
         return [int(one.path.split("/")[4]) for one in self.vast.calls("PUT", "/asks/")]
 
-    def keys(self) -> list[str]:
+    def workers_keys(self) -> list[str]:
         """Those of the workers, which only `env` shows."""
         return [one.body["env"]["BARK_API_KEY"] for one in self.vast.calls("PUT", "/asks/")]
 
@@ -155,7 +155,7 @@ def scene(folder: Path, warm: Path | None = None) -> Iterator[Scene]:
         path = os.pathsep.join((str(warm.parent), path)) if warm else path
         stage = Scene(managing, managing.vast, path)
         yield stage
-        assert [key for key in stage.keys() if key in managing.said()] == []
+        assert [key for key in stage.workers_keys() if key in managing.said()] == []
 
 
 class Acts:

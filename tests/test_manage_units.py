@@ -781,10 +781,10 @@ def test_misuse_says_what_and_how_on_stderr_and_calls_nothing(
         arguments: list[str], complaint: str, bare_path: Path) -> None:
     done = command(*arguments, path=bare_path, VASTAI_API_KEY="", VAST_API_KEY="")
     assert (done.returncode, done.stdout) == (2, "")
-    first, _, rest = done.stderr.partition("\n")
-    assert first.startswith("manage-bark-worker.sh: ") and complaint in done.stderr
-    name = arguments[0] if arguments and arguments[0] in COMMANDS else "COMMAND"
-    assert f"usage: manage-bark-worker.sh {'COMMAND' if arguments[1:] == ['fly'] else name}" in rest
+    usage, _, message = done.stderr.rpartition("\nmanage-bark-worker.sh: ")
+    assert complaint in message
+    known = arguments and arguments[0] in COMMANDS and arguments[1:] != ["fly"]
+    assert usage.startswith(f"usage: manage-bark-worker.sh {arguments[0] if known else 'COMMAND'}")
 
 
 @pytest.mark.parametrize(("settings", "complaint"), [

@@ -273,7 +273,7 @@ def two_starts_at_once(stage: Scene) -> None:
         stage.vast.add_offer(dph_base=price)
     both = threading.Barrier(2)
     stage.vast.on("POST", "/bundles/", lambda request: both.wait(30), when="after", times=2)
-    runs = [stage.launch("--yes"), stage.launch("--yes")]
+    runs = [launch_at_once(stage), launch_at_once(stage)]
     assert [run.wait().status for run in runs] == [0, 0]
     assert [run.stdout for run in runs] == [f"{stage.only().worker_url}\n"] * 2
     assert stage.billed() == {min(stage.vast.instances): "running"}
@@ -298,7 +298,19 @@ def reply_that_is_lost_of_one_that_fails(stage: Scene) -> None:
     assert len(stage.vast.destroyed) == 1 and ids_named(run) == set()
 
 
-@plays(two_starts_at_once, reply_to_the_order_that_is_lost, reply_that_is_lost_of_one_that_fails)
+def list_that_lags(stage: Scene) -> None:
+    """What is not listed yet is not gone: it is waited for, and after a signal destroyed."""
+    stage.vast.add_offer()
+    nothing = {"success": True, "instances": [], "next_token": None}
+    stage.vast.fault("GET", LIST, skip=1, times=3, status=200, body=nothing)
+    run = start_and_wait_for(stage, "not in the list of Vast yet")
+    strike(stage, TERM, group=True)(None)
+    assert_ended(stage, run.wait(), TERM)
+    assert len(stage.vast.destroyed) == 1
+
+
+@plays(two_starts_at_once, reply_to_the_order_that_is_lost, reply_that_is_lost_of_one_that_fails,
+       list_that_lags)
 def test_nothing_is_rented_twice_or_forgotten(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -335,6 +347,18 @@ def late_fruit_after_a_signal(stage: Scene) -> None:
     assert len(stage.vast.destroyed) == 1
 
 
+def lost_reply_and_a_list_that_lags(stage: Scene) -> None:
+    """Three looks do not find it, the next offer is rented, and then there are two."""
+    offers = [stage.vast.add_offer(), stage.vast.add_offer(dph_base=0.07)]
+    nothing = {"success": True, "instances": [], "next_token": None}
+    stage.vast.fault("PUT", ORDER, drop="after")
+    stage.vast.fault("GET", LIST, skip=1, times=4, status=200, body=nothing)
+    run = stage.start("--yes")
+    assert (run.status, stage.orders()) == (0, offers)
+    assert run.stdout == f"{stage.only().worker_url}\n"
+    assert (stage.billed(), len(stage.vast.destroyed)) == ({stage.only().id: "running"}, 1)
+
+
 def lost_order_and_a_signal(stage: Scene) -> None:
     stage.vast.add_offer()
     stage.vast.on("PUT", ORDER, strike(stage, TERM))
@@ -355,9 +379,45 @@ def giving_back_fails_after_a_signal(stage: Scene) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@plays(late_fruit_of_a_lost_order, late_fruit_after_a_signal, lost_order_and_a_signal,
-       giving_back_fails_after_a_signal)
+@plays(late_fruit_of_a_lost_order, late_fruit_after_a_signal, lost_reply_and_a_list_that_lags,
+       lost_order_and_a_signal, giving_back_fails_after_a_signal)
 def test_what_comes_late_is_found_and_what_stays_is_named(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
+def pair(seed: int) -> Act:
+    """A second start at a random moment of the first."""
+    def act(stage: Scene) -> None:
+        draw = random.Random(seed)
+        offset = draw.uniform(0.0, 6.0)
+        slow_orders(stage, draw.choice((0.0, 2.0)))
+        stage.vast.rate_violations = lambda: []  # type: ignore[method-assign]
+        for i, fate in enumerate((draw.choice(("healthy", "exited")), "healthy", "healthy")):
+            stage.vast.add_offer(fate=fate, dph_base=0.06 + i / 100)
+        stage.remark = f"seed {seed}: the second after {offset:.2f} s"
+        runs = [launch_at_once(stage)]
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() > began + offset, "second one's moment")
+        runs.append(launch_at_once(stage))
+        statuses = {run.wait(300).status for run in runs}
+        assert 0 in statuses and stage.billed() == {stage.only().id: "running"}
+        answers = {run.stdout for run in runs if run.status == 0}
+        assert answers == {f"{stage.only().worker_url}\n"}
+    act.__name__ = f"pair_{seed}"
+    return act
+
+
+def launch_at_once(stage: Scene) -> Run:
+    """Without the pause that one person's runs have between them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "keep_vasts_pause", lambda: None)
+        return stage.launch("--yes")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@plays(*(pair(seed) for seed in range(16)))
+def test_two_starts_rent_one_whatever_their_distance(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
 
@@ -403,13 +463,18 @@ def fresh_story(stage: Scene) -> dict[int, str]:
 
 def slow_story(stage: Scene) -> dict[int, str]:
     """The order takes a second before and after its effect, and the row is bare at first."""
-    stage.vast.null_rows, stage.vast.provisioning = True, 1.0
-    stage.vast.fault("PUT", ORDER, delay=1.0, times=3)
-    stage.vast.on("PUT", ORDER, lambda request: stage.vast.closing.wait(1.0), when="after", times=3)
+    slow_orders(stage, 1.0)
     stage.workers_say("loading")
     stage.vast.add_offer()
     stage.vast.add_offer(dph_base=0.07)
     return {}
+
+
+def slow_orders(stage: Scene, seconds: float) -> None:
+    stage.vast.null_rows, stage.vast.provisioning = True, seconds
+    stage.vast.fault("PUT", ORDER, delay=seconds, times=6)
+    stage.vast.on("PUT", ORDER, lambda request: stage.vast.closing.wait(seconds), when="after",
+                  times=6)
 
 
 def sleeping_story(stage: Scene) -> dict[int, str]:

@@ -28,12 +28,13 @@ import pytest
 import toy_model
 from conftest import ROOT, wait_until
 from fake_vast import Instance, Request
-from manager import Run
+from manager import RUN_SECONDS, Run
 from renting import Act, Acts, Scene, acts_of, ids_named, plays
 
 GB_AT_50 = 0.15 * 50 / 720  # $/h that 50 GB of an ordinary offer cost
 NASTY_KEY = "q\"u'o\\t$e`*;#&(!~"  # all of it may be in a worker's key
 FOLLOW_SECONDS = 60.0  # until a followed log shows what was written
+STOP_SECONDS = 200.0  # `stop` gives Vast two minutes
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,12 @@ def launch(stage: Scene, command: str, *words: str, stdin: int = subprocess.DEVN
 
 
 def run(stage: Scene, command: str, *words: str, stdin: int = subprocess.DEVNULL,
-        **settings: str) -> Run:
+        seconds: float = RUN_SECONDS, **settings: str) -> Run:
     """A command's end; of the files that it made for itself none may be left."""
     scratch = stage.manager.home / f"scratch-{len(stage.manager.runs)}"
     scratch.mkdir()
-    done = launch(stage, command, *words, stdin=stdin, TMPDIR=str(scratch), **settings).wait()
+    done = launch(stage, command, *words, stdin=stdin, TMPDIR=str(scratch), **settings)
+    done.wait(seconds)
     assert list(scratch.iterdir()) == []
     return done
 
@@ -244,8 +246,9 @@ def every_state(stage: Scene) -> None:
     assert (done.status, done.stderr) == (1, "")
     told = dict(re.findall(r"^instance (\d+): (\w+)", done.stdout, re.M))
     assert told == {str(number): name for number, name in state.items()}
-    for part in ("(Failed to pull image)", "0.0604 $/h interruptible", "rented 1.0 h ago",
-                 "at most 0.07 $ since", "storage 0.0104 $/h (0.25 $ a day) also while stopped"):
+    for part in ("(Failed to pull image)", "0.0604 $/h when it runs; interruptible",
+                 "rented 1.0 h ago, at most 0.07", "0.0704 $/h, of it 0.0104 $/h for storage",
+                 "now 0.0104 $/h for storage (0.25 $ a day), 0.0704 $/h when it runs"):
         assert part in done.stdout
     done = run(stage, "status", "--json")
     found = json.loads(done.stdout)["instances"]
@@ -585,7 +588,7 @@ def stop_never(stage: Scene) -> None:
     instance = stage.vast.add_instance(fate="silent")
     stage.vast.fault("PUT", f"/instances/{instance.id}/", times=math.inf, status=200,
                      body={"success": False, "msg": "no"})
-    done = run(stage, "stop", BARK_POLL="5")
+    done = run(stage, "stop", seconds=STOP_SECONDS, BARK_POLL="5")
     ended(done, 6)
     assert ids_named(done) == {instance.id}
 
@@ -606,6 +609,7 @@ def vast_out_of_order_for_long(stage: Scene) -> None:
 
 
 @pytest.mark.long  # up to two minutes
+@pytest.mark.timeout(STOP_SECONDS + 30.0)
 @plays(destroy_never, stop_never, stop_waits_a_minute, vast_out_of_order_for_long)
 def test_patience_has_an_end_and_what_stays_billed_is_named(act: Act, acts: Acts) -> None:
     acts.end_of(act)
