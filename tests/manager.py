@@ -20,6 +20,19 @@ BASH = shutil.which(os.environ.get("TEST_BASH", "bash")) or "bash"
 RUN_SECONDS = 120.0  # one run of the script; each call of vastai takes about one
 
 
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def folder_of(tools: tuple[str, ...], folder: Path) -> Path:
+    """The folder, for a PATH, with links to these tools."""
+    for tool in tools:
+        folder.joinpath(tool).symlink_to(shutil.which(tool) or tool)
+    return folder
+
+
 @dataclass
 class Run:
     """A run of the script in a session of its own, as on a terminal; output grows as it speaks."""

@@ -23,9 +23,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import BUILTIN, ROOT, START_SECONDS, clean_environment, wait_until
+from manager import BASH, SCRIPT, executable, folder_of
 
-SCRIPT = ROOT / "manage-bark-worker.sh"
-BASH = shutil.which(os.environ.get("TEST_BASH", "bash")) or "bash"
 TOOLS = ("cmp", "cp", "mkdir", "rm", "sleep")  # all that the script calls beside Python
 NVIDIA_SMI = """#!/bin/sh
 [ "$1" = -L ] && echo 'GPU 0: NVIDIA GeForce RTX 3060 (UUID: GPU-0)' && exit
@@ -36,10 +35,7 @@ echo '| NVIDIA-SMI 550.54.14   Driver Version: 550.54.14   CUDA Version: 12.4 |'
 @pytest.fixture(scope="module")
 def bare_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PATH with nothing but TOOLS: no Python, curl, jq or nvidia-smi."""
-    folder = tmp_path_factory.mktemp("bin")
-    for tool in TOOLS:
-        folder.joinpath(tool).symlink_to(shutil.which(tool) or tool)
-    return folder
+    return folder_of(TOOLS, tmp_path_factory.mktemp("bin"))
 
 
 def clone_script(folder: Path) -> Path:
@@ -52,12 +48,6 @@ def clone_script(folder: Path) -> Path:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     return clone_script(tmp_path)
-
-
-def executable(path: Path, text: str) -> Path:
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
 
 
 def run(*arguments: str, path: Path, script: Path = SCRIPT, **settings: str,
@@ -126,41 +116,6 @@ def running_local(path: Path, **settings: str) -> Iterator[Local]:
         for reader in readers:
             reader.join(10)
         print("".join(local.log))
-
-
-# help and usage
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["help"], "commands:"),
-    (["--help"], "exit status:"),
-    (["help", "local"], "--model ID"),
-    (["local", "--help"], "--model ID"),
-    (["help", "help"], "help [COMMAND]"),
-])
-def test_help_answers_on_stdout_and_calls_no_tool(arguments: list[str], words: str,
-                                                  tmp_path: Path) -> None:
-    done = run(*arguments, path=tmp_path)  # an empty PATH: any call would fail and complain
-    assert (done.returncode, done.stderr) == (0, "")
-    assert words in done.stdout
-
-
-@pytest.mark.parametrize(("arguments", "complaint"), [
-    ([], "a command is needed"),
-    (["fly"], "unknown command 'fly'"),
-    (["help", "fly"], "unknown command 'fly'"),
-    (["help", "local", "now"], "help takes one command"),
-    (["--fast"], "unknown command '--fast'"),
-    (["local", "--fast"], "local knows no '--fast'"),
-    (["local", "suno/bark"], "local knows no 'suno/bark'"),
-    (["local", "--model"], "--model needs an ID"),
-    (["local", "--model="], "--model needs an ID"),
-])
-def test_misuse_says_what_and_how_on_stderr_and_exits_2(arguments: list[str], complaint: str,
-                                                        tmp_path: Path) -> None:
-    done = run(*arguments, path=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert complaint in done.stderr and "usage: manage-bark-worker.sh" in done.stderr
 
 
 # What must be there

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import clean_environment
-from manager import BASH, SCRIPT
+from manager import BASH, SCRIPT, executable, folder_of
 
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
@@ -61,16 +61,7 @@ def command(*arguments: str, path: Path, script: Path = SCRIPT, **settings: str,
 @pytest.fixture(scope="module")
 def bare_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PATH with TOOLS alone: no vastai, curl, jq or Python."""
-    folder = tmp_path_factory.mktemp("bin")
-    for tool in TOOLS:
-        folder.joinpath(tool).symlink_to(shutil.which(tool) or tool)
-    return folder
-
-
-def executable(path: Path, text: str) -> Path:
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
+    return folder_of(TOOLS, tmp_path_factory.mktemp("bin"))
 
 
 def cli_module(name: str) -> ModuleType:
