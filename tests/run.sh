@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every quick check: ruff, ShellCheck, pytest. Arguments go to pytest: tests/run.sh -k voice
-# Beyond pip it needs Python 3.11 or newer with its venv module, and curl.
+# Beyond pip it needs Python 3.11 or newer with its venv module, curl and jq.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=manage-bark-worker.sh
@@ -16,10 +16,10 @@ step() {
   say "-- $name $result in $((SECONDS - began)) s"
 }
 
-if ! command -v curl >/dev/null; then
-  say 'curl is missing; on Debian or Ubuntu: sudo apt install curl'
-  exit "$EX_MISSING"
-fi
+for tool in curl jq; do
+  command -v "$tool" >/dev/null ||
+    die "$EX_MISSING" "$tool is missing; on Debian or Ubuntu: sudo apt install $tool"
+done
 step venv ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt"
 step ruff .venv/bin/ruff check .
 step shellcheck .venv/bin/shellcheck -x manage-bark-worker.sh tests/*.sh .ci/run

@@ -422,26 +422,43 @@ def test_two_starts_rent_one_whatever_their_distance(act: Act, acts: Acts) -> No
 
 
 def instant(seed: int) -> Act:
-    """One or two signals at random instants of a random story."""
+    """One or two signals at random instants of a random story.
+
+    An instant is so many requests after the beginning, and then some time: where it falls in the
+    story does not depend on how fast the machine is.
+    """
     def act(stage: Scene) -> None:
         draw = random.Random(seed)
-        before = STORIES[seed % len(STORIES)](stage)
-        instants = [draw.uniform(0.0, draw.choice((3.0, 8.0, 16.0)))]
+        story = STORIES[seed % len(STORIES)]
+        before = story(stage)
+        after = [draw.randint(2, 13)]
         if draw.random() < 0.4:
-            instants.append(instants[0] + draw.uniform(0.0, 6.0))
-        blows = [(one, draw.choice((HUP, INT, TERM)), draw.random() < 0.5) for one in instants]
-        stage.remark = f"seed {seed}, {STORIES[seed % len(STORIES)].__name__}: {blows}"
-        began = time.monotonic()
-        run = stage.launch("--replace", "--yes", "--timeout", "6")
-        for seconds, number, group in blows:
-            wait_until(lambda until=began + seconds: time.monotonic() > until
-                       or run.process.poll() is not None, "instant", 60)
+            after.append(after[0] + draw.randint(0, 3))
+        blows = [(count, draw.choice((0.0, 0.2, 0.7, 1.5)) * draw.random(),
+                  draw.choice((HUP, INT, TERM)), draw.random() < 0.5) for count in after]
+        stage.remark = f"seed {seed}, {story.__name__}: {blows}"
+        run = stage.launch("--replace", "--yes", "--timeout", "10")
+        for count, seconds, number, group in blows:
+            wait_for_instant(stage, run, count, seconds)
             if run.process.poll() is None:
                 strike(stage, number, group)(None)
         run.wait(300)
+        played.append(stage)
         assert_accounted(stage, run, before)
     act.__name__ = f"instant_{seed}"
     return act
+
+
+played: list[Scene] = []  # of which the signal, if any, came and the run has ended
+
+
+def wait_for_instant(stage: Scene, run: Run, count: int, seconds: float) -> None:
+    """Returns so many seconds after so many requests, or at the run's end."""
+    def has_ended() -> bool:
+        return run.process.poll() is not None
+    wait_until(lambda: len(stage.vast.requests) >= count or has_ended(), "request", 300)
+    until = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > until or has_ended(), "instant")
 
 
 def assert_accounted(stage: Scene, run: Run, before: dict[int, str]) -> None:
@@ -500,12 +517,24 @@ def lost_story(stage: Scene) -> dict[int, str]:
     return {}
 
 
-STORIES = (fresh_story, slow_story, sleeping_story, fresh_story, replacing_story, slow_story,
-           running_story, fresh_story, lost_story, replacing_story)
+STORIES = (fresh_story, slow_story, lost_story, replacing_story, fresh_story, slow_story,
+           sleeping_story, fresh_story, replacing_story, running_story)
+INSTANTS = 100
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@plays(*(instant(seed) for seed in range(100)))
+@plays(*(instant(seed) for seed in range(INSTANTS)))
 def test_at_any_instant_a_signal_leaves_nothing_unnoticed(act: Act, acts: Acts) -> None:
     acts.end_of(act)
+
+
+@pytest.mark.long
+def test_the_instants_are_in_all_parts_of_the_story() -> None:
+    if len(played) < INSTANTS:
+        pytest.skip("not all of them were played")
+    runs = [stage.manager.runs[-1] for stage in played]
+    assert sum(run.status in (129, 130, 143) for run in runs) > INSTANTS / 2
+    assert sum(bool(stage.orders()) for stage in played) > INSTANTS / 3
+    assert sum(bool(stage.vast.destroyed) for stage in played) > INSTANTS / 4
+    assert sum(run.status == 0 for run in runs) > 1
