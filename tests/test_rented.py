@@ -34,6 +34,7 @@ from renting import Act, Acts, Scene, acts_of, ids_named, plays
 GB_AT_50 = 0.15 * 50 / 720  # $/h that 50 GB of an ordinary offer cost
 NASTY_KEY = "q\"u'o\\t$e`*;#&(!~"  # all of it may be in a worker's key
 FOLLOW_SECONDS = 60.0  # until a followed log shows what was written
+STORY_SECONDS = 400.0  # on a machine with much else to do; 45 alone
 STOP_SECONDS = 200.0  # `stop` gives Vast two minutes
 
 
@@ -126,7 +127,7 @@ def running_requests(worker: Instance) -> int:
 def status_tells_of(stage: Scene, worker: Instance) -> None:
     """In two calls at most, which is what `status` may cost."""
     before = len(stage.vast.requests)
-    told = says(stage, "status")
+    told = says(stage, "status", PATH=stage.manager.environment()["PATH"])  # not a warm vastai
     assert len(stage.vast.requests) - before <= 2
     assert told.startswith(f"instance {worker.id}: running, RTX 3060, Sweden, SE\n")
     for part in (worker.worker_url, "0.0704 $/h", "worker ready, 0 running, 0 waiting",
@@ -210,7 +211,7 @@ def whole_story(stage: Scene) -> None:
     make_worker_real(stage)
     stage.vast.add_offer()
     with CommandLines() as lines:
-        done = run(stage, "start", "--yes", PATH=stage.manager.environment()["PATH"])  # no warm one
+        done = run(stage, "start", "--yes")
         worker = stage.only()
         assert (done.status, done.stdout) == (0, f"{worker.worker_url}\n")
         drawn_key = str(worker.key)
@@ -224,9 +225,10 @@ def whole_story(stage: Scene) -> None:
     assert [key for key in (drawn_key, NASTY_KEY) if key in stage.manager.said()] == []
     assert lines.holding(stage.vast.account_key) == lines.holding(NASTY_KEY) == []
     (order,) = lines.holding(drawn_key)  # which has no other way to pass it
-    assert order[2:4] == ["create", "instance"]
+    assert "/vastai create instance " in " ".join(order)
 
 
+@pytest.mark.timeout(STORY_SECONDS)
 @plays(whole_story)
 def test_a_worker_is_rented_used_put_to_sleep_woken_and_destroyed(act: Act, acts: Acts) -> None:
     acts.end_of(act)
@@ -279,8 +281,7 @@ def not_ready(stage: Scene) -> None:
 
 def nothing_there(stage: Scene) -> None:
     """But the stranger, whose label is another's."""
-    for command in ("status", "stop", "env"):
-        ended(run(stage, command), 5, "no instance labelled 'bark-worker'")
+    ended(run(stage, "stop"), 5, "no instance labelled 'bark-worker'")
     done = run(stage, "status", "--json")
     assert done.status == 5
     assert json.loads(done.stdout) == {"label": "bark-worker", "instances": []}
@@ -333,15 +334,8 @@ def key_without_rights(stage: Scene) -> None:
     ended(run(stage, "stop"), 4, "not yours to stop", "HTTP 403", "permissions")
 
 
-def vast_out_of_order(stage: Scene) -> None:
-    """A question is put again."""
-    stage.vast.add_instance(state="stopped")
-    stage.vast.fault("GET", "/api/v1/instances", status=502)
-    assert ": stopped" in run(stage, "status").stdout
-
-
-@plays(nothing_there, every_state, one_of_two_is_ready, vast_out_of_order, not_ready, another_label,
-       many_pages, stored_key, wrong_key, no_key_that_could_be_one, key_without_rights)
+@plays(nothing_there, every_state, one_of_two_is_ready, not_ready, another_label, stored_key,
+       wrong_key, no_key_that_could_be_one, key_without_rights)
 def test_status_tells_of_each_instance_and_no_key(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -566,9 +560,8 @@ def destroy_one_of_two(stage: Scene) -> None:
     assert stage.vast.destroyed == [other.id] and stage.billed() == {one.id: "running"}
 
 
-@plays(destroy_asks, destroy_without_effect, destroy_refused_at_first, destroy_two, stop_now,
-       stop_refused_at_first, stop_what_is_offline, stop_takes_a_while, stop_without_reply,
-       stop_interrupted, stop_what_is_outbid, stop_one_of_two, destroy_without_reply,
+@plays(destroy_asks, destroy_without_effect, stop_now, stop_refused_at_first, stop_what_is_offline,
+       stop_without_reply, stop_interrupted, stop_what_is_outbid, destroy_without_reply,
        destroy_one_of_two, foreign_instance)
 def test_stop_and_destroy_are_confirmed_by_vast_whatever_the_cli_says(act: Act,
                                                                       acts: Acts) -> None:
@@ -599,7 +592,8 @@ def stop_waits_a_minute(stage: Scene) -> None:
           f"instance {instance.id} is stopped")
 
 
-def vast_out_of_order_for_long(stage: Scene) -> None:
+def vast_out_of_order(stage: Scene) -> None:
+    """A question is put again, three times in all."""
     stage.vast.add_instance(state="stopped")
     stage.vast.fault("GET", "/api/v1/instances", status=502)
     stage.vast.fault("GET", "/api/v1/instances", drop="before")
@@ -610,7 +604,7 @@ def vast_out_of_order_for_long(stage: Scene) -> None:
 
 @pytest.mark.long  # up to two minutes
 @pytest.mark.timeout(STOP_SECONDS + 30.0)
-@plays(destroy_never, stop_never, stop_waits_a_minute, vast_out_of_order_for_long)
+@plays(destroy_never, stop_never, stop_waits_a_minute, vast_out_of_order)
 def test_patience_has_an_end_and_what_stays_billed_is_named(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -686,8 +680,14 @@ def env_for_a_shell(stage: Scene) -> None:
         assert done.stdout.splitlines() == [instance.worker_url, NASTY_KEY, str(instance.id)]
 
 
-@plays(follow_few, follow_until_destroyed, daemon_log, short_log, shell_on_it,
-       shell_through_the_proxy, tunnel_to_it, env_for_a_shell, unfit_answer, uncallable,
-       silent_worker)
+@plays(follow_few, follow_until_destroyed, daemon_log, short_log, shell_on_it, tunnel_to_it,
+       env_for_a_shell, unfit_answer, uncallable)
 def test_test_logs_ssh_tunnel_and_env_reach_the_instance(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
+@pytest.mark.long  # not by themselves, but run.sh is full
+@plays(many_pages, stop_takes_a_while, stop_one_of_two, destroy_two, destroy_refused_at_first,
+       silent_worker, shell_through_the_proxy)
+def test_rarer_cases_end_like_the_others(act: Act, acts: Acts) -> None:
     acts.end_of(act)

@@ -28,6 +28,7 @@ from typing import NoReturn
 PROGRAM = Path(sys.executable).parent / "vastai"
 MODULE = "vastai.cli.main"
 LONGEST_CALL = 1 << 17  # bytes of arguments and environment
+MOST_PREPARED = 24  # environments; each keeps some 20 MB
 MOST_FILES = 4096  # that the server has open at once
 START_SECONDS = 60.0  # to import everything on a busy machine
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
@@ -51,8 +52,9 @@ def warm_vastai(folder: Path) -> Iterator[Path]:
     program.write_text(CLIENT.format(python=sys.executable, address=str(address),
                                      signals=[int(one) for one in SIGNALS]))
     program.chmod(0o755)
-    server = subprocess.Popen([sys.executable, __file__, str(address)], stdout=subprocess.PIPE,
-                              env=loopback_environment(folder), start_new_session=True)
+    server = subprocess.Popen([sys.executable, __file__, str(address)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, env=loopback_environment(folder),
+                              start_new_session=True)
     try:
         assert server.stdout and select.select([server.stdout], [], [], START_SECONDS)[0]
         assert server.stdout.readline() == b"ready\n"
@@ -70,7 +72,7 @@ def loopback_environment(folder: Path) -> dict[str, str]:
 
 
 def serve(address: str) -> NoReturn:
-    """Hands each call to the process that was prepared for its environment."""
+    """Hands each call to the process that was prepared for its environment, until stdin ends."""
     importlib.import_module(MODULE)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     prepared: dict[str, socket.socket] = {}
@@ -79,6 +81,8 @@ def serve(address: str) -> NoReturn:
     server.listen(64)
     os.write(1, b"ready\n")
     while True:
+        if 0 in select.select([0, server], [], [])[0]:
+            os.killpg(0, signal.SIGKILL)
         caller, _ = server.accept()
         with caller:
             message, files, _, _ = socket.recv_fds(caller, LONGEST_CALL, 3)
@@ -88,7 +92,10 @@ def serve(address: str) -> NoReturn:
             key = repr(sorted(environment.items()))
             if key not in prepared:
                 prepared[key] = prepare(environment)
-            socket.send_fds(prepared[key], [message], [caller.fileno(), *files])
+            prepared[key] = link = prepared.pop(key)  # the last one used comes last
+            socket.send_fds(link, [message], [caller.fileno(), *files])
+            if len(prepared) > MOST_PREPARED:
+                prepared.pop(next(iter(prepared))).close()
             close(files)
 
 
