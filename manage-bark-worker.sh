@@ -368,9 +368,11 @@ vast() {
 
 # Waits for a call that a signal broke in on, unless it only asked: two at once would mix up.
 finish_call() {
+  local pid
   [[ -n "$calling" ]] || return 0
   case "$calling" in
-    show\ * | search\ * | logs\ *) kill -KILL "$!" 2>/dev/null || true ;;
+    show\ * | search\ * | logs\ *)
+      for pid in $(jobs -p); do kill -KILL "$pid" 2>/dev/null || true; done ;;
   esac
   { wait || true; } 2>/dev/null    # where bash would tell of the kill
   note_call "$calling"
