@@ -407,6 +407,7 @@ def replacement_of_a_dead_one(stage: Scene) -> None:
     assert stage.vast.destroyed == [old.id]
 
 
+@pytest.mark.long
 @plays(replacement, replacement_that_fails, replacement_that_nobody_agreed_to,
        replacement_of_a_dead_one)
 def test_replace_rents_another_and_destroys_the_old_one_after_that(act: Act, acts: Acts) -> None:
