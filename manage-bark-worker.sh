@@ -259,6 +259,9 @@ split_words() {
   done
 }
 
+# usage: is_flag OPTION    (of start and search; every other one takes a value)
+is_flag() { [[ "$1" =~ ^(-y|--yes|--replace|--dry-run|--interruptible)$ ]]; }
+
 # usage: need_value COMMAND OPTION [VALUE]
 need_value() {
   [[ -n "${3:-}" ]] || usage_error "$2 needs a value" "$1"
@@ -436,11 +439,11 @@ vast_json() {
   return 1
 }
 
-# usage: ask_vast TYPE WORDS...    (a question changes nothing, so it is put up to three times)
-ask_vast() {
+# usage: persist QUESTION...    (a question changes nothing, so it is put up to three times)
+persist() {
   local attempt
   for attempt in 1 2 3; do
-    ! vast_json "$@" || return 0
+    ! "$@" || return 0
     case "$refused" in
       400 | 401 | 403 | 404 | usage) return 1 ;;
       429) [[ "$complaint" != *'Resets at'* ]] || return 1    # the day's searches are used up
@@ -728,15 +731,7 @@ look() {
   instances="$found"
 }
 
-look_or_die() {
-  local attempt
-  for attempt in 1 2 3; do
-    ! look || return 0
-    [[ ! "$refused" =~ ^(40[0-9]|usage)$ && "$attempt" != 3 ]] || break
-    if [[ "$refused" == 429 ]]; then pause "$((attempt * 10))"; else pause "$((attempt * 2))"; fi
-  done
-  die_by_vast 'the instances cannot be listed'
-}
+look_or_die() { persist look || die_by_vast 'the instances cannot be listed'; }
 
 # usage: row_of ID    (prints its row; nothing if there is none)
 row_of() { facts ".[] | select(.id == $1) | tojson" <<<"$instances"; }
@@ -980,8 +975,8 @@ offers='[]'    # the cheapest first
 
 # usage: search_offers QUERY LIMIT    (sets offers)
 search_offers() {
-  ask_vast array search offers "$1" --type "$pricing" --storage "$disk" --order dph_total \
-    --limit "$2" || die_by_vast 'the offers cannot be searched'
+  persist vast_json array search offers "$1" --type "$pricing" --storage "$disk" \
+    --order dph_total --limit "$2" || die_by_vast 'the offers cannot be searched'
   offers="$(facts 'offers | tojson' <<<"$reply")"
 }
 
@@ -1027,7 +1022,7 @@ cmd_search() {
   set -- ${words[@]+"${words[@]}"}
   while (($#)); do
     search_option search "$@" || usage_error "search knows no '$1'" search
-    [[ "$1" == --interruptible ]] || shift
+    is_flag "$1" || shift
     shift
   done
   check_search search
@@ -1173,6 +1168,8 @@ judge_state() {
   local state message
   IFS='|' read -r state message <<<"$(fact "$row" '"\(.state)|\(.message)"')"
   phase="$state${message:+: $message}"
+  [[ "$1" != "$woken_id" || -n "$running_since" || ! "$state" =~ ^(exited|outbid|stopped)$ ]] ||
+    state=scheduling    # it has not come up again yet
   case "$state" in
     running)
       running_since="${running_since:-$SECONDS}" scheduling_since=''
@@ -1180,10 +1177,6 @@ judge_state() {
       ((SECONDS - silent_since < LOG_SECONDS)) || { silent_since=$SECONDS; read_log "$1"; } ;;
     provisioning | loading | rebooting | stopping) ;;
     scheduling) wait_for_gpu "$1" ;;
-    exited | outbid | stopped)
-      if [[ "$1" == "$woken_id" && -z "$running_since" ]]; then wait_for_gpu "$1"
-      else outcome=failed reason="instance $1 is $state${message:+: $message}"
-      fi ;;
     error) outcome=failed reason="instance $1: $message"
       ! is_image_fault "$message" || outcome=image ;;
     *) outcome=failed reason="instance $1 is $state${message:+: $message}" ;;
@@ -1260,7 +1253,7 @@ parse_start() {
   set -- ${words[@]+"${words[@]}"}
   while (($#)); do
     start_option "$@"
-    case "$1" in --replace | --dry-run | -y | --yes | --interruptible) ;; *) shift ;; esac
+    is_flag "$1" || shift
     shift
   done
   check_search start
@@ -1464,10 +1457,10 @@ order_instance() {
 reply_says() { jq -r "objects | $1" <<<"$reply" 2>/dev/null || true; }
 
 # Closes the last order if its answer, in $scratch, is clear: an instance, a refusal or "no". It may
-# have come while a signal was being handled, or that may break in here: `ordering` goes last.
+# have come while a signal was being handled, or that may break in here: so the last line is one.
 # The answer holds a secret of the instance's.
 read_order() {
-  local known
+  local known closed=0
   order_time=$SECONDS
   [[ -n "$refused" ]] || read_reply 0
   known="$(reply_says 'select(.success) | .new_contract // ""')"
@@ -1475,9 +1468,9 @@ read_order() {
     refused=no complaint="$(reply_says '.msg // .error // "no reason given"')"
   fi
   if [[ -n "$known" || "$refused" == 4* || "$refused" == no || "$refused" == usage ]]; then
-    rented_id="$known" open_orders=$((open_orders - 1)) ordering=''
+    closed=1
   fi
-  ordering=''
+  rented_id="$known" open_orders=$((open_orders - closed)) ordering=''
 }
 
 # Sets rented_id if an instance of this run shows up that no answer told of.
@@ -1924,7 +1917,7 @@ cmd_env() {
   open_account
   look_or_die
   find_running
-  fact "$row" '"BARK_URL=\(.address)
+  fact "$row" '"BARK_URL=\(.address | quoted)
 BARK_API_KEY=\(.key | quoted)
 # the instance on Vast; its address changes when it is stopped and started
 VASTAI_ENDPOINT_ID=\(.id)
