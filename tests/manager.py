@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import ROOT, clean_environment
-from fake_vast import FakeVast
+from conftest import ROOT, clean_environment, wait_until
+from fake_vast import INTERVALS, FakeVast
 
 SCRIPT = ROOT / "manage-bark-worker.sh"
 BASH = shutil.which(os.environ.get("TEST_BASH", "bash")) or "bash"
@@ -76,11 +77,15 @@ class Manager:
         return {name: value for name, value in {**base, **settings}.items()
                 if name not in ("PORT", "HOST", "HF_HUB_OFFLINE") or name in settings}
 
-    def launch(self, *arguments: str, cwd: Path | None = None, **settings: str) -> Run:
-        """Starts the script without a terminal; `settings` go into its environment."""
-        process = subprocess.Popen([BASH, str(SCRIPT), *arguments], text=True,
-                                   env=self.environment(**settings), cwd=cwd or self.home,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    def launch(self, *arguments: str, cwd: Path | None = None, prelude: str = "",
+               stdin: int = subprocess.DEVNULL, **settings: str) -> Run:
+        """Starts the script; `settings` go into its environment, `prelude` is bash to run first."""
+        self.keep_vasts_pause()
+        line = [str(SCRIPT), *arguments]
+        if prelude:
+            line = ["-c", f'source "$1"; shift; {prelude}; main "$@"', arguments[0], *line]
+        process = subprocess.Popen([BASH, *line], text=True, env=self.environment(**settings),
+                                   cwd=cwd or self.home, stdin=stdin, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, start_new_session=True)
         run = Run(process)
         run.start_reading()
@@ -90,6 +95,12 @@ class Manager:
     def run(self, *arguments: str, cwd: Path | None = None, **settings: str) -> Run:
         """The script's end, with what it said."""
         return self.launch(*arguments, cwd=cwd, **settings).wait()
+
+    def keep_vasts_pause(self) -> None:
+        """A run keeps the pauses between its own requests; that to the last run's is for us."""
+        looks = self.vast.calls("GET", "/api/v1/instances/")
+        free = looks[-1].time + INTERVALS["show instances"] if looks else 0.0
+        wait_until(lambda: time.monotonic() > free, "pause")
 
     def said(self) -> str:
         return "".join(run.stdout + run.stderr for run in self.runs)

@@ -14,20 +14,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import fake_vast
-import manager
 import pytest
-from conftest import wait_until
-from fake_vast import INTERVALS, FakeVast, Instance, Request
-from manager import BASH, Manager, Run, managed
+from fake_vast import FakeVast, Instance, Request
+from manager import Manager, Run, managed
 from warm_vastai import warm_vastai
 
 AT_ONCE = 8  # scenes side by side; they mostly wait for the pauses that Vast asks for
@@ -81,29 +79,23 @@ class Scene:
 
     def launch(self, *words: str, command: str = "start", prelude: str = "",
                stdin: int = subprocess.DEVNULL, **settings: str) -> Run:
-        """Runs the script, in a process group of its own; `prelude` is bash to run before it."""
-        self.keep_vasts_pause()
-        line = [str(manager.SCRIPT), command, *words]
-        if prelude:
-            line = ["-c", f'source "$1"; shift; {prelude}; main "$@"', "start", *line]
-        process = subprocess.Popen(
-            [BASH, *line], env=self.manager.environment(**{"PATH": self.path, **settings}),
-            cwd=self.manager.home, text=True, stdin=stdin, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True)
-        run = Run(process)
-        run.start_reading()
-        self.manager.runs.append(run)
-        return run
-
-    def keep_vasts_pause(self) -> None:
-        """A run keeps the pauses between its own requests; that to the last run's is for us."""
-        looks = self.vast.calls("GET", "/api/v1/instances/")
-        free = looks[-1].time + INTERVALS["show instances"] if looks else 0.0
-        wait_until(lambda: time.monotonic() > free, "pause")
+        """Begins a run, with the warm vastai if this scene has it."""
+        return self.manager.launch(command, *words, prelude=prelude, stdin=stdin,
+                                   **{"PATH": self.path, **settings})
 
     def start(self, *words: str, **settings: str) -> Run:
         """What came of `start`."""
         return self.launch(*words, **settings).wait()
+
+    def typed(self, text: str, *words: str, command: str = "start") -> Run:
+        """What comes of a command on a terminal where somebody types the text."""
+        keyboard, terminal = pty.openpty()
+        try:
+            os.write(keyboard, text.encode())
+            return self.launch(*words, command=command, stdin=terminal).wait()
+        finally:
+            os.close(keyboard)
+            os.close(terminal)
 
     def search(self, *words: str, **settings: str) -> list[int]:
         """The offers that `search` shows, in its order."""

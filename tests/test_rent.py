@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import pty
 import re
 import shlex
 import subprocess
@@ -144,21 +142,10 @@ def no_terminal(stage: Scene) -> None:
     assert stage.changes() == []
 
 
-def answer(stage: Scene, text: str, *words: str) -> Run:
-    """What comes of `start` on a terminal where somebody types the text."""
-    keyboard, terminal = pty.openpty()
-    try:
-        os.write(keyboard, text.encode())
-        return stage.launch(*words, stdin=terminal).wait()
-    finally:
-        os.close(keyboard)
-        os.close(terminal)
-
-
 def terminal_and_no(stage: Scene) -> None:
     stage.vast.add_offer()
     for text in ("n\n", "\n", "\x04"):
-        run = answer(stage, text)
+        run = stage.typed(text)
         assert_gave_up(stage, run, 1, "nothing is rented")
         assert run.stderr.count("[y/N]") == 1
     assert stage.changes() == []
@@ -169,7 +156,7 @@ def terminal_and_yes(stage: Scene) -> None:
     offers = [stage.vast.add_offer(), stage.vast.add_offer(dph_base=0.07)]
     stage.vast.on("PUT", ORDER, lambda request: stage.only().offer.update(dph_base=0.5),
                   when="after")
-    run = answer(stage, "y\n")
+    run = stage.typed("y\n")
     assert_rented(stage, run, *offers)
     assert run.stderr.count("[y/N]") == 1
     assert "more than --max-price 0.20" in run.stderr

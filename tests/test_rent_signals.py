@@ -410,7 +410,7 @@ def pair(seed: int) -> Act:
 def launch_at_once(stage: Scene) -> Run:
     """Without the pause that one person's runs have between them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "keep_vasts_pause", lambda: None)
+        patch.setattr(stage.manager, "keep_vasts_pause", lambda: None)
         return stage.launch("--yes")
 
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import pty
 import re
 import shutil
 import signal
@@ -45,20 +44,12 @@ def acts(request: pytest.FixtureRequest,
         yield playing
 
 
-def launch(stage: Scene, command: str, *words: str, stdin: int = subprocess.DEVNULL,
-           **settings: str) -> Run:
-    """Starts a command, a second after the last look, as Vast wants it and people are slower."""
-    looks = stage.vast.calls("GET", "/api/v1/instances")
-    wait_until(lambda: not looks or time.monotonic() > looks[-1].time + 1.0, "next second")
-    return stage.launch(*words, command=command, stdin=stdin, **settings)
-
-
 def run(stage: Scene, command: str, *words: str, stdin: int = subprocess.DEVNULL,
         seconds: float = RUN_SECONDS, **settings: str) -> Run:
     """A command's end; of the files that it made for itself none may be left."""
     scratch = stage.manager.home / f"scratch-{len(stage.manager.runs)}"
     scratch.mkdir()
-    done = launch(stage, command, *words, stdin=stdin, TMPDIR=str(scratch), **settings)
+    done = stage.launch(*words, command=command, stdin=stdin, TMPDIR=str(scratch), **settings)
     done.wait(seconds)
     assert list(scratch.iterdir()) == []
     return done
@@ -160,7 +151,7 @@ def speech_is_checked(stage: Scene, out: Path) -> None:
 
 def log_is_followed(stage: Scene, worker: Instance) -> None:
     """While `test` speaks; in the end the lines are those of the log, once each."""
-    follower = launch(stage, "logs", "-f")
+    follower = stage.launch("-f", command="logs")
     wait_until(lambda: "status=ready" in follower.stdout, "log", FOLLOW_SECONDS)
     speech_is_checked(stage, stage.manager.home / "speech.wav")
     wait_until(lambda: follower.stdout == worker.log, "rest of the log", FOLLOW_SECONDS)
@@ -369,7 +360,7 @@ def follow_few(stage: Scene) -> None:
     instance = stage.vast.add_instance(fate="silent")
     log = instance.container.log
     log.write_text("".join(f"line {number}\n" for number in range(10)))
-    follower = launch(stage, "logs", "-f", "--tail", "2")
+    follower = stage.launch("-f", "--tail", "2", command="logs")
     wait_until(lambda: "line 9" in follower.stdout, "log", FOLLOW_SECONDS)
     stage.vast.wait_for_call("PUT", "request_logs", 2)
     stage.vast.fault("PUT", "request_logs", status=502)
@@ -387,7 +378,7 @@ def follow_few(stage: Scene) -> None:
 def follow_until_destroyed(stage: Scene) -> None:
     instance = stage.vast.add_instance(fate="silent")
     instance.container.log.write_text("hello\n")
-    follower = launch(stage, "logs", "--follow")
+    follower = stage.launch("--follow", command="logs")
     wait_until(lambda: follower.stdout, "log", FOLLOW_SECONDS)
     with stage.vast.lock:
         stage.vast.instances.pop(instance.id).destroy()
@@ -437,7 +428,7 @@ def stop_now(stage: Scene) -> None:
 def stop_interrupted(stage: Scene) -> None:
     """While it waits for the worker nothing has happened yet."""
     instance = busy(stage)
-    stopping = launch(stage, "stop")
+    stopping = stage.launch(command="stop")
     wait_until(lambda: "waiting for requests: 1 running, 2 waiting" in stopping.stderr, "words")
     os.killpg(stopping.process.pid, signal.SIGINT)
     assert stopping.wait().status == 130 and stage.changes() == []
@@ -501,26 +492,15 @@ def foreign_instance(stage: Scene) -> None:
 # destroy
 
 
-def answered(stage: Scene, text: str, *words: str) -> Run:
-    """`destroy` on a terminal, at which somebody types `text`."""
-    keyboard, terminal = pty.openpty()
-    try:
-        os.write(keyboard, text.encode())
-        return run(stage, "destroy", *words, stdin=terminal)
-    finally:
-        os.close(keyboard)
-        os.close(terminal)
-
-
 def destroy_asks(stage: Scene) -> None:
     instance = stage.vast.add_instance(state="stopped")
     ended(run(stage, "destroy"), 2, "say --yes", f"instance {instance.id}: stopped, RTX 3060")
     for text in ("n\n", "\x04"):
-        done = answered(stage, text)
+        done = stage.typed(text, command="destroy")
         ended(done, 1, "nothing is destroyed", f"instance {instance.id}: stopped")
         assert done.stderr.count("[y/N]") == 1
     assert stage.changes() == []
-    ended(answered(stage, "y\n"), 0, f"instance {instance.id} is destroyed")
+    ended(stage.typed("y\n", command="destroy"), 0, f"instance {instance.id} is destroyed")
     assert stage.vast.destroyed == [instance.id]
 
 
