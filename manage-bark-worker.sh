@@ -1610,6 +1610,7 @@ cmd_test() {
   printf '%s: %s\n' "$out" "$(facts "speed($took; $seconds)" <<<null)"
   [[ -z "$play" ]] || play_sound "$out"
 }
+
 # Has the worker at address say text; leaves the answer in $scratch/sound.
 speak() {
   local status
