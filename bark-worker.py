@@ -27,6 +27,7 @@ import contextlib
 import difflib
 import email.errors
 import errno
+import gc
 import hashlib
 import hmac
 import io
@@ -975,6 +976,14 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Bark
 MASK64 = (1 << 64) - 1
 STAGE_SEMANTIC, STAGE_COARSE, STAGE_FINE = 1, 2, 3  # keeps the stages' random streams apart
 SPAN = 64  # columns: attention looks at a multiple of so many, for fewer and aligned shapes
+BURST = 12  # tokens that a GPU makes before the host looks at them; a fifth of a coarse window, so
+# that windows which restart at different times restart at one of five, and then together
+GROUP = 8  # prefills or fine windows that a GPU does as one; more hardly fill it better
+PATIENCE = 30  # tokens; see Engine._admit
+CODEC_FRAMES = 16  # twice the reach of EnCodec's first convolution
+MAX_SLOTS = 64
+WORKING_BYTES = 1 << 30  # of a GPU's memory for all that is not weights or KV cache
+STEP_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # by rounding alone
 TAKES = 3  # generations tried for a segment before it counts as failed
 SHORTEST_SECONDS = 0.2  # a shorter sampled take is no speech; a greedy one only if it is empty
 SHORTEST_PER_TOKEN = 0.1  # seconds; a text token of running speech lasts about 0.3
@@ -1014,13 +1023,13 @@ def mix64(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def gumbel_noise(keys: torch.Tensor, columns: int) -> torch.Tensor:
-    """Gumbel(0, 1) noise (B, columns) from one int64 key a row.
+def gumbel_noise(keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Gumbel(0, 1) noise (B, n) from one int64 key a row, for columns (n,) or (B, n) of it.
 
-    Counter-based: the same key gives the same row beside any neighbours, and nothing has to be
-    kept between steps.
+    Counter-based: the same key gives a column the same noise beside any neighbours, and nothing
+    has to be kept between steps.
     """
-    counter = torch.arange(columns, device=keys.device) * as_int64(0x9E3779B97F4A7C15)
+    counter = columns * as_int64(0x9E3779B97F4A7C15)
     bits = (mix64(keys[:, None] + counter) >> 41) & 0x7FFFFF  # 23 bits: exact in float32
     uniform = (bits.float() + 0.5) * 2.0 ** -23
     return -torch.log(-torch.log(uniform))
@@ -1031,168 +1040,392 @@ def noise_keys(seeds: torch.Tensor, stage: int, counters: torch.Tensor) -> torch
     return mix64(mix64(seeds + as_int64(stage * 0x9E3779B97F4A7C15)) + counters)
 
 
-def apply_top_k(scores: torch.Tensor, top_k: list[int]) -> torch.Tensor:
-    """Keeps each row's top_k best scores (B, V); 0 keeps all."""
-    columns = scores.shape[-1]
-    kept = [k if 0 < k < columns else columns for k in top_k]
-    best = scores.topk(max(kept), dim=-1).values
-    last = torch.tensor(kept, device=scores.device)[:, None] - 1
-    return scores.masked_fill(scores < best.gather(-1, last), -math.inf)
+class Reach(NamedTuple):
+    """How far any row of a batch looks when it samples: known beforehand, so that shapes are."""
+
+    width: int = 1          # columns, the best ones; 1 if all rows are greedy
+    ordered: bool = False   # whether top_k or top_p take part
+    nucleus: bool = False   # whether top_p does
+
+    def joined(self, other: Reach) -> Reach:
+        return Reach(*map(max, self, other))
 
 
-def apply_top_p(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Keeps each row's smallest set of best scores that holds top_p (B,) of the probability."""
-    ordered, indices = scores.sort(dim=-1)
-    dropped = ordered.softmax(-1).cumsum(-1) <= 1.0 - top_p[:, None]
-    dropped[:, -1] = False
-    return scores.masked_fill(torch.zeros_like(dropped).scatter(-1, indices, dropped), -math.inf)
+def reach_of(samplings: Iterable[Sampling], columns: int) -> Reach:
+    """What rows with these samplings need of scores (B, columns)."""
+    drawn = [s for s in samplings if s.temperature]
+    widths = [s.top_k if 0 < s.top_k < columns else columns for s in drawn]
+    nucleus = any(s.top_p < 1 for s in drawn)
+    return Reach(max(widths, default=1), nucleus or min(widths, default=columns) < columns, nucleus)
 
 
-def sample(scores: torch.Tensor, sampling: list[Sampling], keys: torch.Tensor) -> torch.Tensor:
+def sample(scores: torch.Tensor, keys: torch.Tensor, reach: Reach, temperature: torch.Tensor,
+           top_k: torch.Tensor | None = None, top_p: torch.Tensor | None = None) -> torch.Tensor:
     """One column for each row of scores (B, V), float32; -1 where the model gave NaN or infinity.
 
-    Temperature, then top_k, then top_p, in `generate`'s order. Adding Gumbel noise and taking the
-    best is a draw from the softmax.
+    Temperature (B,), 0 being greedy, then top_k (B,), 0 being off, then top_p (B,), in
+    `generate`'s order. Adding Gumbel noise and taking the best is a draw from the softmax.
+    Nothing here waits for the device.
     """
     finite = torch.isfinite(scores.amax(-1))
-    temperature = torch.tensor([s.temperature for s in sampling], device=scores.device)
+    if reach.width == 1:
+        return torch.where(finite, scores.argmax(-1), -1)
     greedy = temperature == 0
-    if any(s.temperature for s in sampling):
-        scores = scores / torch.where(greedy, 1.0, temperature)[:, None]
-        if any(s.top_k for s in sampling):
-            scores = apply_top_k(scores, [s.top_k for s in sampling])
-        if any(s.top_p < 1 for s in sampling):
-            top_p = torch.tensor([s.top_p for s in sampling], device=scores.device)
-            scores = apply_top_p(scores, top_p)
-        noise = gumbel_noise(keys, scores.shape[-1])
-        scores = scores + noise.masked_fill(greedy[:, None], 0.0)
-    return torch.where(finite, scores.argmax(-1), -1)
+    columns = torch.arange(scores.shape[-1], device=scores.device)
+    if reach.ordered:
+        scores, columns = scores.topk(reach.width, dim=-1)  # the best first
+    scores = scores / torch.where(greedy, 1.0, temperature)[:, None]
+    if reach.ordered and top_k is not None:
+        scores = keep_best(scores, top_k, top_p if reach.nucleus else None)
+    noise = gumbel_noise(keys, columns).masked_fill(greedy[:, None], 0.0)
+    best = (scores + noise).argmax(-1, keepdim=True)
+    return torch.where(finite, columns.expand_as(scores).gather(-1, best)[:, 0], -1)
+
+
+def keep_best(scores: torch.Tensor, top_k: torch.Tensor,
+              top_p: torch.Tensor | None) -> torch.Tensor:
+    """Bars from scores (B, n), best first, all but each row's top_k, and of these all but the
+    smallest set of best ones that holds top_p of the probability."""
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    barred = (rank >= top_k[:, None]) & (top_k[:, None] > 0)
+    scores = scores.masked_fill(barred, -math.inf)
+    if top_p is None:
+        return scores
+    chance = scores.softmax(-1)
+    better = chance.cumsum(-1) - chance  # the probability of all that rank before
+    return scores.masked_fill((better >= top_p[:, None]) & (rank > 0), -math.inf)
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.view(*x.shape[:2], heads, -1).transpose(1, 2)  # (B, T, C) -> (B, heads, T, C / heads)
 
 
-def run_blocks(model: Any, x: torch.Tensor,
-               attend: Callable[[int, Any, Any, Any], torch.Tensor]) -> torch.Tensor:
-    """The transformer's blocks and last norm over x (B, T, C).
+def add_linear(x: torch.Tensor, layer: Any, y: torch.Tensor) -> torch.Tensor:
+    """x + layer(y) for x (N, C), the sum inside the product's own kernel."""
+    if layer.bias is not None:
+        x = x + layer.bias
+    return torch.addmm(x, y, layer.weight.t())
 
-    The same arithmetic as BarkBlock.forward, but attention, `attend(layer, q, k, v)` -> q's shape,
+
+def run_blocks(model: Any, x: torch.Tensor,
+               attend: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The transformer's blocks and last norm over x (N, C), one row a position.
+
+    The same arithmetic as BarkBlock.forward, but attention, `attend(layer, qkv (N, 3C))` -> (N, C),
     is left to the caller: the stages differ in nothing else.
     """
     for layer, block in enumerate(model.layers):
-        qkv = block.attn.att_proj(block.layernorm_1(x)).chunk(3, dim=-1)
-        y = attend(layer, *(split_heads(part, block.attn.num_heads) for part in qkv))
-        x = x + block.attn.out_proj(y.transpose(1, 2).reshape(x.shape))
-        x = x + block.mlp(block.layernorm_2(x))
+        y = attend(layer, block.attn.att_proj(block.layernorm_1(x)))
+        x = add_linear(x, block.attn.out_proj, y)
+        x = add_linear(x, block.mlp.out_proj,
+                       block.mlp.gelu(block.mlp.in_proj(block.layernorm_2(x))))
     return model.layernorm_final(x)
 
 
+def attend_all(qkv: torch.Tensor, rows: int, heads: int,
+               causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each position to those of its row, for qkv (rows x T, 3C).
+
+    Returns the result (rows x T, C), and keys and values (2, rows, heads, T, C / heads).
+    """
+    q, k, v = qkv.view(rows, -1, 3, heads, qkv.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return y.transpose(1, 2).reshape(len(qkv), -1), torch.stack([k, v])
+
+
 class CausalGPT:
-    """The semantic or coarse network over a static KV cache. Rows [0, n) are in use, in one block.
+    """The semantic or coarse network over a static KV cache, one row of it a slot.
 
     `head` is the slice of output ids that the stage may ever choose from; the others' logits
     are not computed.
     """
 
-    def __init__(self, model: Any, slots: int, head: slice, fixed_shape: bool):
+    def __init__(self, model: Any, slots: int, head: slice):
         config = model.config
-        self.model, self.slots, self.fixed_shape = model, slots, fixed_shape
+        self.model, self.slots, self.heads = model, slots, config.num_heads
         self.head = model.lm_head.weight[head]
-        shape = (config.num_layers, slots, config.num_heads, config.block_size,
+        shape = (config.num_layers, 2, slots, config.num_heads, config.block_size,
                  config.hidden_size // config.num_heads)
-        self.k, self.v = (torch.zeros(shape, dtype=model.dtype, device=model.device)
-                          for _ in range(2))
         self.device = model.device  # a property that walks the parameters: 26 us each time
-        self.columns = torch.arange(config.block_size, device=self.device)
+        self.kv = torch.zeros(shape, dtype=model.dtype, device=self.device)  # keys, then values
+        self.columns = torch.arange(max(config.block_size, slots), device=self.device)
+        self.length = config.block_size
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.input_embeds_layer(ids)
 
-    def prefill(self, slot: int, x: torch.Tensor) -> torch.Tensor:
-        """Fills `slot` with token embeddings x (T, C); the logits (1, V) of what follows."""
-        length = x.shape[0]
-        x = (x + self.model.position_embeds_layer(self.columns[:length]))[None]
+    def prefill(self, slots: torch.Tensor, x: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Fills slots (B,) with token embeddings x (B, T, C); the logits (B, V) after column last.
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.k[layer, slot, :, :length], self.v[layer, slot, :, :length] = k[0], v[0]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        Rows may be padded at the end: nothing looks ahead there.
+        """
+        rows, length, _ = x.shape
+        x = (x + self.model.position_embeds_layer(self.columns[:length])).flatten(0, 1)
 
-        return F.linear(run_blocks(self.model, x, attend)[:, -1], self.head).float()
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            y, kv = attend_all(qkv, rows, self.heads, causal=True)
+            self.kv[layer][:, slots, :, :length] = kv
+            return y
 
-    def decode(self, ids: list[int], positions: list[int]) -> torch.Tensor:
-        """One step for rows [0, n): ids at positions in, logits (n, V) of what follows out."""
-        rows = len(ids)
-        if self.fixed_shape:
-            spare = self.slots - rows
-            ids, positions = ids + [0] * spare, positions + [0] * spare
-        span = len(self.columns)
-        if not self.fixed_shape:
-            span = min(span, SPAN * math.ceil((max(positions) + 1) / SPAN))
-        at = torch.tensor(positions, device=self.device)
-        row = self.columns[: len(ids)]
-        mask = (self.columns[:span] <= at[:, None])[:, None, None]  # (B, 1, 1, span)
-        x = self.embed(torch.tensor(ids, device=self.device))
-        x = (x + self.model.position_embeds_layer(at))[:, None]  # (B, 1, C)
+        hidden = run_blocks(self.model, x, attend).view(rows, length, -1)
+        return F.linear(hidden[self.columns[:rows], last], self.head).float()
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.k[layer, row, :, at], self.v[layer, row, :, at] = k[:, :, 0], v[:, :, 0]
-            keys, values = self.k[layer, : len(ids), :, :span], self.v[layer, : len(ids), :, :span]
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    def decode(self, ids: torch.Tensor, at: torch.Tensor, span: int) -> torch.Tensor:
+        """One step of slots [0, n): ids (n,) at positions (n,), below span; the logits (n, V)."""
+        rows, heads = len(ids), self.heads
+        row = self.columns[:rows]
+        mask = torch.zeros(rows, 1, 1, span, dtype=self.kv.dtype, device=self.device)
+        mask = mask.masked_fill((self.columns[:span] > at[:, None])[:, None, None], -math.inf)
 
-        hidden = run_blocks(self.model, x, attend)[:, 0]
-        return F.linear(hidden, self.head)[:rows].float()
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            q, kv = qkv.view(rows, 3, heads, -1).tensor_split([1], dim=1)
+            cache = self.kv[layer]
+            cache[:, row, :, at] = kv
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), cache[0, :rows, :, :span], cache[1, :rows, :, :span], mask)
+            return y.reshape(rows, -1)
+
+        x = self.embed(ids) + self.model.position_embeds_layer(at)
+        return F.linear(run_blocks(self.model, x, attend), self.head).float()
 
     def move(self, source: int, target: int) -> None:
-        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+        self.kv[:, :, target] = self.kv[:, :, source]
 
     def clear(self, slots: int | slice) -> None:
         """Forgets what was not finite there: it would spread even from under a mask, as NaN x 0."""
-        self.k[:, slots], self.v[:, slots] = 0, 0
+        self.kv[:, :, slots] = 0
 
 
 class Sequence:
     """A segment on its way through the stages; made anew for each take."""
 
-    def __init__(self, segment: Segment, take: int = 0, min_new_tokens: int = 0):
-        self.segment, self.take, self.min_new_tokens = segment, take, min_new_tokens
+    def __init__(self, segment: Segment, urgent: bool, take: int = 0, min_new_tokens: int = 0):
+        self.segment, self.urgent = segment, urgent
+        self.take, self.min_new_tokens = take, min_new_tokens
         digest = hashlib.sha256(f"{segment.seed}/{take}".encode()).digest()
         self.seed = as_int64(int.from_bytes(digest[:8], "little"))
         self.semantic: list[int] = []
         self.coarse: list[int] = []
+        self.history = (np.empty(0, int), np.empty(0, int))  # the voice's, for coarse windows
         self.coarse_length = 0   # coarse tokens to make
-        self.position = 0        # of the last token in the KV cache's slot
-        self.window_left = 0     # coarse tokens still to make before the next window
+        self.window_left = 0     # of them before the next window; 0: it waits for a prefill
+        self.position = 0        # in the KV cache, of the next token
+        self.waits = True        # for a heavy pass: a prefill or a fine window
+        self.since = 0           # when that began, in Engine.ticks
+        self.unread = 0          # tokens that the device has made and nobody has read
         self.codes: torch.Tensor | None = None  # (frames, codebooks), history first
         self.fine_window = 0
 
+    def again(self, take: int, min_new_tokens: int) -> Sequence:
+        return Sequence(self.segment, self.urgent, take, min_new_tokens)
+
+
+# What a decode step knows of each slot: rows of Batch.ints and Batch.floats
+TOKEN, POSITION, MADE, ACTIVE, SEED, TOP_K, MIN_NEW = range(7)
+TEMPERATURE, TOP_P, STOP_P = range(3)
+
+Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Reach], torch.Tensor]
+Capture = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
+
+
+class CudaCapture:
+    """Records device work as CUDA graphs that share one memory pool: largest first, please."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """What replays `run`, and the tensor that holds its result after each replay."""
+        side = torch.cuda.Stream()  # capture forbids what a first call does: loading, planning
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = run()
+        self.pool = self.pool or graph.pool()
+        return graph.replay, result
+
 
 class Batch:
-    """The sequences that hold a slot of one CausalGPT, in slot order."""
+    """The sequences that hold a slot of one CausalGPT, in slot order.
 
-    def __init__(self, gpt: CausalGPT):
-        self.gpt = gpt
+    Token, position, random stream and sampling of each slot are on the device, and a decode step
+    moves them on there: steps can follow each other without waiting for the host. `stage` is
+    "semantic" or "coarse", `choose` draws tokens from logits (B, V), `usual` is the model folder's
+    sampling, and `columns` are what it chooses from.
+    """
+
+    def __init__(self, stage: str, gpt: CausalGPT, choose: Choose, usual: Sampling, columns: int,
+                 burst: int, fixed_shape: bool):
+        self.stage, self.gpt, self.choose, self.fixed_shape = stage, gpt, choose, fixed_shape
+        self.columns = columns
+        self.own = self.reach = reach_of([usual], columns)
         self.live: list[Sequence] = []
+        self.ints = torch.zeros(7, gpt.slots, dtype=torch.int64, device=gpt.device)
+        self.floats = torch.zeros(3, gpt.slots, device=gpt.device)
+        self.recent = torch.zeros(gpt.slots, burst + 1, dtype=torch.int64, device=gpt.device)
+        self.active: list[int] = []  # what ints[ACTIVE] says of the live ones
+        self.graphs: dict[tuple[int, int], Callable[[], None]] = {}
 
-    def join(self, sequence: Sequence, x: torch.Tensor) -> torch.Tensor:
-        """Takes the next slot with a prefill of x (T, C); the logits (1, V) of what follows."""
-        sequence.position = len(x) - 1
-        self.live.append(sequence)
-        return self.gpt.prefill(len(self.live) - 1, x)
+    def room(self) -> int:
+        return self.gpt.slots - len(self.live)
 
-    def decode(self, last: list[int]) -> torch.Tensor:
-        """One step from every live sequence's last token id; logits (n, V) in slot order."""
-        for sequence in self.live:
-            sequence.position += 1
-        return self.gpt.decode(last, [sequence.position for sequence in self.live])
+    def prefill(self, sequences: list[Sequence], x: torch.Tensor, lengths: list[int]) -> None:
+        """Starts them, in their slots, from x (B, T, C): the first token of each is made."""
+        slots = torch.tensor([self.live.index(s) for s in sequences], device=self.gpt.device)
+        self._describe(slots, sequences, lengths)
+        last = torch.tensor(lengths, device=self.gpt.device) - 1
+        self._advance(slots, self.gpt.prefill(slots, x, last))
+        for sequence, length in zip(sequences, lengths, strict=True):
+            sequence.position, sequence.waits = length, False
+            sequence.unread += 1
+
+    def _describe(self, slots: torch.Tensor, sequences: list[Sequence],
+                  lengths: list[int]) -> None:
+        ints, floats = [], []
+        for sequence, length in zip(sequences, lengths, strict=True):
+            how = getattr(sequence.segment, f"{self.stage}_sampling")
+            ints.append([0, length - 1, len(getattr(sequence, self.stage)), 1, sequence.seed,
+                         how.top_k, sequence.min_new_tokens])
+            floats.append([how.temperature, how.top_p, sequence.segment.min_eos_p or math.inf])
+        self.ints[:, slots] = torch.tensor(ints, device=self.gpt.device).T
+        self.floats[:, slots] = torch.tensor(floats, device=self.gpt.device).T
+        self.active = []
+
+    def decode(self, steps: int) -> None:
+        """Makes `steps` more tokens for each live sequence that does not wait for a prefill."""
+        self._tell_active()
+        rows, span = self._shape(steps)
+        replay = self.graphs.get((rows, span)) if self.reach == self.own else None
+        for _ in range(steps):
+            if replay:
+                replay()
+            else:
+                self.step(rows, span)
+        for sequence, active in zip(self.live, self.active, strict=True):
+            sequence.position += steps * active
+            sequence.unread += steps * active
+
+    def _tell_active(self) -> None:
+        active = [int(not s.waits) for s in self.live]
+        if active != self.active:
+            self.active = active
+            spare = [0] * self.room()
+            self.ints[ACTIVE] = torch.tensor(active + spare, device=self.gpt.device)
+
+    def _shape(self, steps: int) -> tuple[int, int]:
+        """Rows and columns of the cache that the next steps use: few different ones."""
+        if self.fixed_shape:
+            return self.gpt.slots, self.gpt.length
+        rows, span = len(self.live), max(s.position for s in self.live) + steps
+        if not self.graphs:
+            return rows, min(self.gpt.length, SPAN * math.ceil(span / SPAN))
+        return min((shape for shape in self.graphs if shape[0] >= rows and shape[1] >= span),
+                   default=(rows, self.gpt.length))
+
+    def step(self, rows: int, span: int) -> torch.Tensor:
+        """One decode step of slots [0, rows), on the device alone; its logits (rows, V)."""
+        at = self.ints[POSITION, :rows].clamp(max=span - 1)  # a slot that ended may run on
+        logits = self.gpt.decode(self.ints[TOKEN, :rows].clamp(min=0), at, span)
+        self._advance(slice(0, rows), logits)
+        return logits
+
+    def _advance(self, slots: slice | torch.Tensor, logits: torch.Tensor) -> None:
+        """Draws the next token of each of these slots and moves the active ones on to it."""
+        ints = self.ints[:, slots]
+        tokens = self.choose(logits, ints, self.floats[:, slots], self.reach)
+        active = ints[ACTIVE]
+        self.recent[slots] = torch.cat([self.recent[slots, 1:], tokens[:, None]], dim=1)
+        self.ints[TOKEN, slots] = torch.where(active > 0, tokens, ints[TOKEN])
+        self.ints[POSITION, slots] = ints[POSITION] + active
+        self.ints[MADE, slots] = ints[MADE] + active
+
+    def read(self) -> list[tuple[Sequence, list[int]]]:
+        """Waits for the device; each live sequence with the tokens made since the last reading."""
+        rows = self.recent[: len(self.live)].tolist()
+        read = [(s, row[len(row) - s.unread :])
+                for s, row in zip(self.live, rows, strict=True) if s.unread]
+        for sequence, _ in read:
+            sequence.unread = 0
+        return read
+
+    def join(self, sequences: list[Sequence]) -> None:
+        self.live += sequences
+        self._widen()
 
     def leave(self, sequence: Sequence) -> None:
         """Frees the slot; the last slot's content moves there, so that the rest stays one block."""
         slot, last = self.live.index(sequence), len(self.live) - 1
         if slot != last:
             self.gpt.move(last, slot)
+            for table in (self.ints, self.floats):
+                table[:, slot] = table[:, last]
+            self.recent[slot] = self.recent[last]
         self.live[slot] = self.live[last]
         self.live.pop()
+        self.active = []
+        self._widen()
+
+    def _widen(self) -> None:
+        """Sees that `reach` is enough for every live sequence's sampling."""
+        needed = reach_of((getattr(s.segment, f"{self.stage}_sampling") for s in self.live),
+                          self.columns)
+        self.reach = self.own.joined(needed)
+
+    def capture(self, capture: Capture, spans: Iterable[int]) -> None:
+        """Records the step for a few shapes, the largest first."""
+        for rows in (self.gpt.slots,) if self.fixed_shape else buckets(self.gpt.slots):
+            for span in sorted(spans, reverse=True):
+                try:
+                    replay, logits = capture(lambda rows=rows, span=span: self.step(rows, span))
+                    self._check(replay, logits, rows, span)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    log.warning("no CUDA graph for %d %s slots: %s; that step is slower",
+                                rows, self.stage, first_line(error))
+                else:
+                    self.graphs[rows, span] = replay
+        self.forget()
+
+    def _check(self, replay: Callable[[], None], captured: torch.Tensor, rows: int,
+               span: int) -> None:
+        """Raises RuntimeError unless the replay does what the step does, on random input."""
+        self._randomize(span)
+        ints, recent = self.ints.clone(), self.recent.clone()
+        expected = self.step(rows, span).clone(), self.ints.clone()
+        self.ints.copy_(ints)
+        self.recent.copy_(recent)
+        replay()
+        error = (captured - expected[0]).abs().max() / expected[0].abs().max()
+        if not error < STEP_ERROR[self.gpt.kv.dtype]:
+            raise RuntimeError(f"its logits differ by {error:.1e} of the largest")
+        moved = [POSITION, MADE, ACTIVE, SEED]
+        if not torch.equal(self.ints[moved], expected[1][moved]):
+            raise RuntimeError("it does not move its slots on")
+
+    def _randomize(self, span: int) -> None:
+        """A cache, and slots anywhere in it, as no request would leave them."""
+        self.gpt.kv.normal_()
+        self.ints.random_(0, span)  # token, position, ... of each slot
+        self.ints[ACTIVE], self.ints[MIN_NEW] = 1, 0
+        self.floats.uniform_(0.5, 1.0)
+
+    def forget(self) -> None:
+        """Makes all slots as new."""
+        self.gpt.clear(slice(None))
+        self.ints.zero_()
+        self.live.clear()
+        self.active = []
+        self.reach = self.own
+
+
+def buckets(slots: int) -> list[int]:
+    """Numbers of slots to have a step for, descending: few, and little waste between them."""
+    steps = [n for n in (1, 2, 4, *range(8, slots, 8)) if n < slots]
+    return [slots, *reversed(steps)]
 
 
 def check_windows(model: BarkModel, facts: ModelFacts) -> None:
@@ -1227,20 +1460,67 @@ class Engine:
     """Bark for any number of segments at once, `slots` of them in the works.
 
     `add` segments, call `step` again and again; each call does a little of all stages and returns
-    the segments that it finished. `abort` forgets one. One thread only.
+    the segments that it finished. `abort` forgets one. One thread only. With `capture`, decode
+    steps are recorded once and replayed; on a GPU that is the default. `burst` is the number of
+    tokens made between two looks at them.
     """
 
-    def __init__(self, model: BarkModel, facts: ModelFacts, slots: int, fixed_shape: bool = False):
-        self.model, self.facts, self.slots, self.device = model, facts, slots, model.device
-        first, book = facts.semantic.semantic_vocab_size, facts.codebook_size
+    def __init__(self, model: BarkModel, facts: ModelFacts, slots: int, fixed_shape: bool = False,
+                 capture: Callable[[], Capture] | None = None, burst: int | None = None):
         check_windows(model, facts)
-        coarse_ids = slice(first, first + facts.coarse.n_coarse_codebooks * book)
-        self.semantic = Batch(CausalGPT(model.semantic, slots, slice(0, first + 1), fixed_shape))
-        self.coarse = Batch(CausalGPT(model.coarse_acoustics, slots, coarse_ids, fixed_shape))
-        self.to_semantic: deque[Sequence] = deque()  # wait for a prefill
-        self.to_coarse: deque[Sequence] = deque()    # wait for a window's prefill
-        self.to_fine: deque[Sequence] = deque()
+        self.model, self.facts, self.device = model, facts, model.device
+        on_gpu = self.device.type == "cuda"
+        self.fixed_shape = fixed_shape
+        self._capture = capture or (CudaCapture if on_gpu else None)
+        self.burst = burst or (BURST if on_gpu else 1)
+        self.group = GROUP if on_gpu and not fixed_shape else 1  # heavy passes done as one
+        self.to_semantic: deque[Sequence] = deque()  # wait for a slot
+        self.to_coarse: deque[Sequence] = deque()
+        self.to_fine: list[Sequence] = []
         self.finished: list[Finished] = []
+        self.ticks = 0    # tokens of time, by which waiting is measured
+        self.granted = 0  # when one that is not urgent last got a heavy pass beside urgent ones
+        self.frames = torch.arange(facts.fine.max_fine_input_length, device=self.device)
+        self._allocate(slots)
+
+    def _allocate(self, slots: int) -> None:
+        """Makes the slots and records their steps; fewer of them if memory is short."""
+        self.slots = slots
+        while True:
+            try:
+                self._make_batches()
+                return
+            except torch.OutOfMemoryError:
+                if self.slots == 1:
+                    raise
+            self._halve()
+
+    def _halve(self) -> None:
+        self.slots //= 2
+        log.warning("out of memory: going on with %d segments at once", self.slots)
+        self._free()
+
+    def _free(self) -> None:
+        self.semantic = self.coarse = None  # type: ignore[assignment]
+        gc.collect()  # a captured graph and its batch know each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _make_batches(self) -> None:
+        facts, model, book = self.facts, self.model, self.facts.codebook_size
+        eos = facts.semantic.semantic_vocab_size
+        ids = slice(eos, eos + facts.coarse.n_coarse_codebooks * book)
+        semantic = CausalGPT(model.semantic, self.slots, slice(0, eos + 1))
+        coarse = CausalGPT(model.coarse_acoustics, self.slots, ids)
+        self.semantic = Batch("semantic", semantic, self._choose_semantic,
+                              facts.semantic_sampling, eos + 1, self.burst, self.fixed_shape)
+        self.coarse = Batch("coarse", coarse, self._choose_coarse,
+                            facts.coarse_sampling, book, self.burst, self.fixed_shape)
+        if self._capture:
+            capture = self._capture()
+            self.semantic.capture(capture, spans_of(semantic, self.fixed_shape))
+            self.coarse.capture(capture, [coarse.length])
 
     def _queues(self) -> tuple[Any, ...]:
         return (self.to_semantic, self.to_coarse, self.to_fine, self.semantic.live,
@@ -1250,11 +1530,13 @@ class Engine:
     def free_slots(self) -> int:
         return self.slots - sum(map(len, self._queues()))
 
-    def add(self, segment: Segment) -> None:
+    def add(self, segment: Segment, urgent: bool = False) -> None:
+        """Takes a segment in; an `urgent` one goes before others wherever work has to wait."""
         assert self.free_slots > 0, f"all {self.slots} slots are taken"
         assert 0 < len(segment.text_ids) <= self.facts.semantic.max_input_semantic_length
-        self.to_semantic.append(Sequence(segment))
+        self.to_semantic.append(Sequence(segment, urgent))
 
+    @torch.inference_mode()
     def abort(self, segment: Segment) -> None:
         """Forgets `segment` and frees its slot; nothing happens if it is not here."""
         for batch in (self.semantic, self.coarse):
@@ -1264,82 +1546,130 @@ class Engine:
             for sequence in [s for s in queue if s.segment is segment]:
                 queue.remove(sequence)
 
+    @torch.inference_mode()
     def reset(self) -> None:
         """Forgets everything, after an exception left a step half done."""
-        for queue in self._queues():
+        for queue in (self.to_semantic, self.to_coarse, self.to_fine, self.finished):
             queue.clear()
-        self.finished.clear()
         for batch in (self.semantic, self.coarse):
-            batch.gpt.clear(slice(None))
+            batch.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
     def step(self) -> list[Finished]:
-        """One token for every live sequence, at most one prefill a stage and one fine window."""
-        self._step_semantic()
-        self._step_coarse()
+        """A few tokens for every live sequence, some prefills and fine windows.
+
+        If memory runs out, there are fewer slots from then on and what was in them starts over.
+        """
+        try:
+            self._step()
+        except torch.OutOfMemoryError:
+            if self.slots == 1:
+                raise
+        else:
+            finished, self.finished = self.finished, []
+            return finished
+        self._shrink()  # here, where the exception no longer holds on to tensors
+        return []
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        self.ticks += self.burst
+        self._step_stage(self.semantic, self.to_semantic, self._semantic_prompts, self.burst)
+        for sequence, tokens in self.semantic.read():
+            self._take_semantic(sequence, tokens)
+        self._step_stage(self.coarse, self.to_coarse, self._coarse_windows, self.burst)
+        for sequence, tokens in self.coarse.read():
+            self._take_coarse(sequence, tokens)
         self._step_fine()
-        finished, self.finished = self.finished, []
-        return finished
+
+    def _shrink(self) -> None:
+        again = [s.again(s.take, s.min_new_tokens) for queue in self._queues() for s in queue]
+        for queue in (self.to_semantic, self.to_coarse, self.to_fine):
+            queue.clear()
+        self._halve()
+        self._allocate(self.slots)
+        self.to_semantic.extend(again)
+
+    def _step_stage(self, batch: Batch, queue: deque[Sequence], prompts: Callable[
+            [list[Sequence]], tuple[torch.Tensor, list[int]]], steps: int) -> None:
+        joining = [queue.popleft() for _ in range(min(len(queue), batch.room()))]
+        for sequence in joining:
+            self._let_wait(sequence)
+        batch.join(joining)
+        if due := self._admit([s for s in batch.live if s.waits]):
+            batch.prefill(due, *prompts(due))
+        running = [s.window_left for s in batch.live if not s.waits]
+        if running:
+            batch.decode(min(steps, *running) if batch is self.coarse else steps)
+
+    def _let_wait(self, sequence: Sequence) -> None:
+        sequence.waits, sequence.since = True, self.ticks
+
+    def _admit(self, due: list[Sequence]) -> list[Sequence]:
+        """Those that get a heavy pass now, as many as go together; who waited longest first.
+
+        While urgent sequences are in the works, all others together get one pass in PATIENCE
+        tokens: so speech starts early, and nobody stands still.
+        """
+        due = sorted(due, key=lambda s: (not s.urgent, s.since))
+        if any(s.urgent for queue in self._queues() for s in queue):
+            chosen = [s for s in due if s.urgent]
+            if len(chosen) < len(due) and self.ticks - self.granted >= PATIENCE:
+                self.granted = self.ticks
+                chosen = [*chosen[: self.group - 1], due[len(chosen)]]
+            due = chosen
+        return due[: self.group]
 
     # Semantic: 256 positions of text plus history, the infer token, then one token a step
 
-    def _step_semantic(self) -> None:
-        live = list(self.semantic.live)
-        if live:
-            self._take_semantic(live, self.semantic.decode([s.semantic[-1] for s in live]))
-        if self.to_semantic:
-            sequence = self.to_semantic.popleft()
-            x = self._semantic_prompt(sequence.segment)
-            self._take_semantic([sequence], self.semantic.join(sequence, x))
+    def _semantic_prompts(self, due: list[Sequence]) -> tuple[torch.Tensor, list[int]]:
+        """Embeddings (B, 257, C): text and voice history *summed* position by position, infer."""
+        length = self.facts.semantic.max_input_semantic_length
+        ids = np.stack([self._semantic_prompt(s.segment) for s in due])
+        x = self.semantic.gpt.embed(torch.from_numpy(ids).to(self.device))
+        return (torch.cat([x[:, :length] + x[:, length:-1], x[:, -1:]], dim=1),
+                [length + 1] * len(due))
 
-    def _semantic_prompt(self, segment: Segment) -> torch.Tensor:
-        """Embeddings (257, C): text and voice history *summed* position by position, then infer."""
-        numbers, gpt = self.facts.semantic, self.semantic.gpt
+    def _semantic_prompt(self, segment: Segment) -> np.ndarray:
+        """Token ids (513,): text, voice history, infer."""
+        numbers = self.facts.semantic
         length = numbers.max_input_semantic_length
         text = np.full(length, numbers.text_pad_token)
         text[: len(segment.text_ids)] = np.array(segment.text_ids) + numbers.text_encoding_offset
         history = np.full(length, numbers.semantic_pad_token)
         recent = segment.voice.semantic[-length:]
         history[: len(recent)] = recent
-        ids = torch.from_numpy(np.concatenate([text, history, [numbers.semantic_infer_token]]))
-        x = gpt.embed(ids.to(self.device))
-        return torch.cat([x[:length] + x[length:-1], x[-1:]])
+        return np.concatenate([text, history, [numbers.semantic_infer_token]])
 
-    def _take_semantic(self, sequences: list[Sequence], scores: torch.Tensor) -> None:
-        """Picks each sequence's next token from scores (B, vocabulary + EOS)."""
+    def _choose_semantic(self, scores: torch.Tensor, ints: torch.Tensor, floats: torch.Tensor,
+                         reach: Reach) -> torch.Tensor:
+        """Draws tokens (B,) from scores (B, vocabulary + EOS); the last column ends the segment."""
         eos = scores.shape[-1] - 1
-        for row, sequence in enumerate(sequences):
-            if len(sequence.semantic) < sequence.min_new_tokens:
-                scores[row, eos] = -math.inf
-        stops = [s.segment.min_eos_p or math.inf for s in sequences]
-        early = scores.softmax(-1)[:, eos] > torch.tensor(stops, device=scores.device)
-        tokens = sample(scores, [s.segment.semantic_sampling for s in sequences],
-                        self._keys(sequences, STAGE_SEMANTIC, [len(s.semantic) for s in sequences]))
-        tokens = torch.where(early & (tokens >= 0), eos, tokens)
-        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-            self._add_semantic(sequence, token, eos)
+        scores[:, eos] = torch.where(ints[MADE] < ints[MIN_NEW], -math.inf, scores[:, eos])
+        early = scores.softmax(-1)[:, eos] > floats[STOP_P]
+        tokens = sample(scores, noise_keys(ints[SEED], STAGE_SEMANTIC, ints[MADE]), reach,
+                        floats[TEMPERATURE], ints[TOP_K], floats[TOP_P])
+        return torch.where(early & (tokens >= 0), eos, tokens)
 
-    def _add_semantic(self, sequence: Sequence, token: int, eos: int) -> None:
-        if token < 0:
-            self._spoilt(self.semantic, sequence)
-            return
-        if token != eos:
-            sequence.semantic.append(token)
+    def _take_semantic(self, sequence: Sequence, tokens: list[int]) -> None:
         limit = sequence.segment.max_new_tokens or self._max_new_tokens()
-        if token == eos or len(sequence.semantic) >= limit:
-            self.semantic.leave(sequence)
-            self._start_coarse(sequence)
+        for token in tokens:
+            if token < 0:
+                self._spoilt(self.semantic, sequence)
+                return
+            ends = token == self.facts.semantic.semantic_vocab_size
+            if not ends:
+                sequence.semantic.append(token)
+            if ends or len(sequence.semantic) >= limit:
+                self.semantic.leave(sequence)
+                self._start_coarse(sequence)
+                return
 
     def _max_new_tokens(self) -> int:
         """The folder's limit, and no more than the position table has room for."""
-        room = len(self.semantic.gpt.columns) - self.facts.semantic.max_input_semantic_length
+        room = self.semantic.gpt.length - self.facts.semantic.max_input_semantic_length
         return min(self.facts.semantic.max_new_tokens, room)
-
-    def _keys(self, sequences: list[Sequence], stage: int, counters: list[int]) -> torch.Tensor:
-        seeds = torch.tensor([s.seed for s in sequences], device=self.device)
-        return noise_keys(seeds, stage, torch.tensor(counters, device=self.device))
 
     def _spoilt(self, batch: Batch, sequence: Sequence) -> None:
         """The network gave NaN or infinity: the sequence starts over, its slot is wiped."""
@@ -1350,7 +1680,7 @@ class Engine:
     def _retake(self, sequence: Sequence) -> None:
         """Starts over with another random stream after NaN or infinity, or gives up."""
         if sequence.take + 1 < TAKES:
-            self.to_semantic.append(Sequence(sequence.segment, take=sequence.take + 1))
+            self.to_semantic.append(sequence.again(sequence.take + 1, 0))
         else:
             self.finished.append(Finished(sequence.segment, None, f"{TAKES} takes were not finite"))
 
@@ -1363,25 +1693,15 @@ class Engine:
         if len(sequence.semantic) < shortest and not sequence.min_new_tokens:
             # EOS came at once: again, with EOS barred for a plausible while
             seconds = max(SHORTEST_SECONDS, SHORTEST_PER_TOKEN * len(sequence.segment.text_ids))
-            tokens = math.ceil(seconds * rate)
-            self.to_semantic.append(
-                Sequence(sequence.segment, sequence.take, min(tokens, self._max_new_tokens())))
+            tokens = min(math.ceil(seconds * rate), self._max_new_tokens())
+            self.to_semantic.append(sequence.again(sequence.take, tokens))
             return
         # in float32, as BarkCoarseModel.generate counts; whole frames, so that codebooks pair
         frames = torch.floor(torch.tensor(len(sequence.semantic)) * self.facts.semantic_to_coarse
                              / numbers.n_coarse_codebooks)
         sequence.coarse_length = int(frames) * numbers.n_coarse_codebooks
+        sequence.history = self._voice_history(sequence.segment.voice)
         self.to_coarse.append(sequence)
-
-    def _step_coarse(self) -> None:
-        live = list(self.coarse.live)
-        if live:
-            self._take_coarse(live, self.coarse.decode([s.coarse[-1] for s in live]))
-        if self.to_coarse:
-            sequence = self.to_coarse.popleft()
-            ids = torch.from_numpy(self._coarse_window(sequence)).to(self.device)
-            sequence.window_left = self.facts.coarse.sliding_window_len
-            self._take_coarse([sequence], self.coarse.join(sequence, self.coarse.gpt.embed(ids)))
 
     def _voice_history(self, voice: Voice) -> tuple[np.ndarray, np.ndarray]:
         """The voice's last semantic (n,) and coarse (m,) tokens that still belong together.
@@ -1397,10 +1717,22 @@ class Engine:
                    int(len(coarse) // ratio))
         return semantic[-kept:], coarse[-round(kept * ratio):][:-2]
 
+    def _coarse_windows(self, due: list[Sequence]) -> tuple[torch.Tensor, list[int]]:
+        """Embeddings (B, T, C) of the next windows' prompts, padded at the end, and lengths."""
+        prompts = [self._coarse_window(s) for s in due]
+        lengths = list(map(len, prompts))
+        numbers = self.facts.coarse
+        longest = (numbers.max_coarse_input_length + 1 + numbers.max_coarse_history
+                   if self.fixed_shape else max(lengths))
+        ids = np.stack([np.pad(p, (0, longest - len(p))) for p in prompts])
+        for sequence in due:
+            sequence.window_left = numbers.sliding_window_len
+        return self.coarse.gpt.embed(torch.from_numpy(ids).to(self.device)), lengths
+
     def _coarse_window(self, sequence: Sequence) -> np.ndarray:
         """Token ids of the next window's prefill: 256 semantic, infer, up to 630 coarse so far."""
         numbers, ratio = self.facts.coarse, self.facts.semantic_to_coarse
-        old_semantic, old_coarse = self._voice_history(sequence.segment.voice)
+        old_semantic, old_coarse = sequence.history
         semantic = np.concatenate([old_semantic, sequence.semantic]).astype(np.int64)
         at = len(old_semantic) + round(len(sequence.coarse) / ratio)
         first = max(0, at - int(numbers.max_coarse_history // ratio))
@@ -1411,33 +1743,31 @@ class Engine:
             np.pad(heard, (0, padding), constant_values=numbers.coarse_semantic_pad_token),
             [numbers.coarse_infer_token], coarse[-numbers.max_coarse_history:]])
 
-    def _take_coarse(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Picks each next token among its own codebook's 1024, as Suno does, unlike `generate`."""
-        numbers, book = self.facts.coarse, self.facts.codebook_size
-        made = [numbers.sliding_window_len - s.window_left for s in sequences]
-        codebook = torch.tensor([n % numbers.n_coarse_codebooks for n in made],
-                                device=logits.device)
-        rows = torch.arange(len(sequences), device=logits.device)
-        scores = logits.view(len(sequences), -1, book)[rows, codebook]
-        tokens = sample(scores, [s.segment.coarse_sampling for s in sequences],
-                        self._keys(sequences, STAGE_COARSE, [len(s.coarse) for s in sequences]))
-        base = self.facts.semantic.semantic_vocab_size
-        ids = torch.where(tokens >= 0, tokens + codebook * book + base, -1)
-        for sequence, token in zip(sequences, ids.tolist(), strict=True):
-            self._add_coarse(sequence, token)
+    def _choose_coarse(self, logits: torch.Tensor, ints: torch.Tensor, floats: torch.Tensor,
+                       reach: Reach) -> torch.Tensor:
+        """Draws token ids (B,) among each one's own codebook, as Suno does, unlike `generate`."""
+        books, book = self.facts.coarse.n_coarse_codebooks, self.facts.codebook_size
+        codebook = ints[MADE] % books
+        rows = torch.arange(len(logits), device=logits.device)
+        tokens = sample(logits.view(-1, books, book)[rows, codebook],
+                        noise_keys(ints[SEED], STAGE_COARSE, ints[MADE]), reach,
+                        floats[TEMPERATURE], ints[TOP_K], floats[TOP_P])
+        ids = tokens + codebook * book + self.facts.semantic.semantic_vocab_size
+        return torch.where(tokens >= 0, ids, -1)
 
-    def _add_coarse(self, sequence: Sequence, token: int) -> None:
-        if token < 0:
-            self._spoilt(self.coarse, sequence)
-            return
-        sequence.coarse.append(token)
-        sequence.window_left -= 1
-        if len(sequence.coarse) >= sequence.coarse_length:
-            self.coarse.leave(sequence)
-            self._start_fine(sequence)
-        elif sequence.window_left == 0:
-            self.coarse.leave(sequence)
-            self.to_coarse.append(sequence)
+    def _take_coarse(self, sequence: Sequence, tokens: list[int]) -> None:
+        sequence.window_left -= len(tokens)
+        for token in tokens:
+            if token < 0:
+                self._spoilt(self.coarse, sequence)
+                return
+            sequence.coarse.append(token)
+            if len(sequence.coarse) >= sequence.coarse_length:
+                self.coarse.leave(sequence)
+                self._start_fine(sequence)
+                return
+        if sequence.window_left == 0:
+            self._let_wait(sequence)
 
     # Fine: codebooks 2 to 7 of a 1024-frame window, one pass for each codebook; then the codec
 
@@ -1452,64 +1782,142 @@ class Engine:
         codes[: len(history)] = history
         codes[len(history) : len(history) + len(coarse), : coarse.shape[1]] = coarse
         sequence.codes = torch.from_numpy(codes).to(self.device)
+        self._let_wait(sequence)
         self.to_fine.append(sequence)
 
     def _step_fine(self) -> None:
-        if not self.to_fine:
+        chosen = self._admit(self.to_fine)
+        if not chosen:
             return
-        sequence, numbers = self.to_fine[0], self.facts.fine
-        window, hop = numbers.max_fine_input_length, numbers.max_fine_history_length
-        history = min(sequence.segment.voice.fine.shape[1], hop)
+        self._fill_windows(chosen)
+        for sequence in chosen:
+            sequence.fine_window += 1
+            self._let_wait(sequence)
+        done = [s for s in chosen if s.fine_window == self._fine_windows(s)]
+        for sequence in done:
+            self.to_fine.remove(sequence)
+        if done:
+            self._decode_codes(done)
+
+    def _fine_spans(self, sequence: Sequence) -> tuple[int, int, int]:
+        """Frames of its codes: the voice's, its own, and those the next window begins at."""
+        numbers = self.facts.fine
+        history = min(sequence.segment.voice.fine.shape[1], numbers.max_fine_history_length)
         frames = len(sequence.coarse) // self.facts.coarse.n_coarse_codebooks
-        start = min(sequence.fine_window * hop, len(sequence.codes) - window)
-        fill = min(history + sequence.fine_window * hop, len(sequence.codes) - hop)
-        self._fill_window(sequence, start, fill)
-        sequence.fine_window += 1
-        if sequence.fine_window > max(0, math.ceil((frames - (window - history)) / hop)):
-            self.to_fine.popleft()
-            self._decode_codes(sequence, sequence.codes[history : history + frames])
+        start = min(sequence.fine_window * numbers.max_fine_history_length,
+                    len(sequence.codes) - numbers.max_fine_input_length)
+        return history, frames, start
 
-    def _fill_window(self, sequence: Sequence, start: int, fill: int) -> None:
-        """Predicts the fine codebooks of [fill, start + window) from [start, start + window)."""
-        numbers, book = self.facts.fine, self.facts.codebook_size
-        codes = sequence.codes[start : start + numbers.max_fine_input_length]
-        for codebook in range(self.facts.coarse.n_coarse_codebooks, numbers.n_fine_codebooks):
-            scores = self._fine_logits(codes, codebook)[fill - start :, :book].float()
-            frames = torch.arange(fill, start + len(codes), device=scores.device)
-            keys = noise_keys(torch.tensor(sequence.seed, device=scores.device), STAGE_FINE,
-                              frames * numbers.n_fine_codebooks + codebook)
-            sampling = sequence.segment.fine_sampling
-            codes[fill - start :, codebook] = sample(scores, [sampling] * len(scores), keys)
+    def _fine_windows(self, sequence: Sequence) -> int:
+        """How many windows its codes take, in BarkFineModel's count."""
+        numbers = self.facts.fine
+        history, frames, _ = self._fine_spans(sequence)
+        more = frames - (numbers.max_fine_input_length - history)
+        return 1 + max(0, math.ceil(more / numbers.max_fine_history_length))
 
-    def _fine_logits(self, codes: torch.Tensor, codebook: int) -> torch.Tensor:
-        """Logits (T, V) of one codebook from codes (T, 8): its own and the lower ones, summed."""
-        fine = self.model.fine_acoustics
-        codes = codes.clamp(min=0)  # -1 marks frames that were not finite
-        x = sum(fine.input_embeds_layers[i](codes[:, i]) for i in range(codebook + 1))
-        x = (x + fine.position_embeds_layer.weight[: len(codes)])[None]
-        hidden = run_blocks(
-            fine, x, lambda layer, q, k, v: F.scaled_dot_product_attention(q, k, v))
-        return fine.lm_heads[codebook - fine.config.n_codes_given](hidden[0])
+    def _fill_windows(self, chosen: list[Sequence]) -> None:
+        """Predicts the fine codebooks of each one's next window, from its first new frame on."""
+        numbers = self.facts.fine
+        length, hop = numbers.max_fine_input_length, numbers.max_fine_history_length
+        starts, fills = [], []
+        for sequence in chosen:
+            history, _, start = self._fine_spans(sequence)
+            starts.append(start)
+            fills.append(min(history + sequence.fine_window * hop, len(sequence.codes) - hop))
+        codes = torch.stack([s.codes[start : start + length]
+                             for s, start in zip(chosen, starts, strict=True)])
+        frames = torch.tensor(starts, device=self.device)[:, None] + self.frames  # (B, T)
+        new = frames >= torch.tensor(fills, device=self.device)[:, None]
+        first = min(fill - start for fill, start in zip(fills, starts, strict=True))
+        self._predict_codebooks(chosen, codes, frames, new, first)
+        for sequence, start, filled in zip(chosen, starts, codes, strict=True):
+            sequence.codes[start : start + length] = filled
 
-    def _decode_codes(self, sequence: Sequence, codes: torch.Tensor) -> None:
-        """EnCodec turns codes (frames, 8) into samples, alone, for its LSTM would see padding."""
-        codec = self.model.codec_model
-        latent = codec.quantizer.decode(codes.clamp(min=0).T[:, None])
-        samples = codec.decoder(latent)[0, 0].float().cpu().numpy()
+    def _predict_codebooks(self, chosen: list[Sequence], codes: torch.Tensor,
+                           frames: torch.Tensor, new: torch.Tensor, first: int) -> None:
+        """Fills codes (B, T, 8) where `new` (B, T), which is false before column `first`.
+
+        A codebook is predicted from its own and all lower ones: the sum of their embeddings.
+        """
+        fine, book, books = self.model.fine_acoustics, self.facts.codebook_size, codes.shape[-1]
+        seeds = torch.tensor([s.seed for s in chosen], device=self.device)[:, None]
+        temperatures = [s.segment.fine_sampling for s in chosen]
+        reach = reach_of(temperatures, book)
+        temperature = torch.tensor([t.temperature for t in temperatures], device=self.device)
+        temperature = temperature[:, None].expand_as(frames)[:, first:].flatten()
+
+        def embed(codebook: int) -> torch.Tensor:
+            ids = codes[..., codebook].clamp(min=0)  # -1 marks frames that were not finite
+            return fine.input_embeds_layers[codebook](ids)
+
+        given = self.facts.coarse.n_coarse_codebooks
+        lower = sum(map(embed, range(given))) + fine.position_embeds_layer(self.frames)
+        for codebook in range(given, books):
+            hidden = self._fine_hidden(lower + embed(codebook))[:, first:]
+            scores = fine.lm_heads[codebook - fine.config.n_codes_given](hidden)[..., :book]
+            keys = noise_keys(seeds, STAGE_FINE, frames * books + codebook)[:, first:].flatten()
+            tokens = sample(scores.flatten(0, 1).float(), keys, reach, temperature)
+            codes[:, first:, codebook] = torch.where(
+                new[:, first:], tokens.view(len(codes), -1), codes[:, first:, codebook])
+            lower = lower + embed(codebook)
+
+    def _fine_hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """The fine network over x (B, T, C): every position looks at all of its window."""
+        fine, rows = self.model.fine_acoustics, len(x)
+        hidden = run_blocks(fine, x.flatten(0, 1), lambda layer, qkv: attend_all(
+            qkv, rows, fine.config.num_heads, causal=False)[0])
+        return hidden.view_as(x)
+
+    def _decode_codes(self, done: list[Sequence]) -> None:
+        """EnCodec turns codes (frames, 8) into samples: together those that nothing tells apart.
+
+        It looks back only, in its convolutions and its LSTM, so that padding at the end touches
+        nobody; clips shorter than its reflected padding at the start are made alone.
+        """
+        codes = [self._own_codes(s) for s in done]
+        config = self.model.codec_model.config
+        looks_back = config.use_causal_conv and config.trim_right_ratio == 1.0
+        if looks_back and min(map(len, codes)) >= CODEC_FRAMES:
+            waves = self._waves(codes)
+        else:
+            waves = [wave for code in codes for wave in self._waves([code])]
+        for sequence, code, samples in zip(done, codes, waves, strict=True):
+            self._finish(sequence, code, samples)
+
+    def _own_codes(self, sequence: Sequence) -> torch.Tensor:
+        history, frames, _ = self._fine_spans(sequence)
+        return sequence.codes[history : history + frames]
+
+    def _waves(self, codes: list[torch.Tensor]) -> list[np.ndarray]:
+        """Samples of each codes (frames, 8), padded to the longest on their way."""
+        codec, longest = self.model.codec_model, max(map(len, codes))
+        padded = torch.stack([F.pad(c.clamp(min=0), (0, 0, 0, longest - len(c))) for c in codes])
+        waves = codec.decoder(codec.quantizer.decode(padded.permute(2, 0, 1)))[:, 0]
+        hop = waves.shape[1] // longest  # samples a frame
+        return [wave[: len(c) * hop]
+                for c, wave in zip(codes, waves.float().cpu().numpy(), strict=True)]
+
+    def _finish(self, sequence: Sequence, codes: torch.Tensor, samples: np.ndarray) -> None:
         if bool((codes < 0).any()) or not np.isfinite(samples).all():
             self._retake(sequence)
         else:
             self.finished.append(Finished(sequence.segment, samples))
 
 
+def spans_of(gpt: CausalGPT, fixed_shape: bool) -> list[int]:
+    """How many columns of the cache a recorded step may look at."""
+    quarter = gpt.length // 4
+    return [gpt.length] if fixed_shape else [2 * quarter, 3 * quarter, gpt.length]
+
+
 def slots_for(facts: ModelFacts, model: BarkModel) -> int:
-    """Segments that fit in half of the memory the weights left free; at most 16, 8 on a CPU."""
+    """Segments that fit into the memory the weights left free; at most 64, 8 on a CPU."""
     rows = [(m.config.num_layers * m.config.hidden_size * m.config.block_size)
             for m in (model.semantic, model.coarse_acoustics)]
     per_slot = 2 * sum(rows) * model.dtype.itemsize  # keys and values
     if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-        return max(1, min(16, free // 2 // per_slot))
+        free = torch.cuda.mem_get_info(model.device)[0] - WORKING_BYTES
+        return max(1, min(MAX_SLOTS, free // per_slot))
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # not counted on this system
@@ -1782,7 +2190,7 @@ class Scheduler:
             self._turn = max(self._turn, request.turn)
             request.started += 1
             request.turn += 1
-            self._engine.add(segment)
+            self._engine.add(segment, urgent=self._owner[segment][1] == 0)
 
     def _collect(self, done: Finished) -> None:
         if done.segment not in self._owner:

@@ -29,7 +29,7 @@ WORKER = ROOT / "bark-worker.py"
 BUILTIN = ROOT / "builtin-voice"
 START_SECONDS = 90.0  # importing torch and transformers takes most of it on a busy machine
 
-pytest.register_assert_rewrite("manager", "renting", "fake_vast")  # before tests import them
+pytest.register_assert_rewrite("engines", "manager", "renting", "fake_vast")
 # Whatever a shell starts in its background ignores SIGINT, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the toys are too small for a second thread to do anything but wait

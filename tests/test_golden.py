@@ -69,7 +69,7 @@ def worker_tokens(bark: ModuleType, folder: Path, device: str, monkeypatch: Any)
 
     record("_start_coarse", lambda sequence: list(sequence.semantic))
     record("_start_fine", lambda sequence: list(sequence.coarse))
-    record("_decode_codes", lambda sequence, codes: codes.T.tolist())
+    record("_finish", lambda sequence, codes, samples: codes.T.tolist())
     facts, greedy = bark.ModelFacts(folder), bark.Sampling(0.0)
     model = bark.load_weights(folder, torch.device(device), torch.float32)
     engine = bark.Engine(model, facts, slots=1)
@@ -77,7 +77,7 @@ def worker_tokens(bark: ModuleType, folder: Path, device: str, monkeypatch: Any)
                             facts.semantic.min_eos_p))
     while not engine.step():
         pass
-    return Tokens(found["_start_coarse"], found["_start_fine"], found["_decode_codes"])
+    return Tokens(found["_start_coarse"], found["_start_fine"], found["_finish"])
 
 
 def generate_tokens(folder: Path, monkeypatch: Any) -> Tokens:

@@ -44,7 +44,7 @@ class FakeEngine:
         self.threads.add(threading.get_ident())
         return self.slots - len(self.live)
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: Piece, urgent: bool = False) -> None:
         assert self.free_slots > 0
         self.live[piece] = piece.steps
         self.events.append(f"add {piece.name}")

@@ -1,0 +1,259 @@
+"""Work done together: recorded steps, bursts, batched prefills, urgency, and too little memory.
+
+What the engine does on a GPU alone is switched on here by hand, and graphs are stood in for by
+plain calls: each way of working must give the samples that the plain engine gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import wait_until
+from engines import TEXTS, Bench, assert_same_pcm, generate_parts
+
+EIGHT = list(TEXTS.items())[:8]
+
+
+def recorder(spoil: float = 0.0, refuse: Callable[[int], bool] = lambda rows: False) -> Any:
+    """A stand-in for CudaCapture, and the shapes (rows,) that were replayed."""
+    replayed: list[int] = []
+
+    def capture(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        result = run().clone()
+        if refuse(len(result)):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+        def replay() -> None:
+            replayed.append(len(result))
+            result.copy_(run() + spoil)
+        return replay, result
+
+    return lambda: capture, replayed
+
+
+@pytest.fixture(scope="module")
+def plain(bark: ModuleType, toy: Path) -> list[np.ndarray]:
+    """What the plain engine makes of eight texts, sampled."""
+    bench = Bench(bark, toy)
+    return bench.samples([bench.segment(*item) for item in EIGHT])
+
+
+def samples_of(bench: Bench) -> list[np.ndarray]:
+    return bench.samples([bench.segment(*item) for item in EIGHT])
+
+
+def assert_all_same(bark: ModuleType, ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert_same_pcm(bark, one, other)
+
+
+@pytest.mark.parametrize("slots", [8, 11])
+def test_recorded_steps_and_bursts_give_the_same_audio(
+        bark: ModuleType, toy: Path, plain: list[np.ndarray], slots: int) -> None:
+    capture, replayed = recorder()
+    bench = Bench(bark, toy, slots=slots, capture=capture, burst=12)
+    replayed.clear()  # of the checks at the start
+    assert_all_same(bark, samples_of(bench), plain)
+    assert set(replayed) >= {1, 2, 4, 8}  # as segments end, the steps get smaller
+
+
+def test_prefills_and_fine_windows_done_together_give_the_same_audio(
+        bark: ModuleType, toy: Path, plain: list[np.ndarray],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, sizes = Bench(bark, toy, burst=12), []
+    monkeypatch.setattr(bench.engine, "group", 4)
+    admit = bench.engine._admit
+    monkeypatch.setattr(bench.engine, "_admit",
+                        lambda due: (chosen := admit(due), sizes.append(len(chosen)))[0])
+    assert_all_same(bark, samples_of(bench), plain)
+    assert max(sizes) == 4
+
+
+def test_one_fixed_shape_uses_one_recorded_step_a_stage(bark: ModuleType, toy: Path) -> None:
+    capture, replayed = recorder()
+    bench = Bench(bark, toy, slots=3, capture=capture, fixed_shape=True)
+    assert [list(b.graphs) for b in (bench.engine.semantic, bench.engine.coarse)] == [
+        [(3, 1024)]] * 2
+    bench.samples([bench.segment("Hi.", "v2/en_speaker_6")])
+    assert set(replayed) == {3}
+
+
+def test_a_step_that_cannot_be_recorded_is_left_out_with_a_warning(
+        bark: ModuleType, toy: Path, plain: list[np.ndarray],
+        caplog: pytest.LogCaptureFixture) -> None:
+    capture, replayed = recorder(refuse=lambda rows: rows == 4)
+    bench = Bench(bark, toy, capture=capture)
+    assert {rows for rows, _ in bench.engine.semantic.graphs} == {1, 2, 8}
+    assert "no CUDA graph for 4 semantic slots: CUDA error: operation not permitted" in caplog.text
+    assert_all_same(bark, samples_of(bench), plain)
+    assert 4 not in replayed
+
+
+def test_a_recorded_step_that_differs_is_left_out_with_a_warning(
+        bark: ModuleType, toy: Path, plain: list[np.ndarray],
+        caplog: pytest.LogCaptureFixture) -> None:
+    capture, replayed = recorder(spoil=10.0)
+    bench = Bench(bark, toy, capture=capture)
+    assert bench.engine.semantic.graphs == bench.engine.coarse.graphs == {}
+    assert "its logits differ by" in caplog.text
+    replayed.clear()
+    assert_all_same(bark, samples_of(bench), plain)
+    assert replayed == []
+
+
+def test_a_recorded_step_that_moves_nothing_on_is_left_out(
+        bark: ModuleType, toy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def capture(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        result, batch = run().clone(), inspect.getclosurevars(run).nonlocals["self"]
+
+        def replay() -> None:
+            kept = batch.ints.clone()
+            result.copy_(run())
+            batch.ints.copy_(kept)
+        return replay, result
+
+    assert Bench(bark, toy, slots=1, capture=lambda: capture).engine.coarse.graphs == {}
+    assert "does not move its slots on" in caplog.text
+
+
+@pytest.mark.parametrize("change", [
+    {"temperature": 1.3, "top_k": 0}, {"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.8}])
+def test_sampling_wider_than_the_recorded_steps_know_is_done_without_them(
+        bark: ModuleType, toy: Path, change: dict[str, float]) -> None:
+    capture, replayed = recorder()
+    recorded, usual = Bench(bark, toy, slots=2, capture=capture), Bench(bark, toy, slots=2)
+    replayed.clear()
+
+    def made(bench: Bench) -> np.ndarray:
+        how = bark.Sampling(**change)
+        segment = bench.segment("Hello.", "v2/en_speaker_6", semantic_sampling=how,
+                                coarse_sampling=how, max_new_tokens=60)
+        return bench.samples([segment])[0]
+
+    assert_same_pcm(bark, made(recorded), made(usual))
+    assert bool(replayed) == (change == {"temperature": 0.0})
+
+
+def test_buckets_waste_few_slots(bark: ModuleType) -> None:
+    assert bark.buckets(1) == [1]
+    assert bark.buckets(8) == [8, 4, 2, 1]
+    assert bark.buckets(20) == [20, 16, 8, 4, 2, 1]
+    for slots in range(1, 65):
+        held = sorted(bark.buckets(slots))
+        assert held[-1] == slots and len(set(held)) == len(held)
+        assert all(big - small <= 8 for small, big in itertools.pairwise(held))
+
+
+# Urgency
+
+
+def test_an_urgent_segment_is_done_first_though_it_came_last(
+        bark: ModuleType, toy: Path) -> None:
+    bench = Bench(bark, toy)
+    segments = [bench.segment(text, voice, max_new_tokens=150) for text, voice in EIGHT]
+    for segment in segments[:-1]:
+        bench.engine.add(segment)
+    bench.engine.add(segments[-1], urgent=True)
+    first = []
+    wait_until(lambda: first.extend(bench.engine.step()) or first, "first segment")
+    assert first[0].segment is segments[-1]
+
+
+def test_urgent_segments_without_end_do_not_stop_the_others(bark: ModuleType, toy: Path) -> None:
+    bench = Bench(bark, toy, slots=3)
+    waiting = {bench.segment("Well... [laughs] I never did.", f"v2/en_speaker_{i}") for i in (0, 1)}
+    for segment in waiting:
+        bench.engine.add(segment)
+    done, urgent = set(), 0
+    while not waiting <= done:
+        if bench.engine.free_slots:
+            bench.engine.add(bench.segment("Hi.", "v2/en_speaker_6", seed=urgent), urgent=True)
+            urgent += 1
+        done |= {finished.segment for finished in bench.engine.step()}
+        assert urgent < 60
+    assert urgent > 1
+
+
+# Memory
+
+
+def short_of_memory(real: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """Fails so many times with what CUDA raises, then does its work."""
+    def wanting(*arguments: Any, **options: Any) -> Any:
+        nonlocal times
+        if times:
+            times -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(*arguments, **options)
+    return wanting
+
+
+def test_slots_that_do_not_fit_are_halved_until_they_do(
+        bark: ModuleType, toy: Path, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(bark, "CausalGPT", short_of_memory(bark.CausalGPT, 2))
+    bench = Bench(bark, toy, slots=8)
+    assert bench.engine.slots == bench.engine.free_slots == 2
+    assert "out of memory: going on with 2 segments at once" in caplog.text
+
+
+def test_one_slot_that_does_not_fit_is_an_error(
+        bark: ModuleType, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bark, "CausalGPT", short_of_memory(bark.CausalGPT, 2))
+    with pytest.raises(torch.OutOfMemoryError):
+        Bench(bark, toy, slots=2)
+
+
+@pytest.mark.parametrize("work", ["_semantic_prompts", "_coarse_windows", "_fill_windows"])
+def test_memory_that_runs_out_costs_slots_and_no_segment(
+        bark: ModuleType, toy: Path, plain: list[np.ndarray], work: str,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(bark, toy)
+    monkeypatch.setattr(bench.engine, work, short_of_memory(getattr(bench.engine, work), 1))
+    assert_all_same(bark, samples_of(bench), plain)
+    assert bench.engine.slots == 4 and bench.engine.free_slots == 4
+
+
+def test_memory_that_runs_out_with_one_slot_is_an_error(
+        bark: ModuleType, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(bark, toy, slots=1)
+    monkeypatch.setattr(bench.engine, "_fill_windows", short_of_memory(lambda chosen: None, 1))
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.samples([bench.segment("Hi.", "v2/en_speaker_6")])
+
+
+# Half precision
+
+
+def test_half_precision_logits_err_no_more_than_transformers_own(
+        bark: ModuleType, toy: Path) -> None:
+    """Teacher-forced steps of both causal stages, against float32."""
+    exact, half = Bench(bark, toy, slots=2), Bench(bark, toy, slots=2, dtype=torch.bfloat16)
+    ids = torch.randint(0, 10_000, (2, 300), generator=torch.Generator().manual_seed(1))
+    for stage, name, head in (("semantic", "semantic", slice(0, 10_001)),
+                              ("coarse", "coarse_acoustics", slice(10_000, 12_048))):
+        expected, ours = (forced(getattr(b.engine, stage).gpt, ids) for b in (exact, half))
+        with torch.inference_mode():
+            theirs = getattr(generate_parts(toy)[1], name).bfloat16()(ids).logits.float()
+        error, usual = (float((x - expected).norm() / expected.norm())
+                        for x in (ours, theirs[:, 256:, head]))
+        assert error < 1.5 * usual and usual < 0.05
+    generate_parts.cache_clear()  # its model is in half precision now
+
+
+def forced(gpt: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (B, steps, V) after a prefill of 257 ids and after each of the rest."""
+    with torch.inference_mode():
+        rows = torch.arange(len(ids))
+        found = [gpt.prefill(rows, gpt.embed(ids[:, :257]), torch.full((len(ids),), 256))]
+        for at in range(257, ids.shape[1]):
+            found.append(gpt.decode(ids[:, at], torch.full((len(ids),), at), at + 1))
+        return torch.stack(found, dim=1)
