@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_engine import OwnCodebookOnly
+from engines import OwnCodebookOnly
 from transformers import BarkModel, BarkProcessor
 from transformers.models.bark import generation_configuration_bark as configs
 from transformers.models.bark import modeling_bark
