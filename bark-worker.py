@@ -980,7 +980,8 @@ BURST = 12  # tokens that a GPU makes before the host looks at them; a fifth of 
 # that windows which restart at different times restart at one of five, and then together
 GROUP = 8  # prefills or fine windows that a GPU does as one; more hardly fill it better
 PATIENCE = 30  # tokens; see Engine._admit
-CODEC_FRAMES = 16  # twice the reach of EnCodec's first convolution
+CODEC_LEAST = 16   # frames; twice the reach of EnCodec's first convolution
+CODEC_MOST = 2048  # frames decoded at once: 27 s of audio, some 300 MB on their way
 MAX_SLOTS = 64
 WORKING_BYTES = 1 << 30  # of a GPU's memory for all that is not weights or KV cache
 STEP_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # by rounding alone
@@ -1096,10 +1097,6 @@ def keep_best(scores: torch.Tensor, top_k: torch.Tensor,
     return scores.masked_fill((better >= top_p[:, None]) & (rank > 0), -math.inf)
 
 
-def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)  # (B, T, C) -> (B, heads, T, C / heads)
-
-
 def add_linear(x: torch.Tensor, layer: Any, y: torch.Tensor) -> torch.Tensor:
     """x + layer(y) for x (N, C), the sum inside the product's own kernel."""
     if layer.bias is not None:
@@ -1128,9 +1125,9 @@ def attend_all(qkv: torch.Tensor, rows: int, heads: int,
 
     Returns the result (rows x T, C), and keys and values (2, rows, heads, T, C / heads).
     """
-    q, k, v = qkv.view(rows, -1, 3, heads, qkv.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return y.transpose(1, 2).reshape(len(qkv), -1), torch.stack([k, v])
+    qkv = qkv.view(rows, -1, 3, heads, qkv.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(*qkv, is_causal=causal)
+    return y.transpose(1, 2).flatten(0, 1).flatten(1), qkv[1:]
 
 
 class CausalGPT:
@@ -1869,7 +1866,7 @@ class Engine:
         return hidden.view_as(x)
 
     def _decode_codes(self, done: list[Sequence]) -> None:
-        """EnCodec turns codes (frames, 8) into samples: together those that nothing tells apart.
+        """EnCodec turns codes (frames, 8) into samples, several clips at once where that is safe.
 
         It looks back only, in its convolutions and its LSTM, so that padding at the end touches
         nobody; clips shorter than its reflected padding at the start are made alone.
@@ -1877,12 +1874,13 @@ class Engine:
         codes = [self._own_codes(s) for s in done]
         config = self.model.codec_model.config
         looks_back = config.use_causal_conv and config.trim_right_ratio == 1.0
-        if looks_back and min(map(len, codes)) >= CODEC_FRAMES:
-            waves = self._waves(codes)
-        else:
-            waves = [wave for code in codes for wave in self._waves([code])]
-        for sequence, code, samples in zip(done, codes, waves, strict=True):
-            self._finish(sequence, code, samples)
+        safe = looks_back and min(map(len, codes)) >= CODEC_LEAST
+        many = max(1, CODEC_MOST // max(map(len, codes))) if safe else 1
+        for first in range(0, len(done), many):
+            part = slice(first, first + many)
+            waves = self._waves(codes[part])
+            for sequence, code, samples in zip(done[part], codes[part], waves, strict=True):
+                self._finish(sequence, code, samples)
 
     def _own_codes(self, sequence: Sequence) -> torch.Tensor:
         history, frames, _ = self._fine_spans(sequence)

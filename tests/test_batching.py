@@ -68,13 +68,20 @@ def test_recorded_steps_and_bursts_give_the_same_audio(
 def test_prefills_and_fine_windows_done_together_give_the_same_audio(
         bark: ModuleType, toy: Path, plain: list[np.ndarray],
         monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, sizes = Bench(bark, toy, burst=12), []
+    bench = Bench(bark, toy, burst=12)
     monkeypatch.setattr(bench.engine, "group", 4)
-    admit = bench.engine._admit
-    monkeypatch.setattr(bench.engine, "_admit",
-                        lambda due: (chosen := admit(due), sizes.append(len(chosen)))[0])
+    sizes: dict[str, int] = {}
+
+    def watch(name: str) -> None:
+        work = getattr(bench.engine, name)
+        monkeypatch.setattr(bench.engine, name, lambda several: (
+            sizes.update({name: max(len(several), sizes.get(name, 0))}), work(several))[1])
+
+    for name in ("_semantic_prompts", "_coarse_windows", "_fill_windows", "_waves"):
+        watch(name)
     assert_all_same(bark, samples_of(bench), plain)
-    assert max(sizes) == 4
+    assert sizes["_semantic_prompts"] == sizes["_coarse_windows"] == 4
+    assert sizes["_fill_windows"] > 1 and sizes["_waves"] > 1
 
 
 def test_one_fixed_shape_uses_one_recorded_step_a_stage(bark: ModuleType, toy: Path) -> None:
