@@ -80,8 +80,7 @@ def test_prefills_and_fine_windows_done_together_give_the_same_audio(
     for name in ("_semantic_prompts", "_coarse_windows", "_fill_windows", "_waves"):
         watch(name)
     assert_all_same(bark, samples_of(bench), plain)
-    assert sizes["_semantic_prompts"] == sizes["_coarse_windows"] == 4
-    assert sizes["_fill_windows"] > 1 and sizes["_waves"] > 1
+    assert sizes["_semantic_prompts"] == 4 and min(sizes.values()) > 1 and len(sizes) == 4
 
 
 def test_one_fixed_shape_uses_one_recorded_step_a_stage(bark: ModuleType, toy: Path) -> None:
