@@ -38,6 +38,7 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -62,6 +63,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import AutoTokenizer, BarkModel
 from transformers.models.bark.generation_configuration_bark import (
     BarkCoarseGenerationConfig,
@@ -213,7 +215,8 @@ VARIABLES = (
              "hub id or local folder of the model"),
     Variable("BARK_DEVICE", "device", "cuda:0 if there is one, else cpu", parse_device,
              "cpu, cuda or cuda:N"),
-    Variable("BARK_DTYPE", "dtype", "float16 on a GPU, float32 on a CPU",
+    Variable("BARK_DTYPE", "dtype",
+             "float16 on a GPU; on a CPU that multiplies bfloat16 that, else float32",
              parse_choice("float16", "bfloat16", "float32"), "precision of the weights"),
     Variable("BARK_API_KEY", "api_key", "none", parse_key,
              "when set, requests need 'Authorization: Bearer KEY'"),
@@ -631,10 +634,14 @@ VOICE_ALIASES = {
 MAX_SPEECH_SECONDS = 12.0  # beyond 13 to 14 s Bark drifts off its text (Suno's README)
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# Channels. Matrices narrower than this gain nothing from half precision on a CPU, nor from a second
+# thread; and when another process takes its core, two threads wait for each other at every one of
+# thousands of tiny steps: 20 times slower, measured.
+SMALL_HIDDEN_SIZE = 512
 
 
-def resolve_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype to use. Raises ConfigError if the device asked for is not there."""
+def resolve_device(config: Config) -> torch.device:
+    """The device to use. Raises ConfigError if the one asked for is not there."""
     has_gpu = torch.cuda.is_available()
     device = torch.device(config.device or ("cuda:0" if has_gpu else "cpu"))
     if device.type == "cuda" and not (has_gpu and device.index < torch.cuda.device_count()):
@@ -646,8 +653,20 @@ def resolve_device(config: Config) -> tuple[torch.device, torch.dtype]:
     if device.type == "cpu" and not config.device and torch.version.cuda:
         log.warning("torch %s is built for CUDA %s but sees no GPU: using the CPU. With a GPU here,"
                     " its driver is too old for this build", torch.__version__, torch.version.cuda)
-    dtype = config.dtype or ("float16" if device.type == "cuda" else "float32")
-    return device, DTYPES[dtype]
+    return device
+
+
+def best_dtype(device: torch.device, hidden_size: int) -> str:
+    """The name of what is fastest without harm for networks of so many channels.
+
+    bfloat16 only where the processor multiplies it: elsewhere it is emulated, and slower. Narrow
+    networks gain nothing from it.
+    """
+    if device.type == "cuda":
+        return "float16"
+    able = torch.cpu.get_capabilities()
+    multiplies = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if multiplies and hidden_size >= SMALL_HIDDEN_SIZE else "float32"
 
 
 def default_model(device: torch.device) -> str:
@@ -902,6 +921,8 @@ class ModelFacts:
         self.fine = BarkFineGenerationConfig(**sections["fine_acoustics_config"])
         self.sample_rate = int(generation.get("sample_rate", 24_000))
         self.codebook_size = int(generation.get("codebook_size", 1024))
+        networks = read_json(folder / "config.json")
+        self.hidden_size = int(networks.get("semantic_config", {}).get("hidden_size", 768))
         self.semantic_sampling = read_sampling(sections["semantic_config"])
         self.coarse_sampling = read_sampling(sections["coarse_acoustics_config"])
         self.fine_sampling = read_fine_sampling(
@@ -956,9 +977,24 @@ class ModelFacts:
         return Voice(*arrays)
 
 
-def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> BarkModel:
-    """The four networks on `device` in `dtype`. Raises ModelError, also for weights left out."""
+def load_weights(folder: Path, device: torch.device, dtype: torch.dtype,
+                 cache: Path | None = None) -> BarkModel:
+    """The four networks on `device` in `dtype`. Raises ModelError, also for weights left out.
+
+    With a `cache` folder, pickled weights are kept there in half precision once they are read.
+    """
     disable_progress_bar()
+    copy = copy_of_weights(folder, dtype, cache) if cache else None
+    model = read_copy(copy, dtype) if copy else None
+    if model is None:
+        model = read_weights(folder, dtype)
+        if copy:
+            keep_copy(model, copy)
+    model.codec_model.float()  # its output is the PCM: in bfloat16 39 dB above the noise, measured
+    return model.eval().to(device)
+
+
+def read_weights(folder: Path, dtype: torch.dtype) -> BarkModel:
     try:
         model, info = BarkModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True)
@@ -966,8 +1002,62 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Bark
         raise ModelError(f"cannot load the weights in {folder}: {first_line(error)}") from error
     if absent := sorted(info["missing_keys"]):
         raise ModelError(f"the weights in {folder} lack {len(absent)} tensors: {absent[0]} ...")
-    model.codec_model.float()  # its output is the PCM: in bfloat16 39 dB above the noise, measured
-    return model.eval().to(device)
+    return model
+
+
+def copy_of_weights(folder: Path, dtype: torch.dtype, cache: Path) -> Path | None:
+    """Where `cache` keeps these weights in half precision; None where a copy gains nothing.
+
+    Unpickling suno/bark reads 4.5 GB into memory; the copy is 2.2 GB, and mapped. Float32 never
+    has one. The name holds all that its content depends on.
+    """
+    files = [folder / name for name in weight_files(path.name for path in folder.iterdir())]
+    if dtype == torch.float32 or any(path.suffix == ".safetensors" for path in files):
+        return None
+    origin = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+              for path in [*files, folder / "config.json"]]
+    digest = hashlib.sha256(repr((transformers.__version__, origin)).encode()).hexdigest()
+    return cache / f"{digest[:32]}-{str(dtype).removeprefix('torch.')}"
+
+
+def read_copy(copy: Path, dtype: torch.dtype) -> BarkModel | None:
+    """The model from a copy of its weights; None if there is none or it is damaged."""
+    if not copy.is_dir():
+        return None
+    try:
+        return read_weights(copy, dtype)
+    except ModelError as error:
+        log.warning("%s; making this copy anew", error)
+        shutil.rmtree(copy, ignore_errors=True)
+        return None
+
+
+def keep_copy(model: BarkModel, copy: Path) -> None:
+    """Writes a copy of the weights beside its place and renames it: it is whole or not there.
+
+    A failure, for lack of room say, costs the next start's time and nothing else.
+    """
+    import fcntl
+
+    part = copy.with_suffix(".part")
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with copy.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one worker at a time, on a shared cache
+            if copy.exists():  # another one has made it meanwhile
+                return
+            shutil.rmtree(part, ignore_errors=True)  # of a start that broke off
+            model.save_pretrained(part)
+            for path in part.iterdir():  # a power cut must not leave names without content
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            part.rename(copy)
+    except Exception as error:  # the system's, or safetensors' own
+        log.warning("no half-precision copy of the weights in %s: %s; later starts read them"
+                    " whole again", copy.parent, first_line(error))
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        log.info("kept a half-precision copy of the weights in %s", copy)
 
 
 # -----------------------------------------------------------------------------
@@ -2793,14 +2883,11 @@ POLL_SECONDS = 0.1
 FIXED_SLOTS = 4  # with BARK_DETERMINISTIC: the same whatever memory happens to be free
 SPARE_FILES = 128  # open files that are no connections: weights, libraries, logs
 EXIT_FAILED, EXIT_USAGE = 1, 2
-# Matrices this narrow gain nothing from a second thread, and when another process takes its core
-# the two wait for each other at every one of thousands of tiny steps: 20 times slower, measured.
-SMALL_HIDDEN_SIZE = 512
 
 
-def load_engine(config: Config, state: State, model_id: str, device: torch.device,
-                dtype: torch.dtype) -> Engine:
+def load_engine(config: Config, state: State, model_id: str, device: torch.device) -> Engine:
     """Finds, reads and warms up the model, telling `state` how far it is. Raises WorkerError."""
+    from huggingface_hub import constants
 
     def check_voices(names: Iterable[str]) -> None:
         voice, _ = VOICE_ALIASES.get(config.voice, (config.voice, ""))
@@ -2818,10 +2905,11 @@ def load_engine(config: Config, state: State, model_id: str, device: torch.devic
     facts = ModelFacts(folder)
     check_voices(facts.voices)
     narrator = Narrator(facts, config.voice)
-    if device.type == "cuda":
-        torch.backends.cudnn.deterministic = config.deterministic
+    dtype = config.dtype or best_dtype(device, facts.hidden_size)
+    state.enter("loading", dtype=dtype)
     try:
-        engine = build_engine(config, facts, load_weights(folder, device, dtype))
+        model = load_weights(folder, device, DTYPES[dtype], Path(constants.HF_HOME) / "bark-worker")
+        engine = build_engine(config, facts, model)
         state.enter("warming", sample_rate=facts.sample_rate, voice=narrator.default_voice)
         warm_up(engine, narrator)
     except torch.OutOfMemoryError as error:
@@ -2832,12 +2920,14 @@ def load_engine(config: Config, state: State, model_id: str, device: torch.devic
 
 
 def build_engine(config: Config, facts: ModelFacts, model: BarkModel) -> Engine:
-    if model.device.type == "cpu" and model.semantic.config.hidden_size < SMALL_HIDDEN_SIZE:
+    if model.device.type == "cuda":
+        torch.backends.cudnn.deterministic = config.deterministic
+    elif facts.hidden_size < SMALL_HIDDEN_SIZE:
         torch.set_num_threads(1)
     slots = config.max_batch or slots_for(facts, model)
     if config.deterministic and not config.max_batch:
         slots = min(slots, FIXED_SLOTS)
-    log.info("%d segments at once", slots)
+    log.info("%d segments at once in %s", slots, model.dtype)
     return Engine(model, facts, slots, fixed_shape=config.deterministic)
 
 
@@ -2907,17 +2997,16 @@ class Signals:
 def serve(config: Config) -> int:
     """Runs until a signal or a failure; the exit status."""
     try:
-        device, dtype = resolve_device(config)
+        device = resolve_device(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
     model_id = config.model or default_model(device)
-    state = State(model_id=model_id, device=str(device), dtype=str(dtype).removeprefix("torch."),
+    state = State(model_id=model_id, device=str(device), dtype=config.dtype,
                   cuda_available=torch.cuda.is_available(), voice=config.voice, sample_rate=None)
-    scheduler = Scheduler(lambda state: load_engine(config, state, model_id, device, dtype), state,
+    scheduler = Scheduler(lambda state: load_engine(config, state, model_id, device), state,
                           config.max_queue)
-    log.info("model=%s device=%s dtype=%s", model_id, state.details["device"],
-             state.details["dtype"])
+    log.info("model=%s device=%s", model_id, device)
     try:
         server = WorkerServer(config, state, scheduler, allowed_connections())
     except (OSError, TypeError) as error:  # TypeError: HOST is no host name

@@ -149,16 +149,26 @@ def test_a_device_that_is_not_there_is_an_error_that_tells_what_to_do(
     monkeypatch.setattr(bark.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(bark.ConfigError, match=r"BARK_DEVICE is cuda:3, .* 0 GPUs; .*=cpu"):
         bark.resolve_device(bark.Config(device="cuda:3"))
-    assert bark.resolve_device(bark.Config()) == (bark.torch.device("cpu"), bark.torch.float32)
+    assert bark.resolve_device(bark.Config()) == bark.torch.device("cpu")
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    ({}, ("cuda:0", "float16")), ({"device": "cuda:1"}, ("cuda:1", "float16")),
-    ({"dtype": "bfloat16"}, ("cuda:0", "bfloat16")), ({"device": "cpu"}, ("cpu", "float32"))])
-def test_a_gpu_is_used_in_half_precision_unless_told_otherwise(
+    ({}, "cuda:0"), ({"device": "cuda:1"}, "cuda:1"), ({"device": "cpu"}, "cpu")])
+def test_a_gpu_is_used_unless_told_otherwise(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str],
-        expected: tuple[str, str]) -> None:
+        expected: str) -> None:
     monkeypatch.setattr(bark.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bark.torch.cuda, "device_count", lambda: 2)
-    device, dtype = bark.resolve_device(bark.Config(**settings))
-    assert (str(device), str(dtype)) == (expected[0], f"torch.{expected[1]}")
+    assert str(bark.resolve_device(bark.Config(**settings))) == expected
+
+
+@pytest.mark.parametrize(("device", "abilities", "hidden_size", "expected"), [
+    ("cuda:0", {}, 1024, "float16"), ("cpu", {"avx512_bf16": True}, 768, "bfloat16"),
+    ("cpu", {"amx_bf16": True}, 1024, "bfloat16"), ("cpu", {"bf16": True}, 1024, "bfloat16"),
+    ("cpu", {"avx512_bf16": True}, 192, "float32"),
+    ("cpu", {"avx512_f": True, "avx512_bf16": False}, 1024, "float32")])
+def test_precision_is_halved_where_that_is_faster(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str,
+        abilities: dict[str, bool], hidden_size: int, expected: str) -> None:
+    monkeypatch.setattr(bark.torch.cpu, "get_capabilities", lambda: abilities)
+    assert bark.best_dtype(bark.torch.device(device), hidden_size) == expected
