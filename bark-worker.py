@@ -1316,22 +1316,24 @@ Capture = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch
 
 
 class CudaCapture:
-    """Records device work as CUDA graphs that share one memory pool: largest first, please."""
+    """Records device work as CUDA graphs that share one memory pool: largest first, please.
+
+    One side stream for all of it, as cuBLAS keeps memory for every stream that it has seen.
+    """
 
     def __init__(self) -> None:
-        self.pool: Any = None
+        self.stream, self.pool = torch.cuda.Stream(), None
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """What replays `run`, and the tensor that holds its result after each replay."""
-        side = torch.cuda.Stream()  # capture forbids what a first call does: loading, planning
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            run()  # capture forbids what a first call does: loading, planning
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = run()
-        self.pool = self.pool or graph.pool()
+        self.pool = graph.pool()
         return graph.replay, result
 
 
@@ -1557,6 +1559,8 @@ class Engine:
         check_windows(model, facts)
         self.model, self.facts, self.device = model, facts, model.device
         on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(self.device)  # for this thread: streams are made on it
         self.fixed_shape = fixed_shape
         self._capture = capture or (CudaCapture if on_gpu else None)
         self.burst = burst or (BURST if on_gpu else 1)

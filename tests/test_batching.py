@@ -6,11 +6,12 @@ plain calls: each way of working must give the samples that the plain engine giv
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import pytest
 import torch
 from conftest import wait_until
 from engines import TEXTS, Bench, assert_same_pcm, generate_parts
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EIGHT = list(TEXTS.items())[:8]
 
@@ -156,6 +159,81 @@ def test_buckets_waste_few_slots(bark: ModuleType) -> None:
         held = sorted(bark.buckets(slots))
         assert held[-1] == slots and len(set(held)) == len(held)
         assert all(big - small <= 8 for small, big in itertools.pairwise(held))
+
+
+# CUDA graphs, on a tape
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Tape(TorchDispatchMode):
+    """Records the operations of a block and does them again on the same memory, as a graph does.
+
+    What a graph could not hold fails: whatever reads a tensor on the host or brings host data in.
+    """
+
+    HOST = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.HOST:
+            raise RuntimeError(f"{func} is not permitted when stream is capturing")
+        kwargs = kwargs or {}
+        given = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        result = func(*args, **kwargs)
+        fresh = [x for x in tensors(result) if x.untyped_storage().data_ptr() not in given]
+        if fresh or func._schema.is_mutable:  # not a view
+            self.done.append((func, args, kwargs, fresh))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, fresh in self.done:
+            again = tensors(func(*args, **kwargs))
+            for kept, new in zip(fresh, again if fresh else [], strict=True):
+                kept.copy_(new)
+
+    def pool(self) -> int:
+        return 1
+
+
+@pytest.fixture
+def taped_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """torch.cuda's capture, on tapes; the pools that it was given."""
+    pools: list[Any] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    def graph(tape: Tape, pool: Any, stream: Any) -> Tape:
+        pools.append(pool)
+        return tape
+
+    for name, stub in {"Stream": lambda: stream, "current_stream": lambda: stream,
+                       "stream": contextlib.nullcontext, "CUDAGraph": Tape, "graph": graph}.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    return pools
+
+
+def test_steps_hold_nothing_that_a_cuda_graph_could_not_replay(
+        bark: ModuleType, toy: Path, plain: list[np.ndarray], taped_cuda: list[Any],
+        caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(bark, toy, capture=bark.CudaCapture, burst=12)
+    assert len(bench.engine.semantic.graphs) == 4 * 3 and len(bench.engine.coarse.graphs) == 4
+    assert taped_cuda == [None] + [1] * 15  # the first one's memory serves all
+    assert "no CUDA graph" not in caplog.text
+    for batch in (bench.engine.semantic, bench.engine.coarse):
+        batch.step = None  # only replays are left
+    assert_all_same(bark, samples_of(bench), plain)
+
+
+def test_a_tape_refuses_what_a_cuda_graph_refuses() -> None:
+    numbers = torch.arange(3)
+    for work in (numbers.sum().item, numbers.nonzero, lambda: torch.tensor([1.0]) + numbers):
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), Tape():
+            work()
 
 
 # Urgency
