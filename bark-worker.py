@@ -42,6 +42,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
@@ -1064,7 +1065,7 @@ def keep_copy(model: BarkModel, copy: Path) -> None:
 # Engine: segments in, PCM out. Knows tensors; no text, no threads, no HTTP
 
 MASK64 = (1 << 64) - 1
-STAGE_SEMANTIC, STAGE_COARSE, STAGE_FINE = 1, 2, 3  # keeps the stages' random streams apart
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: what SplitMix64 counts in
 SPAN = 64  # columns: attention looks at a multiple of so many, for fewer and aligned shapes
 BURST = 12  # tokens that a GPU makes before the host looks at them; a fifth of a coarse window, so
 # that windows which restart at different times restart at one of five, and then together
@@ -1108,83 +1109,93 @@ def as_int64(value: int) -> int:
 
 
 def mix64(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer (Steele, Lea, Flood 2014) on int64, wrapping: a hash an element."""
+    """SplitMix64 (Steele, Lea, Flood 2014) of int64 states, wrapping: a hash an element.
+
+    Its last step is left out, as that changes the low 33 bits only: use the others.
+    """
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * as_int64(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * as_int64(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * as_int64(0x94D049BB133111EB)
 
 
-def gumbel_noise(keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Gumbel(0, 1) noise (B, n) from one int64 key a row, for columns (n,) or (B, n) of it.
+def stream_states(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    """Where each random stream (N,) stands after so many draws of up to 2^20 columns each."""
+    return torch.add(keys, counters, alpha=as_int64(GOLDEN << 20))
 
-    Counter-based: the same key gives a column the same noise beside any neighbours, and nothing
+
+def gumbel_noise(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Gumbel(0, 1) noise (N, n) for columns (n,) or (N, n) of a draw from states (N,).
+
+    Counter-based: the same state gives a column the same noise beside any neighbours, and nothing
     has to be kept between steps.
     """
-    counter = columns * as_int64(0x9E3779B97F4A7C15)
-    bits = (mix64(keys[:, None] + counter) >> 41) & 0x7FFFFF  # 23 bits: exact in float32
-    uniform = (bits.float() + 0.5) * 2.0 ** -23
+    bits = mix64(torch.add(states[:, None], columns, alpha=as_int64(GOLDEN)))
+    uniform = (((bits >> 41) & 0x7FFFFF) + 0.5) * 2.0 ** -23  # 23 bits: exact in float32
     return -torch.log(-torch.log(uniform))
-
-
-def noise_keys(seeds: torch.Tensor, stage: int, counters: torch.Tensor) -> torch.Tensor:
-    """Keys (B,) for `gumbel_noise`: one for each seed, stage and count of tokens made so far."""
-    return mix64(mix64(seeds + as_int64(stage * 0x9E3779B97F4A7C15)) + counters)
 
 
 class Reach(NamedTuple):
     """How far any row of a batch looks when it samples: known beforehand, so that shapes are."""
 
-    width: int = 1          # columns, the best ones; 1 if all rows are greedy
-    ordered: bool = False   # whether top_k or top_p take part
-    nucleus: bool = False   # whether top_p does
-
-    def joined(self, other: Reach) -> Reach:
-        return Reach(*map(max, self, other))
+    width: int = 1         # columns, the best ones; 1 if all rows are greedy
+    ordered: bool = False  # whether top_k or top_p take part
+    ragged: bool = False   # whether some row looks at fewer
+    nucleus: bool = False  # whether top_p takes part
 
 
 def reach_of(samplings: Iterable[Sampling], columns: int) -> Reach:
-    """What rows with these samplings need of scores (B, columns)."""
+    """What rows with these samplings need of scores (N, columns)."""
     drawn = [s for s in samplings if s.temperature]
+    if not drawn:
+        return Reach()
     widths = [s.top_k if 0 < s.top_k < columns else columns for s in drawn]
+    least, most = min(widths), max(widths)
     nucleus = any(s.top_p < 1 for s in drawn)
-    return Reach(max(widths, default=1), nucleus or min(widths, default=columns) < columns, nucleus)
+    return Reach(most, nucleus or least < columns, least < most, nucleus)
 
 
-def sample(scores: torch.Tensor, keys: torch.Tensor, reach: Reach, temperature: torch.Tensor,
-           top_k: torch.Tensor | None = None, top_p: torch.Tensor | None = None) -> torch.Tensor:
-    """One column for each row of scores (B, V), float32; -1 where the model gave NaN or infinity.
+# How a row samples, as the device knows it: rows of a table (.., N), the first of Batch.floats
+SCALE, NOISE, TOP_P = range(3)
 
-    Temperature (B,), 0 being greedy, then top_k (B,), 0 being off, then top_p (B,), in
-    `generate`'s order. Adding Gumbel noise and taking the best is a draw from the softmax.
-    Nothing here waits for the device.
+
+def sampling_floats(sampling: Sampling) -> list[float]:
+    """SCALE, NOISE and TOP_P: a greedy row has no noise."""
+    if sampling.temperature == 0:
+        return [1.0, 0.0, 1.0]
+    return [1 / sampling.temperature, 1.0, sampling.top_p]
+
+
+def sample(scores: torch.Tensor, states: torch.Tensor, reach: Reach, floats: torch.Tensor,
+           top_k: torch.Tensor | None = None) -> torch.Tensor:
+    """One column for each row of scores (N, V), float32; -1 where the model gave NaN or infinity.
+
+    Temperature, then top_k (N,), 0 being off, then top_p, in `generate`'s order. Adding Gumbel
+    noise and taking the best is a draw from the softmax. Nothing here waits for the device, and
+    each operation is a kernel to launch: there are as few as can be.
     """
-    finite = torch.isfinite(scores.amax(-1))
+    finite = scores.amax(-1).abs() < math.inf
     if reach.width == 1:
         return torch.where(finite, scores.argmax(-1), -1)
-    greedy = temperature == 0
     columns = torch.arange(scores.shape[-1], device=scores.device)
     if reach.ordered:
         scores, columns = scores.topk(reach.width, dim=-1)  # the best first
-    scores = scores / torch.where(greedy, 1.0, temperature)[:, None]
-    if reach.ordered and top_k is not None:
-        scores = keep_best(scores, top_k, top_p if reach.nucleus else None)
-    noise = gumbel_noise(keys, columns).masked_fill(greedy[:, None], 0.0)
-    best = (scores + noise).argmax(-1, keepdim=True)
+    scores = scores * floats[SCALE][:, None]
+    if reach.ragged and top_k is not None:
+        barred = (torch.arange(reach.width, device=scores.device) >= top_k[:, None])
+        scores = scores.masked_fill(barred & (top_k[:, None] > 0), -math.inf)
+    if reach.nucleus:
+        scores = keep_nucleus(scores, floats[TOP_P])
+    noise = gumbel_noise(states, columns)
+    best = torch.addcmul(scores, noise, floats[NOISE][:, None]).argmax(-1, keepdim=True)
     return torch.where(finite, columns.expand_as(scores).gather(-1, best)[:, 0], -1)
 
 
-def keep_best(scores: torch.Tensor, top_k: torch.Tensor,
-              top_p: torch.Tensor | None) -> torch.Tensor:
-    """Bars from scores (B, n), best first, all but each row's top_k, and of these all but the
-    smallest set of best ones that holds top_p of the probability."""
-    rank = torch.arange(scores.shape[-1], device=scores.device)
-    barred = (rank >= top_k[:, None]) & (top_k[:, None] > 0)
-    scores = scores.masked_fill(barred, -math.inf)
-    if top_p is None:
-        return scores
+def keep_nucleus(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Bars from scores (N, n), best first, all but the smallest set of best ones that holds
+    top_p (N,) of the probability."""
     chance = scores.softmax(-1)
-    better = chance.cumsum(-1) - chance  # the probability of all that rank before
-    return scores.masked_fill((better >= top_p[:, None]) & (rank > 0), -math.inf)
+    barred = chance.cumsum(-1) - chance >= top_p[:, None]  # the probability of all before
+    barred[:, 0] = False
+    return scores.masked_fill(barred, -math.inf)
 
 
 def add_linear(x: torch.Tensor, layer: Any, y: torch.Tensor) -> torch.Tensor:
@@ -1237,6 +1248,8 @@ class CausalGPT:
         self.kv = torch.zeros(shape, dtype=model.dtype, device=self.device)  # keys, then values
         self.columns = torch.arange(max(config.block_size, slots), device=self.device)
         self.length = config.block_size
+        ahead = torch.full((self.length, self.length), -math.inf, device=self.device)
+        self.masks = ahead.triu(1).to(model.dtype)  # row i lets position i look at 0 to i
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.input_embeds_layer(ids)
@@ -1261,8 +1274,7 @@ class CausalGPT:
         """One step of slots [0, n): ids (n,) at positions (n,), below span; the logits (n, V)."""
         rows, heads = len(ids), self.heads
         row = self.columns[:rows]
-        mask = torch.zeros(rows, 1, 1, span, dtype=self.kv.dtype, device=self.device)
-        mask = mask.masked_fill((self.columns[:span] > at[:, None])[:, None, None], -math.inf)
+        mask = self.masks[:, :span][at][:, None, None]
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             q, kv = qkv.view(rows, 3, heads, -1).tensor_split([1], dim=1)
@@ -1290,7 +1302,8 @@ class Sequence:
         self.segment, self.urgent = segment, urgent
         self.take, self.min_new_tokens = take, min_new_tokens
         digest = hashlib.sha256(f"{segment.seed}/{take}".encode()).digest()
-        self.seed = as_int64(int.from_bytes(digest[:8], "little"))
+        keys = struct.unpack_from("<3q", digest)
+        self.keys = dict(zip(("semantic", "coarse", "fine"), keys, strict=True))  # random streams
         self.semantic: list[int] = []
         self.coarse: list[int] = []
         self.history = (np.empty(0, int), np.empty(0, int))  # the voice's, for coarse windows
@@ -1307,9 +1320,9 @@ class Sequence:
         return Sequence(self.segment, self.urgent, take, min_new_tokens)
 
 
-# What a decode step knows of each slot: rows of Batch.ints and Batch.floats
-TOKEN, POSITION, MADE, ACTIVE, SEED, TOP_K, MIN_NEW = range(7)
-TEMPERATURE, TOP_P, STOP_P = range(3)
+# What a decode step knows of each slot: rows of Batch.ints, and after those above of Batch.floats
+POSITION, MADE, ACTIVE, KEY, TOP_K, MIN_NEW = range(6)
+STOP_P = 3
 
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Reach], torch.Tensor]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
@@ -1340,20 +1353,20 @@ class CudaCapture:
 class Batch:
     """The sequences that hold a slot of one CausalGPT, in slot order.
 
-    Token, position, random stream and sampling of each slot are on the device, and a decode step
-    moves them on there: steps can follow each other without waiting for the host. `stage` is
-    "semantic" or "coarse", `choose` draws tokens from logits (B, V), `usual` is the model folder's
-    sampling, and `columns` are what it chooses from.
+    The recent tokens, position, random stream and sampling of each slot are on the device, and a
+    decode step moves them on there: steps can follow each other without waiting for the host.
+    `stage` is "semantic" or "coarse", `choose` draws tokens from logits (B, V), `usual` is the
+    model folder's sampling, and `columns` are what it chooses from.
     """
 
     def __init__(self, stage: str, gpt: CausalGPT, choose: Choose, usual: Sampling, columns: int,
                  burst: int, fixed_shape: bool):
         self.stage, self.gpt, self.choose, self.fixed_shape = stage, gpt, choose, fixed_shape
-        self.columns = columns
+        self.usual, self.columns = usual, columns
         self.own = self.reach = reach_of([usual], columns)
         self.live: list[Sequence] = []
-        self.ints = torch.zeros(7, gpt.slots, dtype=torch.int64, device=gpt.device)
-        self.floats = torch.zeros(3, gpt.slots, device=gpt.device)
+        self.ints = torch.zeros(6, gpt.slots, dtype=torch.int64, device=gpt.device)
+        self.floats = torch.zeros(4, gpt.slots, device=gpt.device)
         self.recent = torch.zeros(gpt.slots, burst + 1, dtype=torch.int64, device=gpt.device)
         self.active: list[int] = []  # what ints[ACTIVE] says of the live ones
         self.graphs: dict[tuple[int, int], Callable[[], None]] = {}
@@ -1376,9 +1389,9 @@ class Batch:
         ints, floats = [], []
         for sequence, length in zip(sequences, lengths, strict=True):
             how = getattr(sequence.segment, f"{self.stage}_sampling")
-            ints.append([0, length - 1, len(getattr(sequence, self.stage)), 1, sequence.seed,
-                         how.top_k, sequence.min_new_tokens])
-            floats.append([how.temperature, how.top_p, sequence.segment.min_eos_p or math.inf])
+            ints.append([length - 1, len(getattr(sequence, self.stage)), 1,
+                         sequence.keys[self.stage], how.top_k, sequence.min_new_tokens])
+            floats.append([*sampling_floats(how), sequence.segment.min_eos_p or math.inf])
         self.ints[:, slots] = torch.tensor(ints, device=self.gpt.device).T
         self.floats[:, slots] = torch.tensor(floats, device=self.gpt.device).T
         self.active = []
@@ -1417,19 +1430,19 @@ class Batch:
     def step(self, rows: int, span: int) -> torch.Tensor:
         """One decode step of slots [0, rows), on the device alone; its logits (rows, V)."""
         at = self.ints[POSITION, :rows].clamp(max=span - 1)  # a slot that ended may run on
-        logits = self.gpt.decode(self.ints[TOKEN, :rows].clamp(min=0), at, span)
+        logits = self.gpt.decode(self.recent[:rows, -1].clamp(min=0), at, span)
         self._advance(slice(0, rows), logits)
         return logits
 
     def _advance(self, slots: slice | torch.Tensor, logits: torch.Tensor) -> None:
-        """Draws the next token of each of these slots and moves the active ones on to it."""
+        """Draws the next token of each of these slots and moves the active ones on.
+
+        What an inactive slot draws is overwritten by its prefill before anyone reads it.
+        """
         ints = self.ints[:, slots]
         tokens = self.choose(logits, ints, self.floats[:, slots], self.reach)
-        active = ints[ACTIVE]
         self.recent[slots] = torch.cat([self.recent[slots, 1:], tokens[:, None]], dim=1)
-        self.ints[TOKEN, slots] = torch.where(active > 0, tokens, ints[TOKEN])
-        self.ints[POSITION, slots] = ints[POSITION] + active
-        self.ints[MADE, slots] = ints[MADE] + active
+        self.ints[POSITION : MADE + 1, slots] = ints[POSITION : MADE + 1] + ints[ACTIVE]
 
     def read(self) -> list[tuple[Sequence, list[int]]]:
         """Waits for the device; each live sequence with the tokens made since the last reading."""
@@ -1459,9 +1472,8 @@ class Batch:
 
     def _widen(self) -> None:
         """Sees that `reach` is enough for every live sequence's sampling."""
-        needed = reach_of((getattr(s.segment, f"{self.stage}_sampling") for s in self.live),
-                          self.columns)
-        self.reach = self.own.joined(needed)
+        samplings = [getattr(s.segment, f"{self.stage}_sampling") for s in self.live]
+        self.reach = reach_of([self.usual, *samplings], self.columns)
 
     def capture(self, capture: Capture, spans: Iterable[int]) -> None:
         """Records the step for a few shapes, the largest first."""
@@ -1491,14 +1503,14 @@ class Batch:
         error = (captured - expected[0]).abs().max() / expected[0].abs().max()
         if not error < STEP_ERROR[self.gpt.kv.dtype]:
             raise RuntimeError(f"its logits differ by {error:.1e} of the largest")
-        moved = [POSITION, MADE, ACTIVE, SEED]
-        if not torch.equal(self.ints[moved], expected[1][moved]):
+        if not torch.equal(self.ints, expected[1]):
             raise RuntimeError("it does not move its slots on")
 
     def _randomize(self, span: int) -> None:
         """A cache, and slots anywhere in it, as no request would leave them."""
         self.gpt.kv.normal_()
-        self.ints.random_(0, span)  # token, position, ... of each slot
+        for table in (self.ints, self.recent):  # position, ..., and tokens of each slot
+            table.random_(0, span)
         self.ints[ACTIVE], self.ints[MIN_NEW] = 1, 0
         self.floats.uniform_(0.5, 1.0)
 
@@ -1506,6 +1518,7 @@ class Batch:
         """Makes all slots as new."""
         self.gpt.clear(slice(None))
         self.ints.zero_()
+        self.recent.zero_()
         self.live.clear()
         self.active = []
         self.reach = self.own
@@ -1737,11 +1750,10 @@ class Engine:
                          reach: Reach) -> torch.Tensor:
         """Draws tokens (B,) from scores (B, vocabulary + EOS); the last column ends the segment."""
         eos = scores.shape[-1] - 1
-        scores[:, eos] = torch.where(ints[MADE] < ints[MIN_NEW], -math.inf, scores[:, eos])
-        early = scores.softmax(-1)[:, eos] > floats[STOP_P]
-        tokens = sample(scores, noise_keys(ints[SEED], STAGE_SEMANTIC, ints[MADE]), reach,
-                        floats[TEMPERATURE], ints[TOP_K], floats[TOP_P])
-        return torch.where(early & (tokens >= 0), eos, tokens)
+        scores[:, eos].masked_fill_(ints[MADE] < ints[MIN_NEW], -math.inf)
+        early = scores.softmax(-1)[:, eos] > floats[STOP_P]  # never where a score is not finite
+        states = stream_states(ints[KEY], ints[MADE])
+        return sample(scores, states, reach, floats, ints[TOP_K]).masked_fill(early, eos)
 
     def _take_semantic(self, sequence: Sequence, tokens: list[int]) -> None:
         limit = sequence.segment.max_new_tokens or self._max_new_tokens()
@@ -1839,11 +1851,10 @@ class Engine:
         """Draws token ids (B,) among each one's own codebook, as Suno does, unlike `generate`."""
         books, book = self.facts.coarse.n_coarse_codebooks, self.facts.codebook_size
         codebook = ints[MADE] % books
-        rows = torch.arange(len(logits), device=logits.device)
-        tokens = sample(logits.view(-1, books, book)[rows, codebook],
-                        noise_keys(ints[SEED], STAGE_COARSE, ints[MADE]), reach,
-                        floats[TEMPERATURE], ints[TOP_K], floats[TOP_P])
-        ids = tokens + codebook * book + self.facts.semantic.semantic_vocab_size
+        own = codebook[:, None, None].expand(-1, 1, book)
+        scores = logits.view(-1, books, book).gather(1, own)[:, 0]
+        tokens = sample(scores, stream_states(ints[KEY], ints[MADE]), reach, floats, ints[TOP_K])
+        ids = torch.add(tokens, codebook, alpha=book) + self.facts.semantic.semantic_vocab_size
         return torch.where(tokens >= 0, ids, -1)
 
     def _take_coarse(self, sequence: Sequence, tokens: list[int]) -> None:
@@ -1931,11 +1942,13 @@ class Engine:
         A codebook is predicted from its own and all lower ones: the sum of their embeddings.
         """
         fine, book, books = self.model.fine_acoustics, self.facts.codebook_size, codes.shape[-1]
-        seeds = torch.tensor([s.seed for s in chosen], device=self.device)[:, None]
-        temperatures = [s.segment.fine_sampling for s in chosen]
-        reach = reach_of(temperatures, book)
-        temperature = torch.tensor([t.temperature for t in temperatures], device=self.device)
-        temperature = temperature[:, None].expand_as(frames)[:, first:].flatten()
+        samplings = [s.segment.fine_sampling for s in chosen]
+        reach = reach_of(samplings, book)
+        frames = frames[:, first:]
+        floats, keys = (  # of each frame: (B x T, 3) and (B x T,)
+            torch.tensor(values, device=self.device).repeat_interleave(frames.shape[1], dim=0)
+            for values in ([sampling_floats(s) for s in samplings],
+                           [s.keys["fine"] for s in chosen]))
 
         def embed(codebook: int) -> torch.Tensor:
             ids = codes[..., codebook].clamp(min=0)  # -1 marks frames that were not finite
@@ -1946,8 +1959,8 @@ class Engine:
         for codebook in range(given, books):
             hidden = self._fine_hidden(lower + embed(codebook))[:, first:]
             scores = fine.lm_heads[codebook - fine.config.n_codes_given](hidden)[..., :book]
-            keys = noise_keys(seeds, STAGE_FINE, frames * books + codebook)[:, first:].flatten()
-            tokens = sample(scores.flatten(0, 1).float(), keys, reach, temperature)
+            states = stream_states(keys, (frames * books + codebook).flatten())
+            tokens = sample(scores.flatten(0, 1).float(), states, reach, floats.T)
             codes[:, first:, codebook] = torch.where(
                 new[:, first:], tokens.view(len(codes), -1), codes[:, first:, codebook])
             lower = lower + embed(codebook)
@@ -2002,7 +2015,7 @@ def spans_of(gpt: CausalGPT, fixed_shape: bool) -> list[int]:
     return [gpt.length] if fixed_shape else [2 * quarter, 3 * quarter, gpt.length]
 
 
-def slots_for(facts: ModelFacts, model: BarkModel) -> int:
+def slots_for(model: BarkModel) -> int:
     """Segments that fit into the memory the weights left free; at most 64, 8 on a CPU."""
     rows = [(m.config.num_layers * m.config.hidden_size * m.config.block_size)
             for m in (model.semantic, model.coarse_acoustics)]
@@ -2928,7 +2941,7 @@ def build_engine(config: Config, facts: ModelFacts, model: BarkModel) -> Engine:
         torch.backends.cudnn.deterministic = config.deterministic
     elif facts.hidden_size < SMALL_HIDDEN_SIZE:
         torch.set_num_threads(1)
-    slots = config.max_batch or slots_for(facts, model)
+    slots = config.max_batch or slots_for(model)
     if config.deterministic and not config.max_batch:
         slots = min(slots, FIXED_SLOTS)
     log.info("%d segments at once in %s", slots, model.dtype)

@@ -99,15 +99,24 @@ def test_derived_seeds_are_exact_in_json_and_differ(bark: ModuleType) -> None:
 
 
 def test_random_bits_are_those_of_splitmix64(bark: ModuleType) -> None:
-    """The generator's published first outputs from state 0."""
-    state = torch.tensor([bark.as_int64(i * 0x9E3779B97F4A7C15) for i in (1, 2, 3)])
+    """The generator's published first outputs from state 0, but for the bits that are not used."""
+    first = bark.stream_states(torch.tensor([0]), torch.tensor([0]))[:, None]
+    states = torch.add(first, torch.tensor([1, 2, 3]), alpha=bark.as_int64(bark.GOLDEN))
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert bark.mix64(state).tolist() == [bark.as_int64(number) for number in expected]
+    assert (bark.mix64(states)[0] >> 33).tolist() == [bark.as_int64(n) >> 33 for n in expected]
+
+
+def test_draws_do_not_overlap_and_streams_differ(bark: ModuleType) -> None:
+    keys, made = torch.tensor([7, 7, -1]), torch.tensor([0, 1, 0])
+    states = bark.stream_states(keys, made)
+    wide = bark.gumbel_noise(states[:1], torch.arange((1 << 20) + 5))[0]
+    others = bark.gumbel_noise(states[1:], torch.arange(5))
+    assert torch.equal(wide[1 << 20 :], others[0])  # the second draw starts where the first ends
+    assert not torch.isin(others[1], wide[:10_000]).any()
 
 
 def test_the_noise_of_a_seed_is_the_same_in_every_version(bark: ModuleType) -> None:
-    keys = bark.noise_keys(torch.tensor([7, -1]), bark.STAGE_COARSE, torch.tensor([0, 59]))
-    assert keys.tolist() == [2793451718224172893, 4826969005519927420]
-    noise = bark.gumbel_noise(keys, torch.arange(1024))
-    assert noise.argmax(-1).tolist() == [975, 857]
-    assert noise[:, 0].tolist() == pytest.approx([0.2603, -0.2981], abs=1e-4)
+    states = bark.stream_states(torch.tensor([7, -1]), torch.tensor([0, 59]))
+    noise = bark.gumbel_noise(states, torch.arange(1024))
+    assert noise.argmax(-1).tolist() == [99, 321]
+    assert noise[:, 0].tolist() == pytest.approx([-0.9623, 6.1488], abs=1e-4)

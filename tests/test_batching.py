@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench import SIZES, Widths
 from conftest import wait_until
 from engines import TEXTS, Bench, assert_same_pcm, generate_parts
 from torch.utils import _pytree as pytree
@@ -267,6 +268,24 @@ def test_urgent_segments_without_end_do_not_stop_the_others(bark: ModuleType, to
 
 
 # Memory
+
+
+def gpu_with(free: float, widths: Widths, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model of these widths in float16, on a GPU with so many bytes free beside it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(6.4e9)))
+    config = SimpleNamespace(num_layers=widths.layers, hidden_size=widths.hidden, block_size=1024)
+    stage = SimpleNamespace(config=config)
+    return SimpleNamespace(semantic=stage, coarse_acoustics=stage, dtype=torch.float16,
+                           device=torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize(("free", "slots"), [
+    (6.4e9 - 0.6e9 - 2.3e9, 12), (11.6e9 - 2.3e9, 40), (1.2e9, 1), (0.5e9, 1), (80e9, 64)])
+def test_a_gpu_gets_as_many_slots_as_fit_beside_the_weights(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch, free: float, slots: int) -> None:
+    """6 GiB less driver and weights hold 12 segments of the full model; its KV cache is 98,304
+    bytes a token in each of two stages."""
+    assert bark.slots_for(gpu_with(free, SIZES["full"], monkeypatch)) == slots
 
 
 def short_of_memory(real: Callable[..., Any], times: int) -> Callable[..., Any]:

@@ -155,11 +155,10 @@ def test_an_aborted_segment_frees_its_slot_within_a_step(bark: ModuleType, greed
 
 def draw(bark: ModuleType, scores: torch.Tensor, mixed: list[Any], seed: int) -> torch.Tensor:
     """What `sample` picks for rows of scores, each with its own sampling and random stream."""
-    keys = bark.noise_keys(torch.full((len(mixed),), seed), 1, torch.arange(len(mixed)))
-    reach = bark.reach_of(mixed, scores.shape[-1])
-    return bark.sample(scores.expand(len(mixed), -1), keys, reach,
-                       *(torch.tensor([getattr(one, name) for one in mixed])
-                         for name in ("temperature", "top_k", "top_p")))
+    states = bark.stream_states(torch.full((len(mixed),), seed), torch.arange(len(mixed)))
+    floats = torch.tensor([bark.sampling_floats(one) for one in mixed]).T
+    return bark.sample(scores.expand(len(mixed), -1), states, bark.reach_of(mixed, len(scores)),
+                       floats, torch.tensor([one.top_k for one in mixed]))
 
 
 def test_noise_follows_the_softmax(bark: ModuleType) -> None:
