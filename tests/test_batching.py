@@ -230,6 +230,15 @@ def test_steps_hold_nothing_that_a_cuda_graph_could_not_replay(
     assert_all_same(bark, samples_of(bench), plain)
 
 
+@pytest.mark.parametrize("stage", ["semantic", "coarse"])
+def test_a_decode_step_is_few_kernels(bark: ModuleType, toy: Path, stage: str) -> None:
+    """Alone, a segment waits for kernels to start: 9 a layer, and 45 or 46 for all the rest."""
+    batch = getattr(Bench(bark, toy, slots=2).engine, stage)
+    with torch.inference_mode(), Tape() as tape:
+        batch.step(2, 512)
+    assert len(tape.done) <= 9 * len(batch.gpt.model.layers) + 46
+
+
 def test_a_tape_refuses_what_a_cuda_graph_refuses() -> None:
     numbers = torch.arange(3)
     for work in (numbers.sum().item, numbers.nonzero, lambda: torch.tensor([1.0]) + numbers):
