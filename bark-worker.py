@@ -2927,6 +2927,7 @@ def load_engine(config: Config, state: State, model_id: str, device: torch.devic
     try:
         model = load_weights(folder, device, DTYPES[dtype], Path(constants.HF_HOME) / "bark-worker")
         engine = build_engine(config, facts, model)
+        log.info("%d segments at once in %s", engine.slots, dtype)
         state.enter("warming", sample_rate=facts.sample_rate, voice=narrator.default_voice)
         warm_up(engine, narrator)
     except torch.OutOfMemoryError as error:
@@ -2944,7 +2945,6 @@ def build_engine(config: Config, facts: ModelFacts, model: BarkModel) -> Engine:
     slots = config.max_batch or slots_for(model)
     if config.deterministic and not config.max_batch:
         slots = min(slots, FIXED_SLOTS)
-    log.info("%d segments at once in %s", slots, model.dtype)
     return Engine(model, facts, slots, fixed_shape=config.deterministic)
 
 
