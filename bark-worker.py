@@ -1198,25 +1198,25 @@ def keep_nucleus(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(barred, -math.inf)
 
 
-def add_linear(x: torch.Tensor, layer: Any, y: torch.Tensor) -> torch.Tensor:
-    """x + layer(y) for x (N, C), the sum inside the product's own kernel."""
+def add_linear(x: torch.Tensor, layer: Any, y: torch.Tensor) -> None:
+    """x += layer(y) for x (N, C), in place and inside the product's own kernel."""
     if layer.bias is not None:
-        x = x + layer.bias
-    return torch.addmm(x, y, layer.weight.t())
+        x += layer.bias
+    x.addmm_(y, layer.weight.t())
 
 
 def run_blocks(model: Any, x: torch.Tensor,
                attend: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The transformer's blocks and last norm over x (N, C), one row a position.
+    """The transformer's blocks and last norm over x (N, C), one row a position; x is used up.
 
     The same arithmetic as BarkBlock.forward, but attention, `attend(layer, qkv (N, 3C))` -> (N, C),
     is left to the caller: the stages differ in nothing else.
     """
     for layer, block in enumerate(model.layers):
         y = attend(layer, block.attn.att_proj(block.layernorm_1(x)))
-        x = add_linear(x, block.attn.out_proj, y)
-        x = add_linear(x, block.mlp.out_proj,
-                       block.mlp.gelu(block.mlp.in_proj(block.layernorm_2(x))))
+        add_linear(x, block.attn.out_proj, y)
+        add_linear(x, block.mlp.out_proj,
+                   block.mlp.gelu(block.mlp.in_proj(block.layernorm_2(x))))
     return model.layernorm_final(x)
 
 
