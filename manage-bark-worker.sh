@@ -259,12 +259,12 @@ split_words() {
   done
 }
 
-# usage: is_flag OPTION    (of start and search; every other one takes a value)
-is_flag() { [[ "$1" =~ ^(-y|--yes|--replace|--dry-run|--interruptible)$ ]]; }
+taken=1    # words that the option just read has taken
 
-# usage: need_value COMMAND OPTION [VALUE]
+# usage: need_value COMMAND OPTION [VALUE]    (and counts it as taken)
 need_value() {
   [[ -n "${3:-}" ]] || usage_error "$2 needs a value" "$1"
+  taken=2
 }
 
 # Prints a decimal number in millionths: 0.25 gives 250000.
@@ -1021,9 +1021,9 @@ cmd_search() {
   split_words "$@"
   set -- ${words[@]+"${words[@]}"}
   while (($#)); do
+    taken=1
     search_option search "$@" || usage_error "search knows no '$1'" search
-    is_flag "$1" || shift
-    shift
+    shift "$taken"
   done
   check_search search
   open_account
@@ -1231,7 +1231,7 @@ replace='' dry_run=''    # yes or nothing
 renting=''               # yes once this run means to rent
 replaced_id=''           # the old instance that goes when the new one is healthy
 
-# usage: start_option OPTION [VALUE]    (takes two words, or one)
+# usage: start_option OPTION [VALUE]
 start_option() {
   case "$1" in
     --model | --voice | --timeout) need_value start "$1" "${2:-}" ;;
@@ -1252,9 +1252,9 @@ parse_start() {
   split_words "$@"
   set -- ${words[@]+"${words[@]}"}
   while (($#)); do
+    taken=1
     start_option "$@"
-    is_flag "$1" || shift
-    shift
+    shift "$taken"
   done
   check_search start
   check_model
@@ -1584,16 +1584,17 @@ parse_test() {
   split_words "$@"
   [[ " $* " == *' -- '* ]] || set -- ${words[@]+"${words[@]}"}
   while (($#)); do
+    taken=1
     case "$plain$1" in
-      --voice) need_value test "$1" "${2:-}"; spoken_voice="$2"; shift ;;
-      --out) need_value test "$1" "${2:-}"; out="$2"; shift ;;
+      --voice) need_value test "$1" "${2:-}"; spoken_voice="$2" ;;
+      --out) need_value test "$1" "${2:-}"; out="$2" ;;
       --play) play=yes ;;
       --) plain=' ' ;;
       -*) usage_error "test knows no '$1'; a TEXT that begins so comes after --" test ;;
       *) [[ -z "$given" ]] || usage_error "test takes one TEXT; put it in quotes" test
         given=yes text="$1" ;;
     esac
-    shift
+    shift "$taken"
   done
   [[ ! -d "$out" && -w "$(dirname "$out")" ]] || usage_error "--out $out cannot be written" test
 }
@@ -1664,16 +1665,16 @@ cmd_logs() {
   split_words "$@"
   set -- ${words[@]+"${words[@]}"}
   while (($#)); do
+    taken=1
     case "$1" in
       -f | --follow) follow=yes ;;
       --tail) need_value logs "$1" "${2:-}"
         need_whole logs "$1" "$2" 1 100000
-        tail="$((10#$2))"
-        shift ;;
+        tail="$((10#$2))" ;;
       --daemon) daemon=yes ;;
       *) usage_error "logs knows no '$1'" logs ;;
     esac
-    shift
+    shift "$taken"
   done
   open_account
   look_or_die
