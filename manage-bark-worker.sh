@@ -784,19 +784,18 @@ guard() {
   trap '' PIPE    # a reader that leaves ends nothing that costs money
 }
 
-# A second signal must not cut the first one's work, nor that of an EXIT trap that has just begun.
 # Under a trap a bare `return` tells the status from before the trap (bash 4.4 and later), so that
 # every `return` in this file names its own.
 end_by_signal() {
-  trap '' HUP INT TERM
   finish
   [[ -z "$if_cut" ]] || say "$if_cut"
   trap - EXIT
   exit "$1"
 }
 
+# Begins by turning signals off: a second one must not cut what the first one, or the end, began.
 finish() {
-  trap '' HUP INT TERM PIPE    # nobody may be reading any more; giving back goes on all the same
+  trap '' HUP INT TERM
   finish_child
   give_back || true
   [[ -z "$scratch" ]] || rm -rf "$scratch"
@@ -1433,8 +1432,8 @@ order_instance() {
   local offer_id offer_bid
   IFS='|' read -r offer_id offer_bid <<<"$(fact "$1" '"\(.id)|\(.bid // "")"')"
   space_calls 'create instance'    # here, so that a signal meanwhile finds no order
-  rented_id='' ordering=yes if_cut='' reason='Vast tells no instance'
-  open_orders=$((open_orders + 1))
+  reason='Vast tells no instance' if_cut=''
+  rented_id='' ordering=yes open_orders=$((open_orders + 1))    # one command: no signal splits it
   vast_json object create instance "$offer_id" --image "$image" --disk "$disk" --label "$LABEL" \
     --ssh --direct --cancel-unavail ${offer_bid:+--bid_price "$offer_bid"} \
     --env "$(container_env)" --onstart-cmd "$ON_START" || reason="$complaint"
