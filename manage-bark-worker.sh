@@ -1301,7 +1301,7 @@ join() {
   say "instance $1 is there already"
   if_cut="instance $1 is left as it is, and billed"
   [[ -z "$rent_options" ]] ||
-    say "it stays as it is: $rent_options only count when one is rented; destroy it first"
+    say "it stays as it is; to have $rent_options count, destroy it first"
   if await_worker "$1" "$timeout"; then announce "$1"; return 0; fi
   [[ "$outcome" == gone ]] ||
     say "instance $1 is left as it is, and billed; to end it: $AGAIN destroy $1"
@@ -1372,8 +1372,12 @@ rent() {
   renting=yes
   find_offers
   offer="$(facts '.[0] | tojson' <<<"$offers")"
+  if [[ -n "$dry_run" ]]; then
+    show_offer "$offer"
+    say 'dry run: nothing is rented'
+    return 0
+  fi
   show_offer "$offer" >&2
-  [[ -z "$dry_run" ]] || { show_dry_run "$offer"; return 0; }
   agree "Rent it (if it fails, the next, up to $max_price \$/h)?" renting rented    # asked once
   run_key="$(od -An -N 24 -tx1 /dev/urandom | tr -d ' \n')"
   before="$(facts 'map(.id | tostring) | join(" ")' <<<"$instances")"
@@ -1408,11 +1412,6 @@ what_is_left() {
   else
     printf 'nothing new is rented, and instance %s is kept as it was\n' "$replaced_id"
   fi
-}
-
-show_dry_run() {
-  fact "$1" '"offer \(.id): \(sentence)"'
-  say 'dry run: nothing is rented'
 }
 
 # Prints what `create` passes to the container, in the form its --env wants.

@@ -165,8 +165,10 @@ def terminal_and_yes(stage: Scene) -> None:
 def dry_runs(stage: Scene) -> None:
     offer = stage.vast.add_offer()
     done = stage.start("--dry-run")
-    assert (done.status, done.stdout) == (
-        0, f"offer {offer}: RTX 3060, 12 GB, Sweden, SE: 0.0704 $/h (1.69 $ a day)\n")
+    assert (done.status, done.stderr) == (0, "dry run: nothing is rented\n")
+    assert done.stdout.startswith(
+        f"offer {offer}: RTX 3060, 12 GB, Sweden, SE: 0.0704 $/h (1.69 $ a day)\n")
+    assert "of it storage: 0.0104 $/h" in done.stdout
     sleeping = stage.vast.add_instance(state="stopped")
     done = stage.start("--dry-run", "--yes")
     assert done.status == 0
