@@ -1902,13 +1902,14 @@ cmd_tunnel() {
     need_value tunnel "$1" "${2:-}"
     need_whole tunnel --port "$2" 1 65535
     port="$((10#$2))"
-    shift 2
+    shift "$taken"
   done
   find_ssh
-  printf 'http://127.0.0.1:%s\n' "$port"
-  say 'open until Ctrl-C, unless SSH complains: your SSH key must have been in the Vast account' \
+  say 'open until Ctrl-C once the address shows: your SSH key must have been in the Vast account' \
     'when the instance was rented, and a new instance may need a minute'
-  exec ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15 \
+  # The local command runs when the tunnel is open.
+  exec ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15 -o PermitLocalCommand=yes \
+    -o "LocalCommand=echo http://127.0.0.1:$port" \
     -L "127.0.0.1:$port:127.0.0.1:$WORKER_PORT" -p "$ssh_port" "root@$ssh_host"
 }
 

@@ -593,11 +593,18 @@ def test_patience_has_an_end_and_what_stays_billed_is_named(act: Act, acts: Acts
 
 
 def stub_ssh(stage: Scene, status: int) -> str:
-    """A PATH whose ssh writes its words down, one a line, and ends with `status`."""
+    """A PATH whose ssh writes its words down, one a line, and ends with `status`.
+
+    At 0 it was connected, and then the real one runs the local command.
+    """
     folder = stage.manager.home / "bin"
     folder.mkdir(exist_ok=True)
     program = folder / "ssh"
-    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"$HOME/words"\nexit {status}\n')
+    program.write_text(f'''#!/bin/sh
+printf "%s\\n" "$@" >"$HOME/words"
+[ {status} = 0 ] || exit {status}
+for word; do case "$word" in LocalCommand=*) eval "${{word#*=}}" ;; esac; done
+''')
     program.chmod(0o755)
     return os.pathsep.join((str(folder), stage.path))
 
@@ -641,8 +648,9 @@ def tunnel_to_it(stage: Scene) -> None:
     assert words[-1] == "root@127.0.0.1" and "-N" in words
     read = real_ssh_reads(words)
     assert not read or read["localforward"] == "[127.0.0.1]:18080 [127.0.0.1]:8080"
-    assert not read or read["exitonforwardfailure"] == "yes"
-    assert run(stage, "tunnel", PATH=stub_ssh(stage, 255)).status == 255
+    assert not read or (read["exitonforwardfailure"], read["permitlocalcommand"]) == ("yes", "yes")
+    done = run(stage, "tunnel", PATH=stub_ssh(stage, 255))
+    assert (done.status, done.stdout) == (255, "")
     assert "127.0.0.1:8080:127.0.0.1:8080" in ssh_words(stage)
 
 
