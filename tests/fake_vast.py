@@ -711,7 +711,7 @@ class FakeVast:
 
     - provisioning, loading, stopping: seconds that these states take; late_ports: seconds after
       running until `ports` shows; null_rows: start_date and extra_env are null at the first look;
-    - page_rows: most instances in one page; relist: a destroyed instance's offer is there again;
+    - page_rows: most instances in one page;
     - container_env: what every container's environment has in addition;
     - offers, instances (without the strangers), strangers, destroyed, requests;
     - secrets: the account's key and every container's, none of which anybody shall ever see.
@@ -724,7 +724,7 @@ class FakeVast:
         self.folder.mkdir(parents=True)
         self.account_key = f"account-{secrets.token_hex(24)}"
         self.provisioning = self.loading = self.stopping = self.late_ports = 0.0
-        self.null_rows = self.relist = False
+        self.null_rows = False
         self.page_rows = PAGE_ROWS
         self.container_env = {"HF_ENDPOINT": NO_HUB}
         self.offers: dict[int, dict[str, Any]] = {}
@@ -1091,8 +1091,6 @@ class FakeVast:
         if instance.destroy():
             self.instances.pop(instance.id, None)
             self.destroyed.append(instance.id)
-            if self.relist and (offer := self.offers.get(instance.offer["id"])):
-                offer.update(rentable=True, rented=False)
 
     @route("PUT", r"/api/v0/instances/(?:reboot|recycle)/(\d+)/")
     def _reboot(self, request: Request, number: str) -> object:

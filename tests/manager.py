@@ -34,6 +34,11 @@ def folder_of(tools: tuple[str, ...], folder: Path) -> Path:
     return folder
 
 
+def sourcing(code: str, *arguments: str, script: Path = SCRIPT) -> list[str]:
+    """The command of a shell that sources the script, then runs `code` on the arguments."""
+    return [BASH, "-c", f'source "$1"; shift; {code}', "test", str(script), *arguments]
+
+
 @dataclass
 class Run:
     """A run of the script in a session of its own, as on a terminal; output grows as it speaks."""

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 from conftest import ROOT, START_SECONDS, WORKER, Worker, wait_until
-from manager import BASH, SCRIPT, Manager, managed
+from manager import BASH, SCRIPT, Manager, managed, sourcing
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -119,6 +119,9 @@ def by_hand(manager: Manager, command: str) -> str:
 def test_the_route_by_hand_leads_to_a_worker_that_only_its_key_opens(
         tmp_path: Path, toy: Path) -> None:
     export, search, create = re.split(r"(?=^vastai )", shell_block("vastai create"), flags=re.M)
+    on_start = subprocess.run(sourcing('printf "%s" "$ON_START"'), capture_output=True, text=True,
+                              check=True).stdout
+    assert f"--onstart-cmd '{on_start}'" in create  # other tests hold that it restarts the worker
     with managed(tmp_path, toy) as manager:
         offer = manager.vast.add_offer()
         assert str(offer) in by_hand(manager, export + search)

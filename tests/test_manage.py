@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import BUILTIN, ROOT, START_SECONDS, clean_environment, wait_until
-from manager import BASH, SCRIPT, executable, folder_of
+from manager import BASH, SCRIPT, executable, folder_of, sourcing
 
 TOOLS = ("cmp", "cp", "mkdir", "rm", "sleep")  # all that the script calls beside Python
 NVIDIA_SMI = """#!/bin/sh
@@ -57,13 +57,8 @@ def run(*arguments: str, path: Path, script: Path = SCRIPT, **settings: str,
                           timeout=START_SECONDS, env=clean_environment(PATH=str(path), **settings))
 
 
-def sourcing(code: str, script: Path, *arguments: str) -> list[str]:
-    """The command of a shell that sources the script, then runs `code` on the arguments."""
-    return [BASH, "-c", f'source "$1"; shift; {code}', "test", str(script), *arguments]
-
-
 def source(code: str, *arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(sourcing(code, script, *arguments), capture_output=True, text=True,
+    return subprocess.run(sourcing(code, *arguments, script=script), capture_output=True, text=True,
                           timeout=START_SECONDS)
 
 
@@ -259,7 +254,7 @@ def test_interrupted_install_ends_pip_and_is_done_again(
         mended: tuple[Path, str], slow_index: SlowIndex) -> None:
     clone, _ = mended
     (clone / "requirements.txt").write_text(f"{slow_index.url}\n")
-    with subprocess.Popen(sourcing(ENSURE_VENV, clone / SCRIPT.name),
+    with subprocess.Popen(sourcing(ENSURE_VENV, script=clone / SCRIPT.name),
                           stderr=subprocess.PIPE) as process:
         assert slow_index.asked.wait(START_SECONDS)
         process.terminate()

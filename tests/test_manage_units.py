@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import clean_environment
-from manager import BASH, SCRIPT, executable, folder_of
+from manager import BASH, SCRIPT, executable, folder_of, sourcing
 
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
@@ -32,8 +32,7 @@ SOURCE = SCRIPT.read_text(encoding="utf-8")
 def shell(code: str, *arguments: str, stdin: str = "", **settings: str,
           ) -> subprocess.CompletedProcess[str]:
     """Sources the script, then runs `code` on the arguments; `settings` go into its environment."""
-    command = [BASH, "-c", f'source "$1"; shift; {code}', "test", str(SCRIPT), *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True,
+    return subprocess.run(sourcing(code, *arguments), input=stdin, capture_output=True, text=True,
                           timeout=RUN_SECONDS, env=clean_environment(**settings))
 
 

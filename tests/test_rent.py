@@ -14,11 +14,10 @@ import subprocess
 import urllib.request
 from collections.abc import Iterator
 
-import manager
 import pytest
 from conftest import wait_until
 from fake_vast import Request
-from manager import BASH, Run
+from manager import Run, sourcing
 from renting import Act, Acts, Scene, acts_of, drawn_out, ids_named, plays
 
 IMAGE = "ghcr.io/darvondoom/libread-bark-tts:latest"
@@ -46,12 +45,6 @@ def assert_gave_up(stage: Scene, run: Run, status: int, *words: str) -> None:
     assert (run.status, run.stdout, stage.billed()) == (status, "", {})
     assert [word for word in words if word not in run.stderr] == []
     assert ids_named(run) == set()
-
-
-def source(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What a shell says that sources the script, then runs `code` on the arguments."""
-    line = [BASH, "-c", f'source "$1"; shift; {code}', "test", str(manager.SCRIPT), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=10)
 
 
 # What is ordered
@@ -86,7 +79,8 @@ def order_with_every_option(stage: Scene) -> None:
 def assert_body(stage: Scene, env: dict[str, str | None], **different: object) -> None:
     """The one order is this to the last field; the CLI sends what is null or false."""
     (order,) = stage.vast.calls("PUT", ORDER)
-    on_start = source('printf "%s" "$ON_START"').stdout
+    on_start = subprocess.run(sourcing('printf "%s" "$ON_START"'), capture_output=True, text=True,
+                              check=True).stdout
     assert "/app/bark-worker.py" in on_start and ">/proc/1/fd/1" in on_start
     unset = ("extra", "image_login", "jupyter_dir", "price", "template_hash_id", "user")
     off = ("force", "lang_utf8", "python_utf8", "use_jupyter_lab")
@@ -289,6 +283,30 @@ def running_one_whose_worker_failed(stage: Scene) -> None:
     assert (stage.changes(), stage.billed()) == ([], {instance.id: "running"})
 
 
+def running_one_that_goes_offline(stage: Scene) -> None:
+    """While `start` waits for it."""
+    instance = stage.vast.add_instance(fate="silent")
+    stage.vast.on("GET", LIST, lambda request: instance.go_offline(), when="after")
+    run = stage.start("--yes")
+    assert (run.status, run.stdout) == (1, "")
+    assert "is offline" in run.stderr and "is left as it is, and billed" in run.stderr
+    assert (stage.changes(), stage.billed()) == ([], {instance.id: "running"})
+
+
+def running_one_that_is_outbid(stage: Scene) -> None:
+    """The command that `start` names brings it back, at once."""
+    instance = stage.vast.add_instance(price=0.05)
+    instance.outbid()
+    run = stage.start("--yes")
+    assert (run.status, run.stdout, stage.changes()) == (4, "", [])
+    advice = re.search(r"VAST_API_KEY=.* change bid [0-9]+", run.stderr)
+    assert advice and "start --replace" in run.stderr
+    subprocess.run(["sh", "-c", advice[0]], check=True, capture_output=True, timeout=30,
+                   env=stage.manager.environment(PATH=stage.path))
+    assert stage.start().stdout == f"{instance.worker_url}\n"
+    assert (instance.touched, stage.orders()) == (["bid"], [])
+
+
 def one_of_many(stage: Scene) -> None:
     """Vast lists 25 at a time; the one that runs is the last."""
     sleeping = [stage.vast.add_instance(state="stopped").id for _ in range(27)]
@@ -337,8 +355,9 @@ def stopped_one_that_vast_does_not_start(stage: Scene) -> None:
     assert stage.billed() == {instance.id: "stopped"}
 
 
-@plays(running_one, running_one_that_never_answers, running_one_whose_worker_failed, one_of_many,
-       stopped_one, stopped_one_whose_worker_fails, stopped_one_whose_gpu_is_taken,
+@plays(running_one, running_one_that_never_answers, running_one_whose_worker_failed,
+       running_one_that_goes_offline, running_one_that_is_outbid, one_of_many, stopped_one,
+       stopped_one_whose_worker_fails, stopped_one_whose_gpu_is_taken,
        stopped_one_that_vast_does_not_start)
 def test_what_runs_stays_and_what_sleeps_is_woken_or_sleeps_again(act: Act, acts: Acts) -> None:
     acts.end_of(act)
@@ -470,22 +489,6 @@ def instance_of_which_nobody_knows(stage: Scene) -> None:
        instance_of_which_nobody_knows, nothing_ready_in_time, image_that_is_not_there)
 def test_what_fails_is_destroyed_before_the_next_is_tried(act: Act, acts: Acts) -> None:
     acts.end_of(act)
-
-
-@pytest.mark.parametrize(("message", "everywhere"), [
-    ("Error response from daemon: manifest unknown", True),
-    ("manifest for ghcr.io/x/y:z not found: manifest unknown", True),
-    ("pull access denied for x, repository does not exist or may require 'docker login'", True),
-    ("denied: requested access to the resource is denied", True),
-    ("Head https://ghcr.io/v2/x/manifests/latest: unauthorized", True),
-    ("no matching manifest for linux/arm64 in the manifest list entries", True),
-    ("OCI runtime create failed: unable to start container process", False),
-    ("failed to register layer: no space left on device", False),
-    ("net/http: TLS handshake timeout error", False),
-    ("Error: nvidia-container-cli: initialization error", False),
-])
-def test_an_image_fault_is_one_that_every_host_would_have(message: str, everywhere: bool) -> None:
-    assert (source('is_image_fault "$1"', message).returncode == 0) is everywhere
 
 
 # What Vast refuses, and what the net loses

@@ -225,6 +225,23 @@ def test_a_worker_is_rented_used_put_to_sleep_woken_and_destroyed(act: Act, acts
     acts.end_of(act)
 
 
+def worker_that_crashes(stage: Scene) -> None:
+    """What `start` ordered starts it again, and the log tells."""
+    stage.vast.add_offer()
+    assert run(stage, "start", "--yes").status == 0
+    worker = stage.only()
+    worker.crash_worker()
+    ended(run(stage, "test"), 1, "does not speak")
+    assert run(stage, "start").stdout == f"{worker.worker_url}\n"
+    assert "bark-worker ended with status 137\n" in says(stage, "logs")
+    assert stage.orders() == [worker.offer["id"]]
+
+
+@plays(worker_that_crashes)
+def test_a_worker_that_crashes_is_started_again(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
 # status
 
 
