@@ -1442,14 +1442,17 @@ order_instance() {
     404 | 410) reason="offer $offer_id is gone" ;;
     429) reason='Vast wants fewer orders' ;;
     no) reason="Vast does not rent offer $offer_id: $complaint" ;;
-    4* | usage) die_by_vast "offer $offer_id cannot be rented" ;;
-    *) say "no clear answer to the order ($reason): looking for what it brought"
+    *) ! is_clear_no || die_by_vast "offer $offer_id cannot be rented"
+      say "no clear answer to the order ($reason): looking for what it brought"
       ! find_order || return 0
       reason="no answer to the order of offer $offer_id, and nothing came of it" ;;
   esac
   say "$reason"
   return 1
 }
+
+# Whether what was asked for last has no effect for certain: 408 may come from a proxy between.
+is_clear_no() { [[ "$refused" =~ ^(no|usage|4[0-9]{2})$ && "$refused" != 408 ]]; }
 
 # usage: reply_says FILTER    (prints nothing if the reply is no JSON object)
 reply_says() { jq -r "objects | $1" <<<"$reply" 2>/dev/null || true; }
@@ -1465,9 +1468,7 @@ read_order() {
   if [[ "$(reply_says .success)" == false ]]; then
     refused=no complaint="$(reply_says '.msg // .error // "no reason given"')"
   fi
-  if [[ -n "$known" || "$refused" == 4* || "$refused" == no || "$refused" == usage ]]; then
-    closed=1
-  fi
+  if [[ -n "$known" ]] || is_clear_no; then closed=1; fi
   rented_id="$known" open_orders=$((open_orders - closed)) ordering=''
 }
 

@@ -219,6 +219,21 @@ def test_the_worker_knows_every_variable_of_the_manager(bark: ModuleType) -> Non
     assert read - {v.name for v in bark.VARIABLES} == bark.MANAGER_VARIABLES
 
 
+# An order's answer
+
+
+@pytest.mark.parametrize(("refused", "left"), [
+    *[(one, 0) for one in ("400", "401", "403", "404", "410", "429", "no", "usage")],
+    *[(one, 1) for one in ("408", "500", "502", "504", "")],
+])
+def test_an_order_is_open_unless_the_answer_is_no_for_certain(refused: str, left: int,
+                                                              tmp_path: Path) -> None:
+    for name in ("out", "err"):
+        (tmp_path / name).touch()
+    code = 'scratch="$1" refused="$2" open_orders=1; read_order; echo "$open_orders"'
+    assert answer(code, str(tmp_path), refused) == f"{left}\n"
+
+
 # The on-start command
 
 
