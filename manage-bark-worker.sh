@@ -1352,7 +1352,8 @@ ask_to_start() {
 # usage: replace_or_die ID STATUS MESSAGE
 replace_or_die() {
   [[ -n "$replace" ]] || die "$2" "$3
-To rent another and destroy this one then: $AGAIN start --replace"
+To rent another and destroy this one then: $AGAIN start --replace
+While Vast lists it, its storage is billed; to end that: $AGAIN destroy $1"
   say "$3: renting another"
   replaced_id="$1"
   rent

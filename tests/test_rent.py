@@ -301,6 +301,8 @@ def running_one_that_is_outbid(stage: Scene) -> None:
     assert (run.status, run.stdout, stage.changes()) == (4, "", [])
     advice = re.search(r"VAST_API_KEY=.* change bid [0-9]+", run.stderr)
     assert advice and "start --replace" in run.stderr
+    assert f"storage is billed; to end that: ./manage-bark-worker.sh destroy {instance.id}\n" \
+        in run.stderr
     subprocess.run(["sh", "-c", advice[0]], check=True, capture_output=True, timeout=30,
                    env=stage.manager.environment(PATH=stage.path))
     assert stage.start().stdout == f"{instance.worker_url}\n"
