@@ -447,6 +447,16 @@ def one_that_is_stuck_before_a_healthy_one(stage: Scene) -> None:
     assert "not healthy within 15 s: loading: Pulling" in run.stderr
 
 
+def worker_that_fails_before_a_healthy_one(stage: Scene) -> None:
+    """Its word is enough: nobody waits for the timeout."""
+    offers = [stage.vast.add_offer(), stage.vast.add_offer(dph_base=0.07)]
+    stage.workers_say("failed", error="no weights here")
+    stage.vast.on("DELETE", ANY_ID, lambda request: stage.workers_say("ready"))
+    run = stage.start("--yes")
+    assert_rented(stage, run, *offers)
+    assert "the worker failed: no weights here" in run.stderr
+
+
 def nothing_ready_in_time(stage: Scene) -> None:
     """What counts for the exit status is the last one."""
     stage.vast.add_offer(fate="exited")
@@ -488,7 +498,8 @@ def instance_of_which_nobody_knows(stage: Scene) -> None:
 
 
 @plays(settings_that_the_worker_refuses, three_that_fail, one_that_is_stuck_before_a_healthy_one,
-       instance_of_which_nobody_knows, nothing_ready_in_time, image_that_is_not_there)
+       instance_of_which_nobody_knows, worker_that_fails_before_a_healthy_one,
+       nothing_ready_in_time, image_that_is_not_there)
 def test_what_fails_is_destroyed_before_the_next_is_tried(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
