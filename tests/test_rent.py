@@ -614,6 +614,8 @@ def gpu_taken_for_a_minute(stage: Scene) -> None:
     run = stage.start("--replace", "--yes", BARK_POLL="5")
     assert_rented(stage, run, offer)
     assert "the GPU of instance" in run.stderr and stage.vast.destroyed == [old.id]
+    begun, ended = (one.time for one in stage.vast.calls("PUT", f"/instances/{old.id}/"))
+    assert ended - begun >= 60
 
 
 def destroy_that_never_works(stage: Scene) -> None:
