@@ -918,17 +918,20 @@ say_still_billed() {
 
 # The options of search.
 gpus="$DEFAULT_GPUS" min_vram=8 max_price=0.20 min_reliability=0.95 disk=50 region=''
-rent_options=''    # those given, of this kind
+rent_options=''    # names of what was said that only a new instance can have
 pricing='on-demand' bid='' image="${BARK_IMAGE:-$DEFAULT_IMAGE}"
+
+# usage: note_rent_option NAME
+note_rent_option() { rent_options="${rent_options:+$rent_options, }$1"; }
 
 # usage: search_option COMMAND OPTION [VALUE]    (fails for an option that is none of search's)
 search_option() {
   case "$2" in
-    --interruptible) pricing=bid; return 0 ;;
+    --interruptible) note_rent_option "$2"; pricing=bid; return 0 ;;
     --gpu | --min-vram | --max-price | --min-reliability | --disk | --region | --bid | --image) ;;
     *) return 1 ;;
   esac
-  rent_options="${rent_options:+$rent_options, }$2"
+  note_rent_option "$2"
   need_value "$1" "$2" "${3:-}"
   case "$2" in
     --gpu) gpus="$(gpu_names "$3")"; [[ "$gpus" != ANY ]] || gpus='' ;;
@@ -1236,8 +1239,8 @@ start_option() {
     --model | --voice | --timeout) need_value start "$1" "${2:-}" ;;
   esac
   case "$1" in
-    --model) model="$2" rent_options="${rent_options:+$rent_options, }--model" ;;
-    --voice) voice="$2" rent_options="${rent_options:+$rent_options, }--voice" ;;
+    --model) model="$2"; note_rent_option "$1" ;;
+    --voice) voice="$2"; note_rent_option "$1" ;;
     --timeout) need_whole start "$1" "$2" 1 86400; timeout="$((10#$2))" ;;
     --replace) replace=yes ;;
     --dry-run) dry_run=yes ;;
@@ -1260,6 +1263,9 @@ parse_start() {
   [[ -z "$voice" ]] || need_plain start --voice "$voice"
   for name in $PASSED_ON; do
     [[ -z "${!name:-}" ]] || need_plain start "$name" "${!name}"
+  done
+  for name in BARK_IMAGE BARK_MODEL BARK_VOICE $PASSED_ON; do
+    [[ -z "${!name:-}" ]] || note_rent_option "$name"
   done
 }
 
@@ -1296,12 +1302,16 @@ nobody bids more, or at once for a higher bid: $(by_hand change bid "$id")" ;;
   esac
 }
 
+say_what_does_not_count() {
+  [[ -z "$rent_options" ]] || say "it keeps what it was rented with; for a new one with" \
+    "$rent_options, destroy it first: $AGAIN destroy"
+}
+
 # usage: join ID    (waits for an instance that is not this run's, and leaves it alone)
 join() {
   say "instance $1 is there already"
   if_cut="instance $1 is left as it is, and billed"
-  [[ -z "$rent_options" ]] ||
-    say "it stays as it is; to have $rent_options count, destroy it first"
+  say_what_does_not_count
   if await_worker "$1" "$timeout"; then announce "$1"; return 0; fi
   [[ "$outcome" == gone ]] ||
     say "instance $1 is left as it is, and billed; to end it: $AGAIN destroy $1"
@@ -1316,6 +1326,7 @@ join() {
 wake() {
   local status
   say "instance $1 is stopped: starting it again"
+  say_what_does_not_count
   woken_id="$1" if_cut=''
   outcome=''
   ask_to_start "$1"

@@ -263,6 +263,10 @@ def running_one(stage: Scene) -> None:
     stage.vast.add_offer()
     run = stage.start()
     assert (run.status, run.stdout) == (0, f"{instance.worker_url}\n")
+    assert "it keeps what it was rented with" not in run.stderr
+    run = stage.start("--gpu", "3060", "--interruptible", BARK_MAX_BATCH="2")
+    assert (run.status, run.stdout) == (0, f"{instance.worker_url}\n")
+    assert "a new one with --gpu, --interruptible, BARK_MAX_BATCH, destroy it first" in run.stderr
     assert (stage.changes(), stage.billed()) == ([], {instance.id: "running"})
 
 
@@ -322,7 +326,8 @@ def one_of_many(stage: Scene) -> None:
 def stopped_one(stage: Scene) -> None:
     instance = stage.vast.add_instance(state="stopped")
     stage.vast.add_offer()
-    run = stage.start()
+    run = stage.start("--model=suno/bark-small")
+    assert "a new one with --model, destroy it first" in run.stderr
     assert (run.status, run.stdout) == (0, f"{instance.worker_url}\n")
     assert (instance.touched, stage.orders()) == (["running"], [])
     assert stage.billed() == {instance.id: "running"}
