@@ -601,6 +601,22 @@ def test_a_sound_is_taken_if_it_is_whole_and_can_be_heard(sound: bytes, told: st
     assert done.stdout == f"{told}\n" if good else told in done.stdout
 
 
+@pytest.mark.parametrize(("player", "options"), [
+    ("aplay", ""), ("afplay", ""), ("paplay", ""), ("ffplay", "-nodisp -autoexit ")])
+def test_a_sound_is_played_by_whatever_plays_sounds_here(player: str, options: str,
+                                                         tmp_path: Path) -> None:
+    executable(tmp_path / player, '#!/bin/sh\necho "${0##*/} $*"\n')
+    done = shell('PATH="$1"; play_sound "a sound.wav"', str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"{player} {options}a sound.wav\n"
+
+
+def test_where_nothing_plays_sounds_it_says_where_the_sound_is(tmp_path: Path) -> None:
+    done = shell('PATH="$1"; play_sound a.wav', str(tmp_path))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "no player found (aplay, " in done.stderr and "the sound is in a.wav" in done.stderr
+
+
 # Keys and tools
 
 

@@ -27,7 +27,7 @@ import pytest
 import toy_model
 from conftest import ROOT, wait_until
 from fake_vast import Instance, Request
-from manager import RUN_SECONDS, Run
+from manager import RUN_SECONDS, Run, executable
 from renting import Act, Acts, Scene, acts_of, ids_named, plays
 
 GB_AT_50 = 0.15 * 50 / 720  # $/h that 50 GB of an ordinary offer cost
@@ -180,7 +180,12 @@ def start_wakes(stage: Scene, worker: Instance) -> None:
     done = run(stage, "start", "--yes")
     assert (done.status, done.stdout) == (0, f"{worker.worker_url}\n")
     assert stage.only().id == before and worker.intended == "running"
-    assert "s of speech" in says(stage, "test", "Hello again.")
+    player = stage.manager.home / "players/aplay"
+    player.parent.mkdir()
+    executable(player, '#!/bin/sh\necho "$@" >"$HOME/played"\n')
+    path = os.pathsep.join((str(player.parent), stage.path))
+    assert "s of speech" in says(stage, "test", "Hello again.", "--play", PATH=path)
+    assert (stage.manager.home / "played").read_text() == "bark-test.wav\n"
 
 
 def make_worker_real(stage: Scene) -> None:
@@ -616,13 +621,11 @@ def stub_ssh(stage: Scene, status: int) -> str:
     """
     folder = stage.manager.home / "bin"
     folder.mkdir(exist_ok=True)
-    program = folder / "ssh"
-    program.write_text(f'''#!/bin/sh
+    executable(folder / "ssh", f'''#!/bin/sh
 printf "%s\\n" "$@" >"$HOME/words"
 [ {status} = 0 ] || exit {status}
 for word; do case "$word" in LocalCommand=*) eval "${{word#*=}}" ;; esac; done
 ''')
-    program.chmod(0o755)
     return os.pathsep.join((str(folder), stage.path))
 
 
