@@ -88,8 +88,11 @@ class Local:
         return self.answer[0].split("/synthesize")[0].rpartition(":")[2]
 
     def worker(self) -> psutil.Process:
-        found = [child for child in psutil.Process(self.process.pid).children(recursive=True)
-                 if "bark-worker.py" in " ".join(child.cmdline())]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it may just have ended, as `sleep` does
+                if "bark-worker.py" in " ".join(child.cmdline()):
+                    found.append(child)
         assert len(found) == 1
         return found[0]
 
