@@ -354,7 +354,26 @@ def test_local_speaks_as_its_own_line_says_and_ctrl_c_leaves_nothing(
     assert '-H "Authorization: Bearer $BARK_API_KEY"' in local.answer[0]
     assert "secret-key" not in "".join(local.answer + local.log)
     assert len(local.answer) == 2 and "/health" in local.answer[1]
-    assert "no NVIDIA GPU here" in local.log[0] and "loading\n" in local.log
+    assert "no NVIDIA GPU here" in local.log[0]
+    assert any(line.startswith("ready after ") for line in local.log)
+
+
+# Answers in turn with the lines of its argument, instead of a worker.
+WORKER_SAYS = """exec 3<<<"$1"
+worker_health() { local line; IFS= read -r line <&3 && printf '%s\\n' "$line"; }
+child_lives() { :; }
+short_pause() { :; }
+wait_until_ready http://127.0.0.1:9"""
+
+
+def test_each_state_before_ready_is_told_once() -> None:
+    """A small model is through them faster than anybody looks, so no worker is asked here."""
+    states = ["loading ", "loading ", "downloading 43 % of 5.0 GB", "warming ", "ready "]
+    done = source(WORKER_SAYS, "\n".join(states))
+    assert (done.returncode, done.stdout) == (0, "")
+    *told, last = done.stderr.splitlines()
+    assert told == ["loading", "downloading 43 % of 5.0 GB", "warming"]
+    assert last.startswith("ready after ")
 
 
 def test_sigterm_while_it_starts_ends_the_worker_too(bare_path: Path) -> None:
