@@ -651,9 +651,6 @@ def resolve_device(config: Config) -> torch.device:
             f" {torch.cuda.device_count()} GPUs; install a driver that fits this torch build,"
             " or set BARK_DEVICE=cpu"
         )
-    if device.type == "cpu" and not config.device and torch.version.cuda:
-        log.warning("torch %s is built for CUDA %s but sees no GPU: using the CPU. With a GPU here,"
-                    " its driver is too old for this build", torch.__version__, torch.version.cuda)
     return device
 
 
@@ -671,11 +668,7 @@ def best_dtype(device: torch.device, hidden_size: int) -> str:
 
 
 def default_model(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "suno/bark"
-    log.warning("no GPU: serving suno/bark-small, several times slower than speech;"
-                " BARK_MODEL chooses another")
-    return "suno/bark-small"
+    return "suno/bark" if device.type == "cuda" else "suno/bark-small"
 
 
 def match_root(names: Iterable[str], pattern: str) -> list[str]:
@@ -2900,6 +2893,20 @@ POLL_SECONDS = 0.1
 FIXED_SLOTS = 4  # with BARK_DETERMINISTIC: the same whatever memory happens to be free
 SPARE_FILES = 128  # open files that are no connections: weights, libraries, logs
 EXIT_FAILED, EXIT_USAGE = 1, 2
+BUILTIN_VOICE = Path(__file__).resolve().parent / "builtin-voice"
+
+
+def cpu_notice(config: Config, device: torch.device, model_id: str) -> str:
+    """What to know where no GPU speaks, and how to choose on purpose; empty on a GPU."""
+    if device.type == "cuda":
+        return ""
+    cause = f"BARK_DEVICE is {config.device}" if config.device else "no GPU"
+    if torch.version.cuda and not config.device:
+        cause += (f" that torch {torch.__version__} can use (if there is one, its driver is too old"
+                  f" for CUDA {torch.version.cuda}, or the container lacks --gpus all)")
+    builtin = f", {BUILTIN_VOICE} (tiny, real time)" if BUILTIN_VOICE.is_dir() else ""
+    return (f"{cause}: {model_id} on the CPU; BARK_MODEL chooses: suno/bark-small (several times"
+            f" slower than speech){builtin} or another")
 
 
 def load_engine(config: Config, state: State, model_id: str, device: torch.device) -> Engine:
@@ -3011,16 +3018,22 @@ class Signals:
             signal.signal(each, signal.SIG_DFL)
 
 
-def serve(config: Config) -> int:
-    """Runs until a signal or a failure; the exit status."""
+def serve(config: Config, unknown: list[str]) -> int:
+    """Runs until a signal or a failure; the exit status. `unknown` variables are warned of."""
     try:
         device = resolve_device(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
     model_id = config.model or default_model(device)
+    notice = cpu_notice(config, device, model_id)
+    if notice:  # before all else, as a person who paid for a GPU must not miss it
+        log.warning("%s", notice)
+    for name in unknown:
+        log.warning("%s is set, but there is no such setting; --help lists them", name)
     state = State(model_id=model_id, device=str(device), dtype=config.dtype,
-                  cuda_available=torch.cuda.is_available(), voice=config.voice, sample_rate=None)
+                  cuda_available=torch.cuda.is_available(), voice=config.voice, sample_rate=None,
+                  **({"notice": notice} if notice else {}))
     scheduler = Scheduler(lambda state: load_engine(config, state, model_id, device), state,
                           config.max_queue)
     log.info("model=%s device=%s", model_id, device)
@@ -3076,9 +3089,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
-    for name in unknown_variables(os.environ):
-        log.warning("%s is set, but there is no such setting; --help lists them", name)
-    return serve(config)
+    return serve(config, unknown_variables(os.environ))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import ModuleType
 from typing import Any
 
@@ -124,23 +123,19 @@ def test_a_wrong_start_prints_why_and_exits_with_2_before_serving(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bark.os, "environ", {"PORT": "x", "BARK_DTYPE": "fp16"})
-    monkeypatch.setattr(bark, "serve", lambda config: pytest.fail("served all the same"))
+    monkeypatch.setattr(bark, "serve", lambda *_: pytest.fail("served all the same"))
     assert bark.main([]) == 2
     output = capsys.readouterr()
     assert output.out == "" and "PORT is 'x'" in output.err and "BARK_DTYPE" in output.err
 
 
-def test_an_unknown_variable_of_ours_is_warned_about(
-        bark: ModuleType, monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_variable_of_ours_is_told_apart(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     known = dict.fromkeys(DOCUMENTED | bark.MANAGER_VARIABLES, "")
     settings = {**known, "BARK_VIOCE": "male", "BARKING": "1", "TTS_HOME": "/x", "PORT": "0"}
     monkeypatch.setattr(bark.os, "environ", settings)
-    monkeypatch.setattr(bark, "serve", lambda config: config.port)
-    with caplog.at_level(logging.WARNING):
-        assert bark.main([]) == 0
-    assert [record.message for record in caplog.records] == [
-        "BARK_VIOCE is set, but there is no such setting; --help lists them"]
+    monkeypatch.setattr(bark, "serve", lambda config, unknown: unknown)
+    assert bark.main([]) == ["BARK_VIOCE"]
 
 
 def test_a_device_that_is_not_there_is_an_error_that_tells_what_to_do(
@@ -160,6 +155,19 @@ def test_a_gpu_is_used_unless_told_otherwise(
     monkeypatch.setattr(bark.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bark.torch.cuda, "device_count", lambda: 2)
     assert str(bark.resolve_device(bark.Config(**settings))) == expected
+
+
+@pytest.mark.parametrize(("device", "settings", "build", "words"), [
+    ("cuda:0", {}, "12.6", []),
+    ("cpu", {}, None, ["no GPU: suno/bark-small on the CPU", "builtin-voice"]),
+    ("cpu", {}, "12.6", ["no GPU that torch", "CUDA 12.6", "--gpus all", "builtin-voice"]),
+    ("cpu", {"device": "cpu"}, "12.6", ["BARK_DEVICE is cpu: suno/bark-small"])])
+def test_who_gets_no_gpu_is_told_why_and_what_to_choose(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, settings: dict[str, str],
+        build: str | None, words: list[str]) -> None:
+    monkeypatch.setattr(bark.torch.version, "cuda", build)
+    notice = bark.cpu_notice(bark.Config(**settings), bark.torch.device(device), "suno/bark-small")
+    assert all(word in notice for word in words) and bool(notice) == bool(words)
 
 
 @pytest.mark.parametrize(("device", "abilities", "hidden_size", "expected"), [

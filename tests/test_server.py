@@ -55,7 +55,8 @@ def narrow(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work
     script = write_launcher(tmp_path_factory.mktemp("narrow"), READ_SECONDS=2.0,
                             MAX_CONNECTIONS=12, LINGER_SECONDS=0.5)
     with running_worker(script, BARK_MODEL=str(toy), BARK_API_KEY=KEY, BARK_MAX_BATCH="1",
-                        BARK_MAX_QUEUE="1", BARK_TIMEOUT="3", TTS_MAX_LENGTH="2000") as worker:
+                        BARK_MAX_QUEUE="1", BARK_TIMEOUT="3", TTS_MAX_LENGTH="2000",
+                        BARK_VIOCE="misspelt") as worker:
         worker.wait_for("ready")
         yield worker
 
@@ -288,6 +289,14 @@ def test_health_has_every_documented_field(worker: Worker, toy: Path) -> None:
     assert health["version"] and health["uptime"] >= 0
     assert set(health["queue"]) == {"running", "waiting", "capacity"}
     assert health["queue"]["capacity"] == 32 and "error" not in health
+
+
+def test_the_first_log_line_and_health_say_that_there_is_no_gpu(narrow: Worker) -> None:
+    notice = narrow.health()["notice"]
+    assert notice.startswith("no GPU") and "BARK_MODEL chooses" in notice
+    assert narrow.log[0].endswith(f" WARNING {notice}\n")
+    assert narrow.log[1].endswith("BARK_VIOCE is set, but there is no such setting; --help lists"
+                                  " them\n")
 
 
 def test_ready_answers_200(worker: Worker) -> None:
