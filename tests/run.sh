@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every quick check: ruff, ShellCheck, pytest. Arguments go to pytest: tests/run.sh -k voice
+# Runs every quick check: ruff, ShellCheck, hadolint, pytest. Arguments go to pytest: tests/run.sh -k voice
 # Beyond pip it needs Python 3.11 or newer with its venv module, curl and jq.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +23,7 @@ done
 step venv ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt"
 step ruff .venv/bin/ruff check .
 step shellcheck .venv/bin/shellcheck -x manage-bark-worker.sh tests/*.sh .ci/run
+step hadolint .venv/bin/hadolint Dockerfile.ghcr
 step pytest .venv/bin/python -m pytest -n 2 --dist loadfile -m 'not long' "$@"
 say "-- $SECONDS s in all"
 if [[ -n "$failed" ]]; then
