@@ -145,8 +145,15 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -
 @contextlib.contextmanager
 def running_worker(script: Path | None = None, **settings: str) -> Iterator[Worker]:
     """A worker that listens, ready or not; ended and its log shown on failure at the end."""
-    process = subprocess.Popen([sys.executable, str(script or WORKER)], text=True, cwd=ROOT,
-                               env=clean_environment(**settings), stderr=subprocess.PIPE)
+    with listening(subprocess.Popen([sys.executable, str(script or WORKER)], text=True, cwd=ROOT,
+                                    env=clean_environment(**settings),
+                                    stderr=subprocess.PIPE)) as worker:
+        yield worker
+
+
+@contextlib.contextmanager
+def listening(process: subprocess.Popen[str]) -> Iterator[Worker]:
+    """The worker in a process, from when it listens; ended and its log shown at the end."""
     worker = Worker(process)
     reader = threading.Thread(target=worker.read_log, daemon=True)
     reader.start()

@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./manage-bark-worker.sh
 
 ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt"
-exec .venv/bin/python -m pytest -m long "$@"
+exec .venv/bin/python -m pytest -m long -rs "$@"
