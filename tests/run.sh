@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every quick check: ruff, ShellCheck, hadolint, pytest. Arguments go to pytest: tests/run.sh -k voice
+# Runs every quick check: linters of code, image and workflows, then pytest, which gets the
+# arguments: tests/run.sh -k voice
 # Beyond pip it needs Python 3.11 or newer with its venv module, curl and jq.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,6 +25,10 @@ step venv ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt"
 step ruff .venv/bin/ruff check .
 step shellcheck .venv/bin/shellcheck -x manage-bark-worker.sh tests/*.sh .ci/run
 step hadolint .venv/bin/hadolint Dockerfile.ghcr
+step workflows .venv/bin/check-jsonschema --builtin-schema vendor.github-workflows \
+  .github/workflows/*.yml
+step dependabot .venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+step zizmor .venv/bin/zizmor --offline --no-progress --quiet .github
 step pytest .venv/bin/python -m pytest -n 2 --dist loadfile -m 'not long' "$@"
 say "-- $SECONDS s in all"
 if [[ -n "$failed" ]]; then

@@ -1,0 +1,79 @@
+"""What can be said of Dockerfile.ghcr without building it; test_image.py builds it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, Worker, running_worker
+
+TEXT = (ROOT / "Dockerfile.ghcr").read_text(encoding="utf-8")
+# Instructions, with continued lines joined and comments gone.
+LINES = re.sub(r"\\\n", "", re.sub(r"^#.*\n", "", TEXT, flags=re.M)).splitlines()
+
+
+def instructions(name: str) -> list[str]:
+    return [line.split(None, 1)[1] for line in LINES if line.startswith(f"{name} ")]
+
+
+def probe(port: int) -> int:
+    """The exit status of the HEALTHCHECK's command for a worker on a port."""
+    _, command = instructions("HEALTHCHECK")[0].split(" CMD ")
+    program, *arguments = json.loads(command)
+    assert program == "python"
+    return subprocess.run([sys.executable, *arguments], env={"PORT": str(port)}, timeout=30,
+                          capture_output=True, check=False).returncode
+
+
+def test_the_healthcheck_is_content_with_a_ready_worker(worker: Worker) -> None:
+    assert probe(worker.port) == 0
+
+
+def test_the_healthcheck_complains_of_a_worker_that_is_not_ready() -> None:
+    with running_worker(BARK_MODEL="/nothing") as worker:
+        worker.wait_for("failed")
+        assert probe(worker.port) == 1
+
+
+def test_the_context_is_what_the_dockerfile_copies() -> None:
+    ignored, *allowed = [line for line in (ROOT / ".dockerignore").read_text().splitlines()
+                         if not line.startswith("#")]
+    copied = {word for line in instructions("COPY") for word in line.split()[:-1]
+              if not word.startswith("--")}
+    assert ignored == "*" and {line.removeprefix("!") for line in allowed} == copied
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_worker_comes_last_of_what_fills_layers() -> None:
+    filling = [line for line in LINES if line.startswith(("RUN ", "COPY ", "ADD "))]
+    assert filling[-1].endswith("bark-worker.py /app/")
+
+
+def test_no_version_of_a_package_stands_in_the_dockerfile_too() -> None:
+    names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
+    assert "torch" in names and not re.findall(r"\d==|==\d|[<>]=", TEXT)
+
+
+def test_the_base_is_pinned_by_tag_and_digest() -> None:
+    first, *others = instructions("FROM")
+    assert re.fullmatch(r"docker\.io/library/python:[\w.-]+-slim\S*@sha256:[0-9a-f]{64} AS python",
+                        first)
+    assert instructions("ARG")[0] == "BASE=python" and all("${BASE}" in line for line in others)
+
+
+@pytest.mark.parametrize("name", ["build-bark-tts", "ci"])
+def test_every_action_is_pinned_by_a_commit_and_says_its_version(name: str) -> None:
+    workflow = (ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8")
+    uses = re.findall(r"uses: (.*)", workflow)
+    assert uses and all(re.fullmatch(r"\S+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use)
+                        for use in uses if not use.startswith("$/"))
+
+
+def test_both_variants_that_are_published_are_the_managers_own() -> None:
+    workflow = (ROOT / ".github/workflows/build-bark-tts.yml").read_text(encoding="utf-8")
+    manager = (ROOT / "manage-bark-worker.sh").read_text(encoding="utf-8")
+    published = set(re.findall(r"cuda: (cu\d+)", workflow))
+    assert len(published) == 2 and published == set(re.findall(r"printf '(cu\d+)\\n'", manager))
