@@ -132,3 +132,26 @@ def test_the_route_by_hand_leads_to_a_worker_that_only_its_key_opens(
         assert manager.run("test").status == 0
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{instance.worker_url}/voices")
+
+
+def dockerfile() -> str:
+    return (ROOT / "Dockerfile.ghcr").read_text(encoding="utf-8")
+
+
+def test_the_build_arguments_are_the_dockerfiles_own() -> None:
+    listed = {row[0].strip("`"): row[1].strip("`") for row in rows("In Docker")}
+    declared = dict(re.findall(r"^ARG (\w+)(?:=(.*))?$", dockerfile(), re.M))
+    assert listed.keys() == declared.keys() and listed["CUDA"] == declared["CUDA"]
+    assert set(re.findall(r"--build-arg (\w+)=", README)) <= declared.keys()
+
+
+def test_the_docker_commands_fit_the_image() -> None:
+    run = shell_block("docker run", "--gpus all")
+    image = re.search(r"DEFAULT_IMAGE='?([^'\s]+)", SCRIPT.read_text(encoding="utf-8"))[1]
+    assert image in run and image in shell_block("docker run", "BARK_MODEL=")
+    assert f"HF_HOME={re.search(r'-v [^:]+:([^ ]+) ', run)[1]}\n" in dockerfile()
+    assert f"EXPOSE {re.search(r'-p 8080:([0-9]+)', run)[1]}\n" in dockerfile()
+    assert f" builtin-voice {re.search(r'BARK_MODEL=(/app/[a-z-]+)', README)[1]}\n" in dockerfile()
+    assert all((ROOT / name).is_file() for name in re.findall(r"docker build -f (\S+)", README))
+    user = re.search(r"runs as user (\d+)", README)[1]
+    assert f"USER {user}:" in dockerfile() and f"--uid {user} " in dockerfile()
