@@ -89,7 +89,7 @@ def test_the_worker_speaks_without_a_gpu_and_ends_with_sigterm(engine: Engine, u
 
 
 def test_vasts_on_start_command_starts_the_worker_and_starts_it_again(buildah: Buildah) -> None:
-    on_start = output_of("bash", "-c", 'source "$0"; printf %s "$ON_START"', SCRIPT)
+    on_start = output_of("bash", "-c", 'source "$1"; printf %s "$ON_START"', "bash", SCRIPT)
     with listening(buildah.start("0:0", "bash", "-c", f"exec >&2\n{on_start}\nwait",
                                  BARK_MODEL=BUILTIN_VOICE)) as worker:
         worker.wait_for("ready")
