@@ -6,10 +6,12 @@
     curl -s http://127.0.0.1:8080/synthesize -H 'Content-Type: application/json' \\
          -H 'Accept: audio/wav' -d '{"text": "Hello, world!"}' -o hello.wav
 
+    python bark-worker.py --serverless    # a worker of a Vast.ai endpoint, which routes and scales
+
 Endpoints: GET /health, GET /ready, GET /voices, POST /synthesize, and a short page at GET /.
 
 Reading order is bottom-up, each section knows only what stands above it: errors, configuration,
-text, audio, model, engine, narrator, scheduler, HTTP, main.
+text, audio, model, engine, narrator, scheduler, HTTP, serverless, main.
 
     HTTP threads --- request ---> scheduler thread --- segments ---> engine --- tensors ---> Bark
     HTTP threads <-- audio ------ scheduler thread <-- finished ---- engine <-- tokens ----- Bark
@@ -44,6 +46,7 @@ import socket
 import socketserver
 import struct
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -194,6 +197,18 @@ def parse_key(value: str) -> str:
     return value
 
 
+def parse_addresses(value: str) -> str:
+    if not re.fullmatch(r"https?://[!-+\--~]+(,https?://[!-+\--~]+)*", value):
+        raise ValueError("http:// or https:// addresses, joined by commas")
+    return value
+
+
+def parse_host(value: str) -> str:
+    if not re.fullmatch(r"[0-9A-Za-z.:\[\]-]+", value):
+        raise ValueError("an address or a host's name")
+    return value
+
+
 class Variable(NamedTuple):
     """One environment variable: its `Config` field, its default as shown, and what it means."""
 
@@ -231,10 +246,25 @@ VARIABLES = (
              "on: one fixed batch shape, so that audio never depends on the neighbours"),
 )
 
+# What --serverless needs beside them. Vast's PyWorker reads these itself, and breaks over them one
+# by one and late; so they are checked before. {port} is WORKER_PORT's value.
+SERVERLESS_VARIABLES = (
+    Variable("WORKER_PORT", "worker_port", "", parse_integer(1, 65534),
+             "port that PyWorker listens on, on HOST; the next one is its own"),
+    Variable("CONTAINER_ID", "", "", parse_integer(0, 10**12 - 1), "the instance's number"),
+    Variable("REPORT_ADDR", "", "", parse_addresses, "where Vast takes PyWorker's reports"),
+    Variable("PUBLIC_IPADDR", "", "", parse_host, "the machine's public address"),
+    Variable("VAST_TCP_PORT_{port}", "", "", parse_integer(1, 65535),
+             "the public port that leads to WORKER_PORT"),
+)
+
 
 @dataclass(frozen=True)
 class Config:
-    """The settings, checked. None means: decided when device and free memory are known."""
+    """The settings, checked. None means: decided when device and free memory are known.
+
+    `worker_port` is PyWorker's; None without --serverless.
+    """
 
     voice: str = "v2/en_speaker_6"
     max_text_length: int = 500
@@ -248,10 +278,14 @@ class Config:
     max_queue: int = 32
     timeout: float = 600.0
     deterministic: bool = False
+    worker_port: int | None = None
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Config:
-        """Reads VARIABLES; an empty one is unset. Raises ConfigError naming every wrong one."""
+    def from_env(cls, environ: Mapping[str, str], serverless: bool = False) -> Config:
+        """Reads VARIABLES; an empty one is unset. Raises ConfigError naming every wrong one.
+
+        With `serverless` also SERVERLESS_VARIABLES, none of which may be unset.
+        """
         values, wrong = {}, []
         for variable in VARIABLES:
             raw = environ.get(variable.name, "")
@@ -262,9 +296,30 @@ class Config:
             except ValueError as allowed:
                 found = "" if variable.name == "BARK_API_KEY" else f" is {shown(raw)};"
                 wrong.append(f"{variable.name}{found} allowed: {allowed}")
+        if serverless:
+            wrong += wrong_for_serverless(environ)
         if wrong:
             raise ConfigError("wrong configuration:\n  " + "\n  ".join(wrong))
+        if serverless:
+            values["worker_port"] = int(environ["WORKER_PORT"])
         return cls(**values)
+
+
+def wrong_for_serverless(environ: Mapping[str, str]) -> list[str]:
+    """What is wrong with SERVERLESS_VARIABLES, a line each."""
+    wrong = []
+    for variable in SERVERLESS_VARIABLES:
+        name = variable.name.format(port=environ.get("WORKER_PORT") or "<WORKER_PORT>")
+        raw = environ.get(name, "")
+        try:
+            variable.parse(raw)
+        except ValueError as allowed:
+            found = f"is {shown(raw)}" if raw else "is not set, and --serverless needs it"
+            wrong.append(f"{shown(name)[1:-1]} {found}; allowed: {allowed}")
+    if (unsecured := environ.get("UNSECURED", "false")) != "false":
+        wrong.append(f"UNSECURED is {shown(unsecured)}; allowed: false or not set, since Vast's"
+                     " signatures alone guard the way in")
+    return wrong
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
@@ -2132,10 +2187,14 @@ MAX_STEP_FAILURES = 3  # in a row; then the device is taken for lost
 
 
 class State:
-    """What /health tells. The scheduler's thread writes it, and main's to drain; any may read."""
+    """What /health tells. The scheduler's thread writes it, and main's to drain; any may read.
+
+    `on_change` is called with each new status, in the thread that brings it about.
+    """
 
     def __init__(self, **details: Any):
         self.status = "loading"
+        self.on_change: Callable[[str], None] = lambda status: None
         self.error: WorkerError | None = None
         self.details = details
         self.progress: Callable[[], dict[str, int]] | None = None
@@ -2149,10 +2208,12 @@ class State:
             return
         self.status = status
         log.info("status=%s", status)
+        self.on_change(status)
 
     def fail(self, error: WorkerError) -> None:
         self.error, self.status = error, "failed"
         log.error("failed: %s", error)
+        self.on_change("failed")
 
 
 class Request:
@@ -2189,6 +2250,11 @@ class Scheduler:
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def slots(self) -> int:
+        """Segments at once; 1 while that is not known."""
+        return self._engine.slots if self._engine else 1
 
     def submit(self, request: Request) -> Future[list[np.ndarray]]:
         """Queues `request`. Raises Unavailable while loading, draining or full."""
@@ -2885,6 +2951,194 @@ ROUTES: dict[str, tuple[str, Callable[[RequestHandler], None]]] = {
 
 
 # -----------------------------------------------------------------------------
+# Serverless: Vast's PyWorker in front of HTTP, where Vast routes requests and scales workers
+
+# PyWorker forwards these paths as far as there are any, and counts the characters of that field.
+TEXT_FIELDS = {"/synthesize": "text", "/v1/audio/speech": "input"}
+READY_LINE, FAILED_LINE = "bark-worker: the model is ready", "bark-worker: the model has failed"
+# PyWorker takes who may not name a worker's requests: they are not signed. A session costs nothing
+# and its end may send the worker, or any other machine, a request that nobody checked.
+UNSIGNED_PATHS = ("/session/create", "/session/end", "/session/get", "/session/health")
+BENCHMARK_TEXT = ("The quick brown fox jumps over the lazy dog, and the dog does not mind, for the"
+                  " day is warm.")
+BENCHMARK_RUNS = 2  # the better one counts; the GPU is paid for meanwhile
+LAST_WORDS_SECONDS = 0.5  # for an answer on its way to a client
+
+
+def character_count(field: str) -> Callable[[Mapping[str, Any]], float]:
+    """What a request is worth to Vast's scaling: the characters of its text."""
+    def count(payload: Mapping[str, Any]) -> float:
+        text = payload.get(field)
+        return float(len(text)) if isinstance(text, str) else 0.0
+    return count
+
+
+class StatusFile:
+    """What PyWorker hears of the model: it looks for two lines in a file.
+
+    It takes a line for the one that it looks for if that is only part of it. So the file is ours
+    alone, made anew at each start, and neither a log nor anything of a request is written there.
+    """
+
+    def __init__(self) -> None:
+        self._file, self.path = tempfile.mkstemp(prefix="bark-worker-")  # for this user only
+
+    def follow(self, status: str) -> None:
+        line = {"ready": READY_LINE, "failed": FAILED_LINE}.get(status)
+        if line is None:
+            return
+        try:
+            os.write(self._file, f"{line}\n".encode())
+        except OSError as error:
+            log.error("PyWorker cannot be told that the model is %s: %s", status, error)
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+
+class WithoutSignatures(logging.Filter):
+    """Of PyWorker's own records: a signature is good for a request, also when it was refused."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "signature" in record.getMessage().lower():
+            record.msg, record.args = "PyWorker refused a request: its signature is wrong", ()
+        return True
+
+
+class PyWorker:
+    """Vast's PyWorker: checks Vast's signatures, forwards requests to HTTP, reports to Vast.
+
+    It runs on an event loop in a thread of its own. Raises ConfigError if it cannot be imported.
+    """
+
+    def __init__(self, config: Config, http_port: int, benchmarks: Path):
+        try:
+            from vastai.serverless.server import worker as sdk
+            from vastai.serverless.server.lib import backend
+        except ImportError as error:
+            raise ConfigError(f"--serverless needs Vast's worker SDK, which does not import:"
+                              f" {error}; pip install -r requirements.txt") from error
+        check_port(config)
+        self._host, self._benchmarks, self._module = config.host, benchmarks, backend
+        self._status = StatusFile()
+        self._worker = sdk.Worker(sdk.WorkerConfig(
+            model_server_url="http://127.0.0.1", model_server_port=http_port,
+            model_log_file=self._status.path, model_healthcheck_url="/ready",
+            handlers=handlers(sdk, config), log_action_config=sdk.LogActionConfig(
+                on_load=[READY_LINE], on_error=[FAILED_LINE])))
+        self._worker.routes = guarded(self._worker.routes)
+        self._report_more()
+        quiet_pyworker()
+
+    def _report_more(self) -> None:
+        """Has the log tell what PyWorker tells Vast alone, and Vast hear of a ready model at once.
+
+        PyWorker itself would tell that up to 10 s later, which are paid for and waited for.
+        """
+        backend = self._worker.backend
+        tell_error, tell_loaded = backend.backend_errored, backend.metrics._model_loaded
+
+        def errored(message: str) -> None:
+            log.error("PyWorker reports an error to Vast: %s", message.partition("\n")[0])
+            tell_error(message)
+
+        def loaded(max_throughput: float) -> None:
+            tell_loaded(max_throughput=max_throughput)
+            backend.metrics.update_pending = True
+            log.info("PyWorker tells Vast: ready, %.1f characters a second", max_throughput)
+        backend.backend_errored, backend.metrics._model_loaded = errored, loaded
+
+    def start(self, on_end: Callable[[WorkerError], None]) -> None:
+        """`on_end` is told if it ends by itself."""
+        def run() -> None:
+            try:
+                self._worker.run(host=self._host)
+                error = "it returned"
+            except Exception as exception:
+                error = f"{type(exception).__name__}: {first_line(exception)}"
+            on_end(WorkerError(f"PyWorker ended: {error}", code="internal_error"))
+        threading.Thread(target=run, name="pyworker", daemon=True).start()
+
+    def follow(self, status: str, slots: int, *identity: object) -> None:
+        """What becomes of the model, and how much it does at once.
+
+        PyWorker keeps the benchmark's result in a file, and takes it from there the next time. It
+        would be the working folder's; `identity` tells whose it is.
+        """
+        if status == "ready":
+            self._worker.backend.benchmark_handler.concurrency = slots
+            name = hashlib.sha256(repr((VERSION, slots, *identity)).encode()).hexdigest()[:16]
+            self._module.BENCHMARK_INDICATOR_FILE = str(self._benchmarks / f"benchmark-{name}")
+        self._status.follow(status)
+
+    def wait_idle(self, seconds: float) -> None:
+        """Returns when no request is left, or after so many seconds."""
+        deadline = time.monotonic() + seconds - LAST_WORDS_SECONDS
+        working = self._worker.backend.metrics.model_metrics.requests_working
+        while working and time.monotonic() < deadline:
+            time.sleep(LAST_WORDS_SECONDS / 10)
+        time.sleep(max(0.0, min(seconds, LAST_WORDS_SECONDS)))
+
+    def close(self) -> None:
+        self._status.remove()
+
+
+def check_port(config: Config) -> None:
+    """Raises ConfigError unless PyWorker can listen, as it would only tell Vast, for ever."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((config.host, config.worker_port))
+            probe.listen()
+    except OSError as error:
+        raise ConfigError(f"PyWorker cannot listen on HOST {config.host}, WORKER_PORT"
+                          f" {config.worker_port}: {error.strerror or error}; choose another or end"
+                          " what uses it") from error
+
+
+def handlers(sdk: Any, config: Config) -> list[Any]:
+    """PyWorker's handlers. Exactly one has to have a benchmark."""
+    text = BENCHMARK_TEXT[: config.max_text_length]
+    benchmark = sdk.BenchmarkConfig(dataset=[{"text": text}], runs=BENCHMARK_RUNS, concurrency=1,
+                                    do_warmup=False)
+    return [sdk.HandlerConfig(
+        route=path, allow_parallel_requests=True, max_queue_time=config.timeout,
+        workload_calculator=character_count(field),
+        benchmark_config=benchmark if path == "/synthesize" else None)
+        for path, field in TEXT_FIELDS.items() if path in ROUTES]
+
+
+def guarded(routes: list[Any]) -> list[Any]:
+    """PyWorker's routes, with bodies of bounded size and without what needs no signature."""
+    from aiohttp import web
+
+    async def refuse(request: Any) -> Any:
+        error = HttpError(HTTPStatus.NOT_FOUND, "not_found", f"there is no {shown(request.path)}")
+        return web.json_response(error_body(error), status=404)
+
+    def bounded(handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        async def handle(request: Any) -> Any:
+            return await handler(request.clone(client_max_size=2 * MAX_BODY))
+        return handle
+
+    # PyWorker adds its own after these, and the first route of a path is the one that counts.
+    return [*(web.post(path, refuse) for path in UNSIGNED_PATHS),
+            *(web.post(route.path, bounded(route.handler)) for route in routes)]
+
+
+def quiet_pyworker() -> None:
+    """Undoes what PyWorker does to logging: everybody's DEBUG, with addresses that hold keys."""
+    logging.getLogger().setLevel(logging.INFO)
+    logging.getLogger("aiohttp.access").setLevel(logging.CRITICAL)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and "vastai" in name:
+            logger.setLevel(logging.ERROR)
+            logger.addFilter(WithoutSignatures())
+
+
+# -----------------------------------------------------------------------------
 # Main: the wiring
 
 FAILED_SECONDS = 60.0  # that a failed worker stays up, so that a person can still ask why
@@ -2977,16 +3231,21 @@ def warm_up(engine: Engine, narrator: Narrator) -> None:
                          " BARK_DTYPE")
 
 
-def parse_arguments(arguments: list[str]) -> None:
-    width = max(len(variable.name) for variable in VARIABLES)
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    width = max(len(variable.name) for variable in (*VARIABLES, *SERVERLESS_VARIABLES))
     rows = [f"  {v.name:<{width}}  {v.meaning} (default: {v.default})" for v in VARIABLES]
     rows.append(f"  {'HF_HOME':<{width}}  where models are kept (default: as Hugging Face's)")
+    rows.append("\nthose that --serverless needs too; Vast sets most of them:")
+    rows += [f"  {v.name.format(port='N'):<{width}}  {v.meaning}" for v in SERVERLESS_VARIABLES]
     parser = argparse.ArgumentParser(
         prog="bark-worker.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Serves the Bark text-to-speech model over HTTP.",
         epilog="environment variables:\n" + "\n".join(rows))
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.parse_args(arguments)
+    parser.add_argument("--serverless", action="store_true", help="serve an endpoint of Vast.ai:"
+                        " behind Vast's PyWorker, which takes requests on WORKER_PORT, with PORT"
+                        " and BARK_API_KEY of no use")
+    return parser.parse_args(arguments)
 
 
 def allowed_connections() -> int:
@@ -3018,8 +3277,8 @@ class Signals:
             signal.signal(each, signal.SIG_DFL)
 
 
-def serve(config: Config, unknown: list[str]) -> int:
-    """Runs until a signal or a failure; the exit status. `unknown` variables are warned of."""
+def serve(config: Config, warnings: list[str]) -> int:
+    """Runs until a signal or a failure; the exit status. `warnings` are logged early."""
     try:
         device = resolve_device(config)
     except ConfigError as error:
@@ -3029,16 +3288,18 @@ def serve(config: Config, unknown: list[str]) -> int:
     notice = cpu_notice(config, device, model_id)
     if notice:  # before all else, as a person who paid for a GPU must not miss it
         log.warning("%s", notice)
-    for name in unknown:
-        log.warning("%s is set, but there is no such setting; --help lists them", name)
+    for warning in warnings:
+        log.warning("%s", warning)
     state = State(model_id=model_id, device=str(device), dtype=config.dtype,
                   cuda_available=torch.cuda.is_available(), voice=config.voice, sample_rate=None,
                   **({"notice": notice} if notice else {}))
     scheduler = Scheduler(lambda state: load_engine(config, state, model_id, device), state,
                           config.max_queue)
     log.info("model=%s device=%s", model_id, device)
+    private = replace(config, host="127.0.0.1", port=0, api_key=None)  # PyWorker sends no headers
     try:
-        server = WorkerServer(config, state, scheduler, allowed_connections())
+        server = WorkerServer(private if config.worker_port else config, state, scheduler,
+                              allowed_connections())
     except (OSError, TypeError) as error:  # TypeError: HOST is no host name
         busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         log.error("cannot listen on HOST %s, PORT %d: %s; %s", config.host, config.port,
@@ -3046,12 +3307,44 @@ def serve(config: Config, unknown: list[str]) -> int:
                   "choose another PORT or end what uses it" if busy else
                   "HOST must be an address of this machine, PORT one that this user may take")
         return EXIT_USAGE
+    try:
+        pyworker = start_pyworker(config, server) if config.worker_port else None
+    except ConfigError as error:
+        log.error("%s", error)
+        server.server_close()
+        return EXIT_USAGE
     signals = Signals()
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     log.info("listening on %s", server.url)
     scheduler.start()
     wait_for_end(state, signals)
-    return shut_down(server, scheduler, state, signals)
+    return shut_down(server, scheduler, state, signals, pyworker)
+
+
+def start_pyworker(config: Config, server: WorkerServer) -> PyWorker:
+    """Puts PyWorker in front of `server`, and has it hear of the model. Raises ConfigError."""
+    state = server.state
+    pyworker = PyWorker(config, server.server_port, benchmark_folder())
+
+    def on_change(status: str) -> None:
+        facts = [state.details.get(name) for name in ("model_id", "device", "dtype")]
+        pyworker.follow(status, server.scheduler.slots, *facts)
+    state.on_change = on_change
+    pyworker.start(on_end=state.fail)
+    log.info("PyWorker takes Vast's requests on port %d", config.worker_port)
+    return pyworker
+
+
+def benchmark_folder() -> Path:
+    """Where results of benchmarks outlast a restart: beside the models, if that can be written."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HOME).absolute() / "bark-worker"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return Path(tempfile.gettempdir())
 
 
 def wait_for_end(state: State, signals: Signals) -> None:
@@ -3067,10 +3360,14 @@ def wait_for_end(state: State, signals: Signals) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals: Signals) -> int:
+def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals: Signals,
+              pyworker: PyWorker | None = None) -> int:
     deadline = time.monotonic() + DRAIN_SECONDS
     scheduler.drain(DRAIN_SECONDS - 1.5)  # the rest is for the last answers on their way out
     server.connections.wait_idle(deadline - 0.5 - time.monotonic())
+    if pyworker:
+        pyworker.wait_idle(deadline - time.monotonic())
+        pyworker.close()
     server.shutdown()
     server.server_close()
     if state.error:
@@ -3079,17 +3376,22 @@ def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        config = Config.from_env(os.environ)
+        config = Config.from_env(os.environ, options.serverless)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
-    return serve(config, unknown_variables(os.environ))
+    warnings = [f"{name} is set, but there is no such setting; --help lists them"
+                for name in unknown_variables(os.environ)]
+    if options.serverless and config.api_key:
+        warnings.append("BARK_API_KEY is of no use with --serverless: PyWorker hands no headers on;"
+                        " Vast's signatures guard the way in")
+    return serve(config, warnings)
 
 
 if __name__ == "__main__":

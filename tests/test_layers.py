@@ -12,10 +12,10 @@ import pytest
 from conftest import WORKER
 
 SECTIONS = ("Errors", "Configuration", "Text", "Audio", "Model", "Engine", "Narrator", "Scheduler",
-            "HTTP", "Main")
+            "HTTP", "Serverless", "Main")
 KNOW_TENSORS = {"Model", "Engine", "Main"}
 TENSORS = {"torch", "F", "BarkModel", "AutoTokenizer", "transformers", "cuda"}
-KNOW_THE_WORLD = {"Scheduler", "HTTP", "Main"}
+KNOW_THE_WORLD = {"Scheduler", "HTTP", "Serverless", "Main"}
 WORLD = {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "RequestHandler", "wfile",
          "rfile", "http", "socket", "socketserver", "threading", "Thread", "Lock", "Condition",
          "Future", "signal"}
