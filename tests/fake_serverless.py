@@ -374,6 +374,8 @@ class ServerlessVast(FakeVast):
     def _endpoint_logs(self, request: Request) -> object:
         if request.body["id"] not in self.endpoints:
             raise ApiError(404, "no_such_endpoint", "endpoint not found")
+        if request.body.get("api_key") != self.account_key:
+            raise ApiError(401, "auth_error", "Invalid user key")
         lines = [f"worker {one.id} {one.status}" for one in self.workers(request.body["id"])]
         text = "\n".join([f"endpoint {request.body['id']}", *lines]) + "\n"
         return {"info0": "", "info1": text, "trace": "", "debug": ""}

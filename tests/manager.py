@@ -123,12 +123,12 @@ class Manager:
 
 
 @contextlib.contextmanager
-def managed(folder: Path, model: Path) -> Iterator[Manager]:
+def managed(folder: Path, model: Path, fake: type[FakeVast] = FakeVast) -> Iterator[Manager]:
     """A Manager and its Vast, checked at the end. `env` prints the worker's key on purpose, so
     tests that run it compare and take it out of the run's stdout."""
     home = folder / "home"
     home.mkdir()
-    with FakeVast(folder / "vast", {"suno/bark-small": model}) as vast:
+    with fake(folder / "vast", {"suno/bark-small": model}) as vast:
         manager = Manager(vast, home)
         try:
             yield manager

@@ -138,11 +138,12 @@ def is_change(request: Request) -> bool:
 
 
 @contextlib.contextmanager
-def scene(folder: Path, warm: Path | None = None) -> Iterator[Scene]:
+def scene(folder: Path, warm: Path | None = None,
+          fake: type[FakeVast] = FakeVast) -> Iterator[Scene]:
     """`warm` is the program of light_stage; without it the calls are the ordinary ones."""
     model = folder / "model"
     model.mkdir(parents=True)
-    with managed(folder, model) as managing:
+    with managed(folder, model, fake) as managing:
         path = managing.environment()["PATH"]
         path = os.pathsep.join((str(warm.parent), path)) if warm else path
         stage = Scene(managing, managing.vast, path)
@@ -153,15 +154,16 @@ def scene(folder: Path, warm: Path | None = None) -> Iterator[Scene]:
 class Acts:
     """Plays acts side by side, each on a stage of its own, and keeps what came of them."""
 
-    def __init__(self, folder: Path, warm: Path | None, acts: list[Act]) -> None:
-        self._folder, self._warm = folder, warm
+    def __init__(self, folder: Path, warm: Path | None, acts: list[Act],
+                 fake: type[FakeVast] = FakeVast) -> None:
+        self._folder, self._warm, self._fake = folder, warm, fake
         self._pool = ThreadPoolExecutor(AT_ONCE)
         self._ends = {act: self._pool.submit(self._play, act) for act in acts}
 
     def _play(self, act: Act) -> None:
         stage = None
         try:
-            with scene(self._folder / act.__name__, self._warm) as stage:
+            with scene(self._folder / act.__name__, self._warm, self._fake) as stage:
                 act(stage)
         except Exception as error:
             if stage:
@@ -177,14 +179,15 @@ class Acts:
 
 
 @contextlib.contextmanager
-def acts_of(request: pytest.FixtureRequest, folder: Path) -> Iterator[Acts]:
+def acts_of(request: pytest.FixtureRequest, folder: Path, worker: str = WORKER,
+            fake: type[FakeVast] = FakeVast) -> Iterator[Acts]:
     """All acts of the module that are parameters of a chosen test, the drawn-out ones first."""
     specs = [item.callspec.params for item in request.session.items
              if item.path == request.path and hasattr(item, "callspec")]
     acts = sorted((params["act"] for params in specs if "act" in params),
                   key=lambda act: not getattr(act, "is_drawn_out", False))
-    with light_stage(folder) as warm:
-        playing = Acts(folder, warm, acts)
+    with light_stage(folder, worker) as warm:
+        playing = Acts(folder, warm, acts, fake)
         try:
             yield playing
         finally:
@@ -199,11 +202,11 @@ def ids_named(run: Run) -> set[int]:
 
 
 @contextlib.contextmanager
-def light_stage(folder: Path) -> Iterator[Path]:
-    """Meanwhile every instance has WORKER in /app; gives the program that makes a scene warm."""
+def light_stage(folder: Path, worker: str = WORKER) -> Iterator[Path]:
+    """Meanwhile every instance has `worker` in /app; gives the program that makes a scene warm."""
     image = folder / "image"
     (image / "builtin-voice").mkdir(parents=True)
-    (image / "bark-worker.py").write_text(WORKER)
+    (image / "bark-worker.py").write_text(worker)
     with pytest.MonkeyPatch.context() as patch, warm_vastai(folder / "warm") as program:
         patch.setattr(fake_vast, "ROOT", image)
         yield program

@@ -37,6 +37,23 @@ def test_the_settings_table_is_the_workers_own(bark: ModuleType) -> None:
     assert table == {v.name: (v.default, v.meaning) for v in bark.VARIABLES}
 
 
+def test_the_table_of_what_serverless_needs_is_the_workers_own(bark: ModuleType) -> None:
+    table = {row[0].strip("`"): row[1] for row in rows("Where one GPU is not enough")
+             if len(row) == 2 and row[0] != "variable"}
+    assert table == {v.name.format(port="N"): v.meaning for v in bark.SERVERLESS_VARIABLES}
+
+
+def test_what_an_endpoint_costs_at_most_is_the_managers_own_sum() -> None:
+    """And what `endpoint` takes is what its row in the table of commands says."""
+    said = subprocess.run([BASH, "-c", 'source "$1"; say_cost_at_most', "test", SCRIPT],
+                          capture_output=True, text=True, check=True).stderr
+    assert said.startswith("at most 2 workers of at most 0.20 $/h: 0.40 $/h (9.60 $ a day)")
+    assert "`--max-workers` (2) times `--max-price` (0.20 $/h): 0.40 $/h, 9.60 $ a day" in README
+    (row,) = [row[0] for row in rows("Commands") if " endpoint " in row[0]]
+    usage = subprocess.run([SCRIPT, "help", "endpoint"], capture_output=True, text=True, check=True)
+    assert row.split("endpoint ")[1].strip("`").replace("\\|", "|") in usage.stdout
+
+
 def test_every_endpoint_is_described_and_no_other(bark: ModuleType) -> None:
     listed = {tuple(row[0].strip("`").split()) for row in rows("HTTP")}
     assert listed == {(method, path) for path, (method, _) in bark.ROUTES.items()}

@@ -25,7 +25,8 @@ RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
 TOOLS = ("dirname", "sed", "tr")  # all that reading the options takes
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "env",
-            "local", "completion", "help")
+            "endpoint", "local", "completion", "help")
+ENDPOINT_COMMANDS = {"--json": "status", "--out": "test", "--timeout": "test", "--tail": "logs"}
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 
 
@@ -242,7 +243,42 @@ def on_start() -> str:
 
 
 def test_the_on_start_command_is_short_enough_for_vast() -> None:
-    assert 0 < len(on_start()) < 4000
+    assert 0 < len(on_start()) < len(answer("endpoint_on_start")) < 4000
+
+
+def test_an_endpoints_worker_runs_in_the_same_loop_with_what_vast_may_leave_unset() -> None:
+    exports, _, loop = answer("endpoint_on_start").partition("(: ")
+    assert "(: " + loop == on_start().replace("bark-worker.py", "bark-worker.py --serverless")
+    for given, told in (({}, "3000 https://run.vast.ai"),
+                        ({"WORKER_PORT": "31", "REPORT_ADDR": "http://a,http://b"},
+                         "31 http://a,http://b")):
+        code = f'{exports}\necho "$WORKER_PORT $REPORT_ADDR"'
+        done = subprocess.run([BASH, "-c", code], capture_output=True, text=True, check=True,
+                              env=clean_environment(**given))
+        assert done.stdout == f"{told}\n"
+
+
+def test_a_worker_of_an_endpoint_gets_the_settings_of_a_single_one_but_no_key() -> None:
+    text = answer("parse_up --voice male --model suno/bark-small; endpoint_env", BARK_TIMEOUT="77")
+    assert parse_env(text.rstrip("\n")) == {
+        "-p 3000:3000": "1", "BARK_LABEL": "bark-worker", "HF_HOME": "/workspace/models",
+        "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "male", "BARK_TIMEOUT": "77"}
+
+
+@pytest.mark.parametrize(("words", "complaint"), [
+    ([], "endpoint needs one of: up, status, test, logs, down"),
+    (["fly"], "endpoint knows no 'fly'"),
+    (["up", "--max-workers", "0"], "--max-workers is '0'; it must be a whole number from 1 to 100"),
+    (["up", "--interruptible"], "--interruptible is not for endpoints"),
+    (["up", "--bid", "0.1"], "--bid is not for endpoints"),
+    (["up", "--model", "/tmp/model"], "--model is '/tmp/model'"),
+    (["down", "7"], "endpoint down knows no '7'"),
+    (["test", "one", "two"], "endpoint test takes one TEXT"),
+])
+def test_a_wrong_call_of_endpoint_is_told_what_is_right(words: list[str], complaint: str,
+                                                        bare_path: Path) -> None:
+    done = command("endpoint", *words, path=bare_path)
+    assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
 
 
 @pytest.mark.parametrize("console", ["console", "absent/console"])
@@ -727,8 +763,11 @@ def listed_options(text: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_that_help_lists_is_taken(name: str, bare_path: Path) -> None:
     for option, value in listed_options(help_of(name, bare_path)):
-        done = command(name, option, *([] if value else ["--nonsense"]), path=bare_path)
-        words = f"{option} needs a" if value else f"{name} knows no '--nonsense'"
+        called = [name]
+        if name == "endpoint":
+            called.append(ENDPOINT_COMMANDS.get(option, "up"))
+        done = command(*called, option, *([] if value else ["--nonsense"]), path=bare_path)
+        words = f"{option} needs a" if value else f"{' '.join(called)} knows no '--nonsense'"
         assert done.returncode == 2 and words in done.stderr
 
 
@@ -887,6 +926,8 @@ def completion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     (["destroy", "--"], ["--yes"]),
     (["test", "--"], ["--voice", "--out", "--play"]),
     (["local", "--"], ["--model"]),
+    (["endpoint", ""], ["up", "status", "test", "logs", "down"]),
+    (["endpoint", "up", "--max"], ["--max-workers", "--max-price"]),
     (["fly", "--"], []),
 ])
 def test_tab_completes_commands_and_options(
@@ -899,7 +940,8 @@ def test_every_listed_option_can_be_completed(completion: Callable[[list[str]], 
                                               bare_path: Path) -> None:
     for name in COMMANDS:
         listed = {option for option, _ in listed_options(help_of(name, bare_path))}
-        assert set(completion([name, "-"])) == listed
+        words = ["endpoint", "up"] if name == "endpoint" else [name]
+        assert set(completion([*words, "-"])) == listed
 
 
 def test_completion_is_turned_on_as_its_help_says(tmp_path: Path) -> None:
