@@ -3296,22 +3296,11 @@ def serve(config: Config, warnings: list[str]) -> int:
     scheduler = Scheduler(lambda state: load_engine(config, state, model_id, device), state,
                           config.max_queue)
     log.info("model=%s device=%s", model_id, device)
-    private = replace(config, host="127.0.0.1", port=0, api_key=None)  # PyWorker sends no headers
     try:
-        server = WorkerServer(private if config.worker_port else config, state, scheduler,
-                              allowed_connections())
-    except (OSError, TypeError) as error:  # TypeError: HOST is no host name
-        busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        log.error("cannot listen on HOST %s, PORT %d: %s; %s", config.host, config.port,
-                  getattr(error, "strerror", None) or error,
-                  "choose another PORT or end what uses it" if busy else
-                  "HOST must be an address of this machine, PORT one that this user may take")
-        return EXIT_USAGE
-    try:
+        server = open_server(config, state, scheduler)
         pyworker = start_pyworker(config, server) if config.worker_port else None
     except ConfigError as error:
         log.error("%s", error)
-        server.server_close()
         return EXIT_USAGE
     signals = Signals()
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
@@ -3319,6 +3308,20 @@ def serve(config: Config, warnings: list[str]) -> int:
     scheduler.start()
     wait_for_end(state, signals)
     return shut_down(server, scheduler, state, signals, pyworker)
+
+
+def open_server(config: Config, state: State, scheduler: Scheduler) -> WorkerServer:
+    """Listens where `config` says, behind PyWorker on loopback alone. Raises ConfigError."""
+    if config.worker_port:  # PyWorker sends no headers
+        config = replace(config, host="127.0.0.1", port=0, api_key=None)
+    try:
+        return WorkerServer(config, state, scheduler, allowed_connections())
+    except (OSError, TypeError) as error:  # TypeError: HOST is no host name
+        busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        advice = ("choose another PORT or end what uses it" if busy else
+                  "HOST must be an address of this machine, PORT one that this user may take")
+        raise ConfigError(f"cannot listen on HOST {config.host}, PORT {config.port}:"
+                          f" {getattr(error, 'strerror', None) or error}; {advice}") from error
 
 
 def start_pyworker(config: Config, server: WorkerServer) -> PyWorker:

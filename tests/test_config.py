@@ -134,8 +134,9 @@ def test_an_unknown_variable_of_ours_is_told_apart(
     known = dict.fromkeys(DOCUMENTED | bark.MANAGER_VARIABLES, "")
     settings = {**known, "BARK_VIOCE": "male", "BARKING": "1", "TTS_HOME": "/x", "PORT": "0"}
     monkeypatch.setattr(bark.os, "environ", settings)
-    monkeypatch.setattr(bark, "serve", lambda config, unknown: unknown)
-    assert bark.main([]) == ["BARK_VIOCE"]
+    monkeypatch.setattr(bark, "serve", lambda config, warnings: warnings)
+    assert bark.main([]) == [
+        "BARK_VIOCE is set, but there is no such setting; --help lists them"]
 
 
 def test_a_device_that_is_not_there_is_an_error_that_tells_what_to_do(

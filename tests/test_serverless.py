@@ -72,7 +72,7 @@ def test_a_start_without_vasts_variables_ends_with_2_and_one_message(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bark.os, "environ", {"PORT": "0"})
-    monkeypatch.setattr(bark, "serve", lambda config: pytest.fail("served all the same"))
+    monkeypatch.setattr(bark, "serve", lambda *_: pytest.fail("served all the same"))
     assert bark.main(["--serverless"]) == 2
     output = capsys.readouterr()
     assert output.out == "" and len(output.err.splitlines()) == 6
