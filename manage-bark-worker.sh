@@ -1474,6 +1474,7 @@ container_env() {
 }
 
 # usage: order_instance OFFER    (sets rented_id; fails if there is none, with refused and reason)
+# As root, whatever user the image names: Vast sets up SSH inside before it runs what is to start.
 order_instance() {
   local offer_id offer_bid
   IFS='|' read -r offer_id offer_bid <<<"$(fact "$1" '"\(.id)|\(.bid // "")"')"
@@ -1481,7 +1482,7 @@ order_instance() {
   reason='Vast tells no instance' if_cut=''
   rented_id='' ordering=yes open_orders=$((open_orders + 1))    # one command: no signal splits it
   vast_json object create instance "$offer_id" --image "$image" --disk "$disk" --label "$LABEL" \
-    --ssh --direct --cancel-unavail ${offer_bid:+--bid_price "$offer_bid"} \
+    --ssh --direct --user root --cancel-unavail ${offer_bid:+--bid_price "$offer_bid"} \
     --env "$(container_env)" --onstart-cmd "$ON_START" || reason="$complaint"
   read_order
   [[ -z "$rented_id" ]] || return 0

@@ -397,6 +397,7 @@ class Instance:
     disk: float
     price: float | None = None
     args: list[str] | None = None
+    user: str | None = None
     fate: str = "healthy"
     created: float = field(default_factory=time.time)
     intended: str = "running"
@@ -581,10 +582,14 @@ class Instance:
         self._running_since = math.inf
 
     def _command(self) -> list[str] | None:
-        """What the launch mode runs: ssh and jupyter replace the entrypoint by Vast's own."""
+        """What the launch mode runs: ssh and jupyter replace the entrypoint by Vast's own.
+
+        Whether that works as the image's own user is not known: here it does not, to be sure.
+        """
         translate = self.container.translate
         if self.runtype != "args":
-            return ["bash", "-c", translate(self.onstart)] if self.onstart else None
+            runs = self.onstart and self.user == "root"
+            return ["bash", "-c", translate(self.onstart)] if runs else None
         entrypoint = shlex.split(self.onstart or "python -u /app/bark-worker.py")
         program, *rest = [translate(word) for word in entrypoint + (self.args or [])]
         own = self.container.root / "usr/local/bin" / program
@@ -828,7 +833,8 @@ class FakeVast:
             instance = Instance(
                 self._draw_id("instance"), self, self.offers.pop(number), label,
                 {"HF_HOME": "/workspace/models", "-p 8080:8080": "1", **env}, onstart, runtype,
-                image, disk, price, fate=fate, created=created or time.time() - 3600)
+                image, disk, price, user="root", fate=fate,
+                created=created or time.time() - 3600)
             self.instances[instance.id] = instance
             self.secrets.append(instance.api_key)
             if state == "stopped":
@@ -1008,7 +1014,7 @@ class FakeVast:
             self._draw_id("instance"), self, dict(offer), body.get("label"),
             {name: str(value) for name, value in (body.get("env") or {}).items()},
             body.get("onstart"), body.get("runtype") or "ssh", body["image"], float(body["disk"]),
-            body.get("price"), body.get("args"), fate=offer["fate"])
+            body.get("price"), body.get("args"), body.get("user"), fate=offer["fate"])
         instance.is_outbid = instance.price is not None and instance.price < offer["min_bid"]
         self.instances[instance.id] = instance
         self.secrets.append(instance.api_key)

@@ -82,11 +82,11 @@ def assert_body(stage: Scene, env: dict[str, str | None], **different: object) -
     on_start = subprocess.run(sourcing('printf "%s" "$ON_START"'), capture_output=True, text=True,
                               check=True).stdout
     assert "/app/bark-worker.py" in on_start and ">/proc/1/fd/1" in on_start
-    unset = ("extra", "image_login", "jupyter_dir", "price", "template_hash_id", "user")
+    unset = ("extra", "image_login", "jupyter_dir", "price", "template_hash_id")
     off = ("force", "lang_utf8", "python_utf8", "use_jupyter_lab")
     assert order.body == {
         **dict.fromkeys(unset), **dict.fromkeys(off, False), "client_id": "me", "image": IMAGE,
-        "disk": 50.0, "label": "bark-worker", "runtype": "ssh_direc ssh_proxy",
+        "disk": 50.0, "label": "bark-worker", "runtype": "ssh_direc ssh_proxy", "user": "root",
         "cancel_unavail": True, "onstart": on_start, "env": env, **different}
 
 
