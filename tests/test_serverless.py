@@ -31,6 +31,7 @@ PLACE = {"WORKER_PORT": "3000", "CONTAINER_ID": "7", "REPORT_ADDR": "http://127.
          "PUBLIC_IPADDR": "127.0.0.1", "VAST_TCP_PORT_3000": "41234"}
 ROUTE_SECONDS = 150.0  # from a request to a worker that was not there: PyWorker reports every 10 s
 BURST = 40
+BURST_SECONDS = 400.0  # on a machine with much else to do; 30 to 100 s seen
 
 
 # Settings
@@ -168,7 +169,8 @@ class Client(Serverless):
         return ssl.create_default_context()
 
 
-def ask(vast: ServerlessVast, *payloads: dict[str, Any]) -> list[dict[str, Any]]:
+def ask(vast: ServerlessVast, *payloads: dict[str, Any],
+        seconds: float = ROUTE_SECONDS) -> list[dict[str, Any]]:
     """What comes of requests to the endpoint, all at once."""
     async def run() -> list[dict[str, Any]]:
         async with Client(vast.account_key, webserver_url=vast.url,
@@ -176,7 +178,7 @@ def ask(vast: ServerlessVast, *payloads: dict[str, Any]) -> list[dict[str, Any]]
             found = await client.get_endpoint(name="bark-worker")
             return await asyncio.gather(*(
                 found.request("/synthesize", payload, cost=len(payload.get("text", "")),
-                              timeout=ROUTE_SECONDS) for payload in payloads))
+                              timeout=seconds) for payload in payloads))
     return asyncio.run(run())
 
 
@@ -335,6 +337,7 @@ def test_terminated_it_finishes_and_leaves_nothing_behind(served: Served) -> Non
 
 
 @pytest.mark.long
+@pytest.mark.timeout(BURST_SECONDS + 60)
 def test_a_burst_over_two_workers_loses_no_request_and_serves_each_once(
         bark: ModuleType, tmp_path: Path) -> None:
     """From no worker at all; on the built-in voice, as it speaks from its own folder."""
@@ -344,7 +347,7 @@ def test_a_burst_over_two_workers_loses_no_request_and_serves_each_once(
         add_endpoint(vast, max_workers=2, BARK_MODEL="/app/builtin-voice")
         payloads = [{"text": f"Number {('one', 'two', 'three')[i % 3]}.", "seed": 1000 + i}
                     for i in range(BURST)]
-        answers = ask(vast, *payloads)
+        answers = ask(vast, *payloads, seconds=BURST_SECONDS)
         assert [answer["status"] for answer in answers] == [200] * BURST
         assert [answer["response"]["seed"] for answer in answers] == [
             payload["seed"] for payload in payloads]
