@@ -191,22 +191,12 @@ def parse_text(value: str) -> str:
     return value
 
 
-def parse_key(value: str) -> str:
-    if not re.fullmatch(r"[!-~]+", value):
-        raise ValueError("printable ASCII without blanks (its value is not shown)")
-    return value
-
-
-def parse_addresses(value: str) -> str:
-    if not re.fullmatch(r"https?://[!-+\--~]+(,https?://[!-+\--~]+)*", value):
-        raise ValueError("http:// or https:// addresses, joined by commas")
-    return value
-
-
-def parse_host(value: str) -> str:
-    if not re.fullmatch(r"[0-9A-Za-z.:\[\]-]+", value):
-        raise ValueError("an address or a host's name")
-    return value
+def parse_like(pattern: str, allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(allowed)
+        return value
+    return parse
 
 
 class Variable(NamedTuple):
@@ -234,7 +224,8 @@ VARIABLES = (
     Variable("BARK_DTYPE", "dtype",
              "float16 on a GPU; on a CPU that multiplies bfloat16 that, else float32",
              parse_choice("float16", "bfloat16", "float32"), "precision of the weights"),
-    Variable("BARK_API_KEY", "api_key", "none", parse_key,
+    Variable("BARK_API_KEY", "api_key", "none",
+             parse_like(r"[!-~]+", "printable ASCII without blanks (its value is not shown)"),
              "when set, requests need 'Authorization: Bearer KEY'"),
     Variable("BARK_MAX_BATCH", "max_batch", "from free memory", parse_integer(1, 256),
              "segments generated at once"),
@@ -252,8 +243,13 @@ SERVERLESS_VARIABLES = (
     Variable("WORKER_PORT", "worker_port", "", parse_integer(1, 65534),
              "port that PyWorker listens on, on HOST; the next one is its own"),
     Variable("CONTAINER_ID", "", "", parse_integer(0, 10**12 - 1), "the instance's number"),
-    Variable("REPORT_ADDR", "", "", parse_addresses, "where Vast takes PyWorker's reports"),
-    Variable("PUBLIC_IPADDR", "", "", parse_host, "the machine's public address"),
+    Variable("REPORT_ADDR", "", "",
+             parse_like(r"https?://[!-+\--~]+(,https?://[!-+\--~]+)*",
+                        "http:// or https:// addresses, joined by commas"),
+             "where Vast takes PyWorker's reports"),
+    Variable("PUBLIC_IPADDR", "", "",
+             parse_like(r"[0-9A-Za-z.:\[\]-]+", "an address or a host's name"),
+             "the machine's public address"),
     Variable("VAST_TCP_PORT_{port}", "", "", parse_integer(1, 65535),
              "the public port that leads to WORKER_PORT"),
 )
@@ -286,40 +282,33 @@ class Config:
 
         With `serverless` also SERVERLESS_VARIABLES, none of which may be unset.
         """
-        values, wrong = {}, []
-        for variable in VARIABLES:
-            raw = environ.get(variable.name, "")
-            if not raw:
-                continue
-            try:
-                values[variable.field] = variable.parse(raw)
-            except ValueError as allowed:
-                found = "" if variable.name == "BARK_API_KEY" else f" is {shown(raw)};"
-                wrong.append(f"{variable.name}{found} allowed: {allowed}")
+        variables = [v for v in VARIABLES if environ.get(v.name)]
         if serverless:
-            wrong += wrong_for_serverless(environ)
+            port = environ.get("WORKER_PORT") or "<WORKER_PORT>"
+            variables += [v._replace(name=v.name.format(port=port)) for v in SERVERLESS_VARIABLES]
+        values, wrong = parse_variables(variables, environ)
+        if serverless and (unsecured := environ.get("UNSECURED", "false")) != "false":
+            wrong.append(f"UNSECURED is {shown(unsecured)}; allowed: false or not set, since Vast's"
+                         " signatures alone guard the way in")
         if wrong:
             raise ConfigError("wrong configuration:\n  " + "\n  ".join(wrong))
-        if serverless:
-            values["worker_port"] = int(environ["WORKER_PORT"])
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if name})
 
 
-def wrong_for_serverless(environ: Mapping[str, str]) -> list[str]:
-    """What is wrong with SERVERLESS_VARIABLES, a line each."""
-    wrong = []
-    for variable in SERVERLESS_VARIABLES:
-        name = variable.name.format(port=environ.get("WORKER_PORT") or "<WORKER_PORT>")
-        raw = environ.get(name, "")
+def parse_variables(variables: Iterable[Variable],
+                    environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Values by field of variables that have to be set, and what is wrong, a line each."""
+    values, wrong = {}, []
+    for variable in variables:
+        raw = environ.get(variable.name, "")
         try:
-            variable.parse(raw)
+            values[variable.field] = variable.parse(raw)
         except ValueError as allowed:
-            found = f"is {shown(raw)}" if raw else "is not set, and --serverless needs it"
-            wrong.append(f"{shown(name)[1:-1]} {found}; allowed: {allowed}")
-    if (unsecured := environ.get("UNSECURED", "false")) != "false":
-        wrong.append(f"UNSECURED is {shown(unsecured)}; allowed: false or not set, since Vast's"
-                     " signatures alone guard the way in")
-    return wrong
+            found = f"is {shown(raw)};" if raw else "is not set, and --serverless needs it;"
+            if variable.field == "api_key":
+                found = "is wrong;"
+            wrong.append(f"{shown(variable.name)[1:-1]} {found} allowed: {allowed}")
+    return values, wrong
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
