@@ -179,7 +179,8 @@ crosses the net in clear.
 
 readonly USAGE_ENV="usage: $PROGRAM env
 
-Prints BARK_URL, BARK_API_KEY and VASTAI_ENDPOINT_ID for an application's .env."
+Prints BARK_URL and BARK_API_KEY of the instance for an application's .env, and VASTAI_ENDPOINT_ID
+as it is set here: the number of an endpoint, which \`endpoint up\` prints."
 
 readonly USAGE_ENDPOINT="usage: $PROGRAM endpoint up|status|test|logs|down [OPTIONS]
 
@@ -1967,11 +1968,13 @@ cmd_env() {
   open_account
   look_or_die
   find_running
-  fact "$row" '"BARK_URL=\(.address | quoted)
+  endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '"
+# instance \(.id) on Vast; its address changes when it is stopped and started
+BARK_URL=\(.address | quoted)
 BARK_API_KEY=\(.key | quoted)
-# the instance on Vast; its address changes when it is stopped and started
-VASTAI_ENDPOINT_ID=\(.id)
-# VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"'
+# from this environment: the number of an endpoint, as printed by: endpoint up
+VASTAI_ENDPOINT_ID=\(env.endpoint_number | quoted)
+# VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"[1:]'
 }
 
 # -----------------------------------------------------------------------------

@@ -130,8 +130,8 @@ def env_leads_to(stage: Scene, worker: Instance) -> None:
     told = says(stage, "env")
     lines = [line for line in told.splitlines() if not line.startswith("#")]
     assert lines == [f"BARK_URL={worker.worker_url}", f"BARK_API_KEY={worker.key}",
-                     f"VASTAI_ENDPOINT_ID={worker.id}"]
-    assert "# VASTAI_API_KEY=" in told
+                     "VASTAI_ENDPOINT_ID="]
+    assert told.startswith(f"# instance {worker.id} on Vast; ") and "# VASTAI_API_KEY=" in told
     stage.manager.runs[-1].stdout = ""  # the one place where the key may show
 
 
@@ -675,17 +675,19 @@ def tunnel_to_it(stage: Scene) -> None:
 
 
 def env_for_a_shell(stage: Scene) -> None:
-    """Whatever the key is."""
+    """Whatever the key is, and what stands in VASTAI_ENDPOINT_ID, an endpoint's number or not."""
     instance = stage.vast.add_instance(fate="silent", env={"BARK_API_KEY": NASTY_KEY})
     lines = stage.manager.home / "env"
-    lines.write_text(says(stage, "env"))
-    stage.manager.runs[-1].stdout = ""
-    for shell in ("bash", "sh"):
-        done = subprocess.run(
-            [shell, "-c", 'set -eu; . "$0"; printf "%s\n" "$BARK_URL" "$BARK_API_KEY"'
-             ' "$VASTAI_ENDPOINT_ID"', str(lines)], capture_output=True, text=True, timeout=10)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines() == [instance.worker_url, NASTY_KEY, str(instance.id)]
+    for number in ("7001", "a'b $(exit 9); #"):
+        lines.write_text(says(stage, "env", VASTAI_ENDPOINT_ID=number))
+        stage.manager.runs[-1].stdout = ""
+        for shell in ("bash", "sh"):
+            done = subprocess.run(
+                [shell, "-c", 'set -eu; eval "$(cat "$0")"; printf "%s\n" "$BARK_URL"'
+                 ' "$BARK_API_KEY" "$VASTAI_ENDPOINT_ID"', str(lines)], capture_output=True,
+                text=True, timeout=10)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert done.stdout.splitlines() == [instance.worker_url, NASTY_KEY, number]
 
 
 @plays(follow_few, follow_until_destroyed, daemon_log, short_log, shell_on_it, tunnel_to_it,
