@@ -138,7 +138,8 @@ Prints what is rented under the label '$LABEL'. Exit status 0 only if a worker i
 
 readonly USAGE_TEST="usage: $PROGRAM test [TEXT] [OPTIONS]
 
-Speaks TEXT, writes a WAV file, checks it and prints how long it took.
+Speaks TEXT, writes a WAV file, checks it and prints how long it took. A TEXT that begins with a
+dash comes after --.
 
   --voice NAME    (the worker's own)
   --out FILE      (bark-test.wav)
@@ -191,7 +192,8 @@ them when they queue, and lets them go after 10 minutes without one. The endpoin
   up [OPTIONS]                make template, endpoint and worker group, after asking; prints
                               VASTAI_ENDPOINT_ID=... for an application's .env
   status [--json]             limits, workers, what it costs now; exit status 0 if it can serve
-  test [TEXT] [OPTIONS]       speak along Vast's route; prints time queued, cold start, speed
+  test [TEXT] [OPTIONS]       speak along Vast's route; prints time queued, cold start, speed. A
+                              TEXT that begins with a dash comes after --
   logs [--tail N]             what Vast and the workers say (the last 100 lines of each)
   down [--yes]                delete all of it, and look until nothing is left that is billed
 
@@ -281,13 +283,14 @@ usage_error() {
 # -----------------------------------------------------------------------------
 # Options
 
-words=()    # the arguments of the command, with --name=value as two words
+words=()    # the arguments of the command, with --name=value as two words; as they are after --
 
 split_words() {
-  local word
+  local word plain=''
   words=()
   for word in "$@"; do
-    case "$word" in
+    case "$plain$word" in
+      --) words+=(--) plain=' ' ;;
       --*=*) words+=("${word%%=*}" "${word#*=}") ;;
       *) words+=("$word") ;;
     esac
@@ -1627,37 +1630,59 @@ took=''    # seconds that the last request took
 text='Hello from Bark. If you can hear this, everything works.'
 out='bark-test.wav' play='' spoken_voice=''
 
+# usage: parse_test COMMAND ARGUMENTS...    (COMMAND is test or `endpoint test`)
 parse_test() {
-  local given='' plain=''
-  split_words "$@"
-  [[ " $* " == *' -- '* ]] || set -- ${words[@]+"${words[@]}"}
+  local command="$1" help="${1%% *}" given='' plain=''
+  split_words "${@:2}"
+  set -- ${words[@]+"${words[@]}"}
   while (($#)); do
     taken=1
     case "$plain$1" in
-      --voice) need_value test "$1" "${2:-}"; spoken_voice="$2" ;;
-      --out) need_value test "$1" "${2:-}"; out="$2" ;;
-      --play) play=yes ;;
+      --voice) need_value "$help" "$1" "${2:-}"; spoken_voice="$2" ;;
+      --out) need_value "$help" "$1" "${2:-}"; out="$2" ;;
       --) plain=' ' ;;
-      -*) usage_error "test knows no '$1'; a TEXT that begins so comes after --" test ;;
-      *) [[ -z "$given" ]] || usage_error "test takes one TEXT; put it in quotes" test
+      -*) test_option "$command" "$@" || usage_error \
+        "$command knows no '$1'; a TEXT that begins so comes after --" "$help" ;;
+      *) [[ -z "$given" ]] || usage_error "$command takes one TEXT; put it in quotes" "$help"
         given=yes text="$1" ;;
     esac
     shift "$taken"
   done
-  [[ ! -d "$out" && -w "$(dirname "$out")" ]] || usage_error "--out $out cannot be written" test
+  check_out "$help"
+}
+
+# usage: test_option COMMAND OPTION [VALUE]    (fails for one that COMMAND has not by itself)
+test_option() {
+  case "$1 $2" in
+    'test --play') play=yes ;;
+    'endpoint test --timeout') need_value endpoint "$2" "${3:-}"
+      need_whole endpoint "$2" "$3" 1 86400
+      timeout="$((10#$3))" ;;
+    *) return 1 ;;
+  esac
+}
+
+# usage: check_out COMMAND    (before anything costs money)
+check_out() {
+  [[ ! -d "$out" && -w "$(dirname "$out")" ]] || usage_error "--out $out cannot be written" "$1"
 }
 
 cmd_test() {
-  local seconds
-  parse_test "$@"
+  parse_test test "$@"
   open_account
   look_or_die
   find_running
   speak
+  keep_sound
+  [[ -z "$play" ]] || play_sound "$out"
+}
+
+# usage: keep_sound [REMARK]    (checks what was spoken, copies it to --out and tells the speed)
+keep_sound() {
+  local seconds
   seconds="$(check_sound "$scratch/sound")" || die "$EX_UNHEALTHY" "the sound is no good: $seconds"
   cp "$scratch/sound" "$out"
-  printf '%s: %s\n' "$out" "$(facts "speed($took; $seconds)" <<<null)"
-  [[ -z "$play" ]] || play_sound "$out"
+  printf '%s: %s%s\n' "$out" "$(facts "speed($took; $seconds)" <<<null)" "${1:-}"
 }
 
 # Has the worker at address say text; leaves the answer in $scratch/sound.
@@ -2524,32 +2549,10 @@ ready_before=''                             # yes, if a worker was ready when th
 route_reply=''                              # with the worker's address and the signature
 queued_seconds='' queue_began=0 request_index=0
 
-parse_endpoint_test() {
-  timeout=1800
-  local given=''
-  split_words "$@"
-  set -- ${words[@]+"${words[@]}"}
-  while (($#)); do
-    taken=1
-    case "$1" in
-      --voice | --out | --timeout) need_value endpoint "$1" "${2:-}" ;;
-    esac
-    case "$1" in
-      --voice) spoken_voice="$2" ;;
-      --out) out="$2" ;;
-      --timeout) need_whole endpoint "$1" "$2" 1 86400; timeout="$((10#$2))" ;;
-      -*) usage_error "endpoint test knows no '$1'" endpoint ;;
-      *) [[ -z "$given" ]] || usage_error 'endpoint test takes one TEXT; put it in quotes' endpoint
-        given=yes text="$1" ;;
-    esac
-    shift "$taken"
-  done
-  [[ ! -d "$out" && -w "$(dirname "$out")" ]] || usage_error "--out $out cannot be written" endpoint
-}
-
 endpoint_test() {
-  local seconds cold='no cold start: a worker was ready'
-  parse_endpoint_test "$@"
+  local cold='no cold start: a worker was ready'
+  timeout=1800
+  parse_test 'endpoint test' "$@"
   open_account
   need_endpoint
   find_endpoint_key
@@ -2559,11 +2562,8 @@ endpoint_test() {
     <<<"$worker_list")" != true ]] || ready_before=yes
   if_cut="Vast may have started a worker, and ends it when idle; see: $AGAIN endpoint status"
   speak_along_route
-  seconds="$(check_sound "$scratch/sound")" || die "$EX_UNHEALTHY" "the sound is no good: $seconds"
-  cp "$scratch/sound" "$out"
   [[ -n "$ready_before" ]] || cold="cold start $queued_seconds s"
-  printf '%s: %s; queued %s s, %s\n' "$out" "$(facts "speed($took; $seconds)" <<<null)" \
-    "$queued_seconds" "$cold"
+  keep_sound "; queued $queued_seconds s, $cold"
 }
 
 # The CLI hides it.
@@ -3007,7 +3007,7 @@ main() {
   usage_of "$command" >/dev/null || misused "unknown command '$command'"
   for word in "${@:2}"; do
     case "$word" in -h | --help) usage_of "$command"; return 0 ;; esac
-    [[ "$command" != ssh ]] || break    # its other words are for the instance
+    [[ "$command" != ssh && "$word" != -- ]] || break    # ssh's other words are for the instance
   done
   "cmd_$command" "${@:2}"
 }

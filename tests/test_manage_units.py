@@ -274,6 +274,10 @@ def test_a_worker_of_an_endpoint_gets_the_settings_of_a_single_one_but_no_key() 
     (["up", "--model", "/tmp/model"], "--model is '/tmp/model'"),
     (["down", "7"], "endpoint down knows no '7'"),
     (["test", "one", "two"], "endpoint test takes one TEXT"),
+    (["test", "-x"], "endpoint test knows no '-x'; a TEXT that begins so comes after --"),
+    (["test", "--play"], "endpoint test knows no '--play'"),
+    (["test", "--timeout", "0"], "--timeout is '0'; it must be a whole number from 1 to 86400"),
+    (["test", "--out", "/nonexistent/x.wav"], "--out /nonexistent/x.wav cannot be written"),
 ])
 def test_a_wrong_call_of_endpoint_is_told_what_is_right(words: list[str], complaint: str,
                                                         bare_path: Path) -> None:
@@ -813,6 +817,8 @@ MISUSE = [
     (["search", "--bid", "0.1"], "--bid needs --interruptible"),
     (["status", "7"], "status knows no '7'"),
     (["test", "one", "two"], "test takes one TEXT; put it in quotes"),
+    (["test", "-x"], "test knows no '-x'; a TEXT that begins so comes after --"),
+    (["test", "--timeout", "9"], "test knows no '--timeout'"),
     (["test", "--voice"], "--voice needs a value"),
     (["test", "--out", "/nonexistent/x.wav"], "--out /nonexistent/x.wav cannot be written"),
     (["test", "--out", "/"], "--out / cannot be written"),
@@ -869,6 +875,21 @@ def test_a_setting_that_cannot_go_along_stops_the_start(
         settings: dict[str, str], complaint: str, bare_path: Path) -> None:
     done = command("start", "--yes", path=bare_path, **settings)
     assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
+
+
+@pytest.mark.parametrize("called", ["test", "endpoint test"])
+@pytest.mark.parametrize(("words", "told"), [
+    (["Hello."], "Hello.||bark-test.wav"),
+    (["--voice=male", "--out", "a.wav", "Hello."], "Hello.|male|a.wav"),
+    (["--voice=male", "--", "--out=b.wav"], "--out=b.wav|male|bark-test.wav"),
+    (["--", "--"], "--||bark-test.wav"),
+    (["--", "-h"], "-h||bark-test.wav"),
+])
+def test_the_text_is_what_was_given_also_where_it_looks_like_an_option(
+        words: list[str], told: str, called: str) -> None:
+    """Up to the call of Vast."""
+    code = 'open_account() { printf "%s|%s|%s" "$text" "$spoken_voice" "$out"; exit 0; }; main "$@"'
+    assert answer(code, *called.split(), *words) == told
 
 
 @pytest.mark.parametrize("arguments", [["help"], ["start", "--help"], ["start", "--nonsense"], []])
