@@ -1298,23 +1298,29 @@ parse_start() {
     shift "$taken"
   done
   check_search start
-  check_model
-  [[ -z "$voice" ]] || need_plain start --voice "$voice"
-  for name in $PASSED_ON; do
-    [[ -z "${!name:-}" ]] || need_plain start "$name" "${!name}"
-  done
+  check_worker start
   for name in BARK_IMAGE BARK_MODEL BARK_VOICE $PASSED_ON; do
     [[ -z "${!name:-}" ]] || note_rent_option "$name"
   done
 }
 
-check_model() {
+# usage: check_worker COMMAND    (what a rented worker is given)
+check_worker() {
+  local name
   [[ "$model" != builtin-voice ]] || model=/app/builtin-voice    # where the image has it
-  [[ -n "$model" ]] || return 0
-  need_plain start --model "$model"
+  [[ -z "$model" ]] || check_model "$1"
+  [[ -z "$voice" ]] || need_plain "$1" --voice "$voice"
+  for name in $PASSED_ON; do
+    [[ -z "${!name:-}" ]] || need_plain "$1" "$name" "${!name}"
+  done
+}
+
+# usage: check_model COMMAND
+check_model() {
+  need_plain "$1" --model "$model"
   [[ "$model" =~ ^[^/.][^/]*/[^/]+$ || "$model" == /app/builtin-voice ]] || usage_error \
     "--model is '$model'; it must be a hub id such as suno/bark, or builtin-voice: a folder of this
-machine is not on the rented one" start
+machine is not on the rented one" "$1"
 }
 
 cmd_start() {
@@ -1999,7 +2005,8 @@ BARK_URL=\(.address | quoted)
 BARK_API_KEY=\(.key | quoted)
 # from this environment: the number of an endpoint, as printed by: endpoint up
 VASTAI_ENDPOINT_ID=\(env.endpoint_number | quoted)
-# VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"[1:]'
+# VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"
+    | .[1:]'
 }
 
 # -----------------------------------------------------------------------------
@@ -2171,7 +2178,6 @@ marker_of() { id="$1" endpoint_facts 'marker(env.id)' <<<"$endpoints"; }
 # up
 
 parse_up() {
-  local name
   split_words "$@"
   set -- ${words[@]+"${words[@]}"}
   while (($#)); do
@@ -2191,11 +2197,7 @@ parse_up() {
     shift "$taken"
   done
   check_search endpoint
-  check_model
-  [[ -z "$voice" ]] || need_plain endpoint --voice "$voice"
-  for name in $PASSED_ON; do
-    [[ -z "${!name:-}" ]] || need_plain endpoint "$name" "${!name}"
-  done
+  check_worker endpoint
 }
 
 # What a worker of the endpoint runs: as the single one, behind Vast's PyWorker. What Vast may leave

@@ -283,6 +283,44 @@ def test_a_wrong_call_of_endpoint_is_told_what_is_right(words: list[str], compla
                                                         bare_path: Path) -> None:
     done = command("endpoint", *words, path=bare_path)
     assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
+    assert done.stderr.startswith("usage: manage-bark-worker.sh endpoint ")
+
+
+# Each is refused by what several commands share.
+SHARED_FAULTS = [
+    (["--gpu", "x;y"], ["start", "search", "endpoint up"]),
+    (["--gpu="], ["start", "search", "endpoint up"]),
+    (["--min-vram", "0"], ["start", "search", "endpoint up"]),
+    (["--disk", "1"], ["start", "search", "endpoint up"]),
+    (["--region", "x"], ["start", "search", "endpoint up"]),
+    (["--image", "a b"], ["start", "search", "endpoint up"]),
+    (["--bid", "0.1"], ["start", "search", "endpoint up"]),
+    (["--model", "bark"], ["start", "endpoint up"]),
+    (["--model", "a b"], ["start", "endpoint up"]),
+    (["--model="], ["start", "endpoint up"]),
+    (["--voice", "a b"], ["start", "endpoint up"]),
+    (["--nonsense"], ["start", "search", "endpoint up", "test", "endpoint test"]),
+    (["--out", "/nonexistent/x.wav"], ["test", "endpoint test"]),
+    (["--timeout", "0"], ["start", "endpoint test"]),
+]
+
+
+@pytest.mark.parametrize(("called", "words"), [(called, words) for words, commands in SHARED_FAULTS
+                                               for called in commands])
+def test_the_usage_shown_is_that_of_the_command_which_was_called(
+        called: str, words: list[str], bare_path: Path) -> None:
+    name = called.split()[0]
+    done = command(*called.split(), *words, path=bare_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.findall(r"usage: manage-bark-worker.sh (\w+)", done.stderr) == [name]
+
+
+@pytest.mark.parametrize("called", ["start", "endpoint up"])
+def test_the_usage_shown_for_a_wrong_setting_is_that_of_the_command_too(
+        called: str, bare_path: Path) -> None:
+    done = command(*called.split(), path=bare_path, BARK_TIMEOUT="5 s")
+    assert done.returncode == 2 and "BARK_TIMEOUT is '5 s'" in done.stderr
+    assert done.stderr.startswith(f"usage: manage-bark-worker.sh {called.split()[0]} ")
 
 
 @pytest.mark.parametrize("console", ["console", "absent/console"])
