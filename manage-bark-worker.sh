@@ -992,8 +992,19 @@ check_search() {
   [[ -z "$bid" || "$pricing" == bid ]] || usage_error '--bid needs --interruptible' "$1"
   [[ -z "$bid" ]] || (($(millionths "$bid") <= $(millionths "$max_price"))) || usage_error \
     "--bid $bid is more than --max-price $max_price" "$1"
-  need_plain "$1" --image "$image"
-  [[ "${image##*/}" == *[:@]* ]] || image="$image:latest"    # Vast takes none without a tag
+  check_image "$1"
+}
+
+# usage: check_image COMMAND    (and gives an image without a tag one, as Vast takes none without)
+# A colon may also stand before a registry's port, and in a digest.
+check_image() {
+  local part='[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*' pattern
+  pattern="^([A-Za-z0-9.-]+(:[0-9]+)?/)?$part(/$part)*(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?"
+  pattern="$pattern(@sha256:[0-9a-f]{64})?\$"
+  [[ "$image" =~ $pattern ]] || usage_error "--image is '$image'; it must be a name in small \
+letters, with a tag or digest if need be: ghcr.io/owner/name:tag or ghcr.io/owner/name@sha256:..." \
+    "$1"
+  [[ "${image##*/}" == *[:@]* ]] || image="$image:latest"
 }
 
 # Prints what no option changes: what the image and the worker need. The image's CUDA 12.6 build of
@@ -2198,6 +2209,8 @@ parse_up() {
   done
   check_search endpoint
   check_worker endpoint
+  [[ "$image" != *@* ]] || usage_error "--image is '$image'; a template of Vast's, which an \
+endpoint needs, has a name and a tag and no place for a digest: name a tag instead" endpoint
 }
 
 # What a worker of the endpoint runs: as the single one, behind Vast's PyWorker. What Vast may leave
@@ -2254,12 +2267,11 @@ order_or_die() {
 
 # Sets made_hash. The CLI prints Python and not JSON, and no error as one: what counts is the list.
 make_template() {
-  local tag='' name="$image" attempt said
+  local attempt said
   template_name="$LABEL-endpoint-$(od -An -N 8 -tx1 /dev/urandom | tr -d ' \n')"
-  [[ "${image##*/}" == *@* ]] || name="${image%:*}" tag="${image##*:}"
   making=template if_cut=''
-  vast create template --name "$template_name" --image "$name" ${tag:+--image_tag "$tag"} \
-    --env "$(endpoint_env)" --ssh --direct --disk_space "$disk" \
+  vast create template --name "$template_name" --image "${image%:*}" \
+    --image_tag "${image##*:}" --env "$(endpoint_env)" --ssh --direct --disk_space "$disk" \
     --onstart-cmd "$(endpoint_on_start)" --search_params "$(hard_query) $(soft_query)" || true
   order_or_die 'the template cannot be made'
   said="${complaint:-$reply}"

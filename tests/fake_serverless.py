@@ -206,8 +206,9 @@ class ServerlessVast(FakeVast):
         worker = ServerlessWorker(
             self._draw_id("instance"), self, dict(offer), None, docker_options(template["env"]),
             template["onstart"], "ssh_direc ssh_proxy",
-            f"{template['image']}:{template['tag'] or 'latest'}" if ":" not in template["image"]
-            else template["image"], disk, fate=offer["fate"],
+            f"{template['image']}:{template['tag'] or 'latest'}"
+            if ":" not in template["image"].rpartition("/")[2] else template["image"],
+            disk, fate=offer["fate"],
             user="root")  # assumed: no template can say so, and Vast's words leave it open
         worker.group_id, worker.endpoint_id, worker.errors = group["id"], endpoint_id, []
         self.instances[worker.id] = worker

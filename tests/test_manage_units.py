@@ -286,6 +286,47 @@ def test_a_wrong_call_of_endpoint_is_told_what_is_right(words: list[str], compla
     assert done.stderr.startswith("usage: manage-bark-worker.sh endpoint ")
 
 
+# The image
+
+DIGEST = "@sha256:" + "0a" * 32
+
+
+@pytest.mark.parametrize(("given", "name", "tag"), [
+    ("name", "name", "latest"),
+    ("ghcr.io/some-one/a__b.c:1.0", "ghcr.io/some-one/a__b.c", "1.0"),
+    ("localhost:5000/name", "localhost:5000/name", "latest"),
+    ("Registry.example:5000/owner/name:Tag_1", "Registry.example:5000/owner/name", "Tag_1"),
+])
+def test_an_image_has_a_tag_beside_its_registrys_port(given: str, name: str, tag: str) -> None:
+    """For `start` in one piece, for a template in two."""
+    assert answer('parse_start --image "$1"; echo "$image"', given) == f"{name}:{tag}\n"
+    code = ('vast() { printf "%s\\n" "$@"; complaint="" reply=""; };'
+            ' find_template() { made_hash=x; }; parse_up --image "$1"; make_template')
+    words = answer(code, given).split("\n")
+    assert words[words.index("--image") + 1] == name
+    assert words[words.index("--image_tag") + 1] == tag
+
+
+@pytest.mark.parametrize("given", [f"ghcr.io/owner/name{DIGEST}",
+                                   f"localhost:5000/name:1.0{DIGEST}"])
+def test_a_digest_is_an_instances_and_not_a_templates(given: str, bare_path: Path) -> None:
+    assert answer('parse_start --image "$1"; echo "$image"', given) == f"{given}\n"
+    done = command("endpoint", "up", "--yes", "--image", given, path=bare_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--image is '{given}'; a template of Vast's" in done.stderr
+
+
+@pytest.mark.parametrize("given", [
+    "name:", "name@", ":tag", "/name", "name/", "a//b", "a..b", "https://ghcr.io/owner/name",
+    "ghcr.io/Owner/name", "name:a:b", "name@sha256:abc", f"name{DIGEST}:tag", "localhost:5000/",
+    "name:-tag", "-name", "a b", "a;b"])
+@pytest.mark.parametrize("called", ["start", "search", "endpoint up"])
+def test_what_docker_could_not_pull_is_no_image(given: str, called: str, bare_path: Path) -> None:
+    done = command(*called.split(), "--image", given, path=bare_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--image is '{given}'; it must be a name in small letters" in done.stderr
+
+
 # Each is refused by what several commands share.
 SHARED_FAULTS = [
     (["--gpu", "x;y"], ["start", "search", "endpoint up"]),
@@ -905,7 +946,7 @@ def test_a_wrong_setting_of_the_manager_is_named_before_anything_is_called(
 
 
 @pytest.mark.parametrize(("settings", "complaint"), [
-    ({"BARK_IMAGE": "a b"}, "is 'a b'; it may have letters"),
+    ({"BARK_IMAGE": "a b"}, "is 'a b'; it must be a name"),
     ({"BARK_MODEL": "/models/bark"}, "is '/models/bark'; it must be a hub id"),
     ({"TTS_MAX_LENGTH": "5 00"}, "TTS_MAX_LENGTH is '5 00'"),
 ])
