@@ -301,7 +301,7 @@ taken=1    # words that the option just read has taken
 
 # usage: need_value COMMAND OPTION [VALUE]    (and counts it as taken)
 need_value() {
-  [[ -n "${3:-}" ]] || usage_error "$2 needs a value" "$1"
+  [[ -n "${3:-}" && "$3" != --* ]] || usage_error "$2 needs a value" "$1"
   taken=2
 }
 
@@ -1665,6 +1665,8 @@ parse_test() {
     esac
     shift "$taken"
   done
+  [[ "$text" == *[![:space:]]* ]] ||
+    usage_error "TEXT is '$text'; there is nothing to speak in it" "$help"
   check_out "$help"
 }
 
@@ -1681,7 +1683,15 @@ test_option() {
 
 # usage: check_out COMMAND    (before anything costs money)
 check_out() {
-  [[ ! -d "$out" && -w "$(dirname "$out")" ]] || usage_error "--out $out cannot be written" "$1"
+  local folder=./ written why=''
+  [[ "$out" != */* ]] || folder="${out%/*}/"
+  written="$folder"
+  [[ ! -e "$out" ]] || written="$out"
+  if [[ -d "$out" ]]; then why='it is a folder; name a file in it'
+  elif [[ ! -d "$folder" ]]; then why="there is no folder $folder; make it, or name another file"
+  elif [[ ! -w "$written" ]]; then why='you may not write there; name another file'
+  fi
+  [[ -z "$why" ]] || usage_error "--out $out cannot be written: $why" "$1"
 }
 
 cmd_test() {
@@ -1698,7 +1708,7 @@ cmd_test() {
 keep_sound() {
   local seconds
   seconds="$(check_sound "$scratch/sound")" || die "$EX_UNHEALTHY" "the sound is no good: $seconds"
-  cp "$scratch/sound" "$out"
+  cp -- "$scratch/sound" "$out"
   printf '%s: %s%s\n' "$out" "$(facts "speed($took; $seconds)" <<<null)" "${1:-}"
 }
 

@@ -23,7 +23,7 @@ from manager import BASH, SCRIPT, executable, folder_of, sourcing
 
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
-TOOLS = ("dirname", "sed", "tr")  # all that reading the options takes
+TOOLS = ("sed", "tr")  # all that reading the options takes
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "env",
             "endpoint", "local", "completion", "help")
 ENDPOINT_COMMANDS = {"--json": "status", "--out": "test", "--timeout": "test", "--tail": "logs"}
@@ -277,7 +277,7 @@ def test_a_worker_of_an_endpoint_gets_the_settings_of_a_single_one_but_no_key() 
     (["test", "-x"], "endpoint test knows no '-x'; a TEXT that begins so comes after --"),
     (["test", "--play"], "endpoint test knows no '--play'"),
     (["test", "--timeout", "0"], "--timeout is '0'; it must be a whole number from 1 to 86400"),
-    (["test", "--out", "/nonexistent/x.wav"], "--out /nonexistent/x.wav cannot be written"),
+    (["test", "--out", "--voice", "male"], "--out needs a value"),
 ])
 def test_a_wrong_call_of_endpoint_is_told_what_is_right(words: list[str], complaint: str,
                                                         bare_path: Path) -> None:
@@ -899,8 +899,7 @@ MISUSE = [
     (["test", "-x"], "test knows no '-x'; a TEXT that begins so comes after --"),
     (["test", "--timeout", "9"], "test knows no '--timeout'"),
     (["test", "--voice"], "--voice needs a value"),
-    (["test", "--out", "/nonexistent/x.wav"], "--out /nonexistent/x.wav cannot be written"),
-    (["test", "--out", "/"], "--out / cannot be written"),
+    (["test", "--out", "--play"], "--out needs a value"),
     (["logs", "--tail", "0"], "--tail is '0'; it must be a whole number from 1 to 100000"),
     (["logs", "--tail"], "--tail needs a value"),
     (["logs", "7"], "logs knows no '7'"),
@@ -954,6 +953,30 @@ def test_a_setting_that_cannot_go_along_stops_the_start(
         settings: dict[str, str], complaint: str, bare_path: Path) -> None:
     done = command("start", "--yes", path=bare_path, **settings)
     assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
+
+
+@pytest.mark.parametrize("called", ["test", "endpoint test"])
+@pytest.mark.parametrize("text", ["", " ", "\n\t "])
+def test_a_text_without_a_word_wakes_nobody(text: str, called: str, bare_path: Path) -> None:
+    done = command(*called.split(), text, path=bare_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"TEXT is '{text}'; there is nothing to speak in it" in done.stderr
+
+
+@pytest.mark.parametrize("called", ["test", "endpoint test"])
+@pytest.mark.parametrize(("out", "why"), [
+    ("there", "it is a folder"), ("there/", "it is a folder"), ("/", "it is a folder"),
+    ("absent/a.wav", "there is no folder absent/"), ("file/a.wav", "there is no folder file/"),
+])
+def test_a_sound_that_cannot_be_written_is_not_spoken(
+        out: str, why: str, called: str, bare_path: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    done = command(*called.split(), "--out", out, path=bare_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--out {out} cannot be written: {why}" in done.stderr
 
 
 @pytest.mark.parametrize("called", ["test", "endpoint test"])
