@@ -2140,13 +2140,19 @@ find_endpoint() {
   persist look_endpoints || die_by_vast 'the endpoints cannot be listed'
   endpoint_row="$(endpoint_facts 'map(select(is_meant)) | .[0] // empty | tojson' <<<"$endpoints")"
   [[ -n "$endpoint_row" || -z "${VASTAI_ENDPOINT_ID:-}" ]] || die "$EX_NO_INSTANCE" \
-    "VASTAI_ENDPOINT_ID is $VASTAI_ENDPOINT_ID, and the account has no such endpoint; those that it
-has: $(jq -r 'map("\(.id) (\(.endpoint_name))") | join(", ") | if . == "" then "none" else . end' \
-      <<<"$endpoints")"
+    "VASTAI_ENDPOINT_ID is $VASTAI_ENDPOINT_ID, and the account has no such endpoint; it has:
+$(endpoint_names)
+Set it to one of these numbers, or unset it for the endpoint called '$LABEL'"
+}
+
+# Prints those of the account, for people.
+endpoint_names() {
+  jq -r 'map("\(.id) (\(.endpoint_name))") | join(", ") | if . == "" then "none" else . end' \
+    <<<"$endpoints"
 }
 
 no_endpoint() {
-  die "$EX_NO_INSTANCE" "no endpoint is called '$LABEL'
+  die "$EX_NO_INSTANCE" "no endpoint is called '$LABEL'; the account has: $(endpoint_names)
 To make one: $AGAIN endpoint up"
 }
 
@@ -2246,7 +2252,9 @@ endpoint_up() {
   find_endpoint
   id="$(endpoint_fact '.id // ""')"
   if [[ -n "$id" && "$(groups_of "$id")" != '[]' ]]; then
-    say "endpoint $id is there already, and stays as it is"
+    say "$(endpoint_fact '"endpoint \(.id) is there already, \(.endpoint_state // "active"), with at"
+      + " most \(.max_workers) workers"'), and stays as it is; for another, end it first:" \
+      "$AGAIN endpoint down"
     announce_endpoint "$id"
     return 0
   fi

@@ -107,14 +107,18 @@ def story(stage: Scene) -> None:
         its_worker_is_shown(stage, number)
         again = endpoint(stage, *UP)
         assert (again.status, again.stdout) == (0, f"VASTAI_ENDPOINT_ID={number}\n")
-        assert "is there already" in again.stderr and list(stage.vast.endpoints) == [number]
+        assert (f"endpoint {number} is there already, active, with at most 2 workers, and stays as"
+                " it is; for another, end it first: ./manage-bark-worker.sh endpoint down\n"
+                in again.stderr)
+        assert list(stage.vast.endpoints) == [number]
         gone = endpoint(stage, "down", "--yes")
         ended(gone, 0, "nothing of it is billed any more")
         nothing_is_left(stage)
     assert [kind for kind, _ in stage.vast.removed] == ["group", "endpoint", "template"]
     assert len(stage.vast.destroyed) == 1
     assert [lines.holding(secret) for secret in stage.vast.secrets if lines.holding(secret)] == []
-    ended(endpoint(stage, "down", "--yes"), 5, "no endpoint is called 'bark-worker'")
+    ended(endpoint(stage, "down", "--yes"), 5,
+          "no endpoint is called 'bark-worker'; the account has: none\n")
 
 
 def the_endpoint_has_explicit_limits(stage: Scene, number: int) -> None:
@@ -318,7 +322,9 @@ def the_id_of_the_environment_counts(stage: Scene) -> None:
     told = endpoint(stage, "status", VASTAI_ENDPOINT_ID=str(other))
     assert told.status == 1 and told.stdout.startswith(f"endpoint {other}, other: ")
     ended(endpoint(stage, "status", VASTAI_ENDPOINT_ID="12"), 5, "no such endpoint",
-          f"{number} (bark-worker), {other} (other)")
+          f"{number} (bark-worker), {other} (other)\nSet it to one of these numbers, or unset it")
+    ended(endpoint(stage, "test", BARK_LABEL="third"), 5,
+          f"no endpoint is called 'third'; the account has: {number} (bark-worker), {other} (other)")
     ended(endpoint(stage, "up", "--yes", VASTAI_ENDPOINT_ID="x"), 2, "VASTAI_ENDPOINT_ID is 'x'")
     ended(endpoint(stage, "down", "--yes", VASTAI_ENDPOINT_ID=str(other)), 0)
     assert list(stage.vast.endpoints) == [number] and len(stage.vast.groups) == 1
