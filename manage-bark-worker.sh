@@ -2072,7 +2072,8 @@ def worker_status($list): "\(.id)" as $id | [$list[] | select("\(.id)" == $id)][
 # Of an endpoint, its worker groups, the autoscaler's list and the instances.
 def endpoint_status: . as [$endpoint, $groups, $list, $instances]
   | ($instances | map(select(.sure))) as $instances
-  | {id: $endpoint.id, name: $endpoint.endpoint_name, state: ($endpoint.endpoint_state // "active"),
+  | {id: $endpoint.id, name: ($endpoint.endpoint_name // env.our_label),
+     state: (if $endpoint then $endpoint.endpoint_state // "active" else "absent" end),
      max_workers: $endpoint.max_workers, cold_workers: $endpoint.cold_workers,
      inactivity_timeout: $endpoint.inactivity_timeout,
      worker_groups: ($groups | map({id, max_price: (limit | if . then tonumber else . end)})),
@@ -2509,38 +2510,47 @@ endpoint_down() {
 # status, logs
 
 endpoint_status() {
-  local json='' id found
+  local json='' id found verdict
   while (($#)); do
     [[ "$1" == --json ]] || usage_error "endpoint status knows no '$1'" endpoint
     json=yes
     shift
   done
   open_account
-  need_endpoint
+  find_endpoint
   id="$(endpoint_fact .id)"
-  persist look_workers "$id" || die_by_vast 'the workers cannot be listed'
+  [[ -z "$id" ]] || persist look_workers "$id" || die_by_vast 'the workers cannot be listed'
   persist look_members "$(jq -r 'map("\(.id)") | join(" ")' <<<"$worker_list")" \
     "$(marker_of "$id")" || die_by_vast 'the instances cannot be listed'
   found="$(status_of_endpoint "$id")"
-  if [[ -n "$json" ]]; then printf '%s\n' "$found"; else describe_endpoint "$found"; fi
-  [[ "$(jq -r '.state == "active" and .worker_groups != []' <<<"$found")" == true ]] ||
-    exit "$EX_UNHEALTHY"
+  verdict="$(jq -r 'if .state == "active" and .worker_groups != [] then "serves"
+    elif .id == null and .workers == [] then "absent" else "broken" end' <<<"$found")"
+  if [[ -n "$json" ]]; then printf '%s\n' "$found"
+  elif [[ "$verdict" == absent ]]; then no_endpoint
+  else describe_endpoint "$found"
+  fi
+  case "$verdict" in
+    absent) exit "$EX_NO_INSTANCE" ;;
+    broken) exit "$EX_UNHEALTHY" ;;
+  esac
 }
 
-# usage: status_of_endpoint ID    (prints one object, for others to see)
+# usage: status_of_endpoint [ID]    (prints one object, for others to see)
 status_of_endpoint() {
-  printf '%s\n' "$endpoint_row" "$(groups_of "$1")" "$worker_list" "$members" |
+  printf '%s\n' "${endpoint_row:-null}" "$(groups_of "$1")" "$worker_list" "$members" |
     endpoint_facts 'endpoint_status | tojson' -s
 }
 
 # usage: describe_endpoint STATUS
 describe_endpoint() {
-  facts '"endpoint \(.id), \(.name): \(.state), at most \(.max_workers) workers"
+  again="$AGAIN" facts '(if .id == null then "no endpoint is called \(.name), and workers of one"
+      + " that was are still there; to end them: \(env.again) endpoint down"
+    else "endpoint \(.id), \(.name): \(.state), at most \(.max_workers) workers"
     + (if (.cold_workers // 0) > 0 then " (\(.cold_workers) kept asleep, which cost storage)"
        else "" end)
     + (if .worker_groups == [] then "; it has no worker group, so no worker can start"
        else ([.worker_groups[].max_price | numbers] | max | if . then " of at most \(fixed(4)) $/h"
-         else "" end) end)
+         else "" end) end) end)
     + "\n  now \(.cost_per_hour | fixed(4)) $/h"
     + (if .workers == [] then ": no worker" else "" end),
     (.workers[] | "  worker \(.id): \(.status), instance \(.instance), \(.gpu), \(.region),"

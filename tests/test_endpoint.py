@@ -119,6 +119,12 @@ def story(stage: Scene) -> None:
     assert [lines.holding(secret) for secret in stage.vast.secrets if lines.holding(secret)] == []
     ended(endpoint(stage, "down", "--yes"), 5,
           "no endpoint is called 'bark-worker'; the account has: none\n")
+    ended(endpoint(stage, "status"), 5, "no endpoint is called 'bark-worker'")
+    told = endpoint(stage, "status", "--json")
+    assert told.status == 5 and json.loads(told.stdout) == {
+        "id": None, "name": "bark-worker", "state": "absent", "max_workers": None,
+        "cold_workers": None, "inactivity_timeout": None, "worker_groups": [], "workers": [],
+        "cost_per_hour": 0}
 
 
 def the_endpoint_has_explicit_limits(stage: Scene, number: int) -> None:
@@ -305,6 +311,10 @@ def down_names_a_worker_that_stays(stage: Scene) -> None:
 def down_finds_workers_whose_endpoint_is_gone(stage: Scene) -> None:
     """As after a `down` that was killed: they are billed all the same."""
     left = stage.vast.add_instance(label=None, fate="silent", env={"BARK_LABEL": "bark-worker"})
+    told = endpoint(stage, "status")
+    assert (told.status, told.stderr) == (1, "")
+    assert told.stdout.startswith("no endpoint is called bark-worker, and workers of one that was")
+    assert f"\n  now 0.0704 $/h\n  worker {left.id}: " in told.stdout
     ended(endpoint(stage, "down", "--yes"), 0, f"worker {left.id}: ")
     nothing_is_left(stage)
 
