@@ -499,7 +499,8 @@ die_by_vast() {
     usage) die "$EX_MISSING" "$1: this is not vastai $VASTAI_VERSION: $complaint" ;;
     401) hint='; is VASTAI_API_KEY one of https://cloud.vast.ai/manage-keys/ ?' ;;
     '') hint='; what is rented goes on being billed: https://cloud.vast.ai/instances/' ;;
-    403) hint='; the key needs the permissions misc, user_read, instance_read and instance_write' ;;
+    403) hint='; the key needs the permissions misc, user_read, instance_read and instance_write,
+and user_write for an endpoint' ;;
   esac
   die "$EX_REFUSED" "$1: $complaint$hint"
 }
@@ -1122,19 +1123,24 @@ await_worker() {
   [[ "$outcome" == ready ]]
 }
 
-# Shows what happens, for how long, and what it cost so far.
+# Shows what happens, for how long, and what it cost so far if that can be told.
 show_phase() {
-  local now=$SECONDS cost
-  cost=$(((now - wait_began) * storage_price / 3600))
-  [[ -z "$running_since" ]] || cost=$((cost + (now - running_since) * gpu_price / 3600))
-  cost="$((now - wait_began)) s, $(decimal "$cost") \$"
+  local so_far="$((SECONDS - wait_began)) s"
+  [[ -z "$gpu_price" ]] || so_far="$so_far, $(cost_so_far) \$"
   if [[ -t 2 ]]; then
-    printf '\r\033[K%s: %s' "$cost" "${phase:0:55}" >&2 || true    # a wrapped line cannot go
+    printf '\r\033[K%s: %s' "$so_far" "${phase:0:55}" >&2 || true    # a wrapped line cannot go
     line_open=yes
   elif [[ "$phase" != "$shown" ]]; then
-    say "$cost: $phase"
+    say "$so_far: $phase"
   fi
   shown="$phase"
+}
+
+# Prints it in dollars.
+cost_so_far() {
+  local cost=$(((SECONDS - wait_began) * storage_price / 3600))
+  [[ -z "$running_since" ]] || cost=$((cost + (SECONDS - running_since) * gpu_price / 3600))
+  decimal "$cost"
 }
 
 # Asks the worker; fails if there is no answer.
@@ -2253,8 +2259,8 @@ endpoint_up() {
   find_endpoint
   id="$(endpoint_fact '.id // ""')"
   if [[ -n "$id" && "$(groups_of "$id")" != '[]' ]]; then
-    say "$(endpoint_fact '"endpoint \(.id) is there already, \(.endpoint_state // "active"), with at"
-      + " most \(.max_workers) workers"'), and stays as it is; for another, end it first:" \
+    say "$(endpoint_fact '"endpoint \(.id) is there already, \(.endpoint_state // "active"), with"
+      + " at most \(.max_workers) workers"'), and stays as it is; for another, end it first:" \
       "$AGAIN endpoint down"
     announce_endpoint "$id"
     return 0
@@ -2597,6 +2603,7 @@ endpoint_test() {
   parse_test 'endpoint test' "$@"
   open_account
   need_endpoint
+  need_recruits
   find_endpoint_key
   # A queue that cannot be seen counts as a cold one.
   persist look_workers "$(endpoint_fact .id)" || worker_list='[]'
@@ -2606,6 +2613,16 @@ endpoint_test() {
   speak_along_route
   [[ -n "$ready_before" ]] || cold="cold start $queued_seconds s"
   keep_sound "; queued $queued_seconds s, $cold"
+}
+
+# Ends if a request would wait for a worker that cannot come.
+need_recruits() {
+  local id state
+  IFS='|' read -r id state <<<"$(endpoint_fact '"\(.id)|\(.endpoint_state // "active")"')"
+  [[ "$state" == active ]] || die "$EX_UNHEALTHY" "endpoint $id is $state, and starts no worker; \
+to change that: $(by_hand update endpoint "$id" --endpoint_state active)"
+  [[ "$(groups_of "$id")" != '[]' ]] || die "$EX_UNHEALTHY" \
+    "endpoint $id has no worker group, so no worker can start; to make one: $AGAIN endpoint up"
 }
 
 # The CLI hides it.
@@ -2646,7 +2663,7 @@ HTTP ${status%% *}"
 # usage: await_route DEADLINE    (sets route_reply and queued_seconds)
 await_route() {
   local url="$RUN_URL/route/?api_key=$endpoint_key"
-  phase='no worker is ready; Vast starts one' wait_began=$SECONDS running_since='' gpu_price=0
+  phase='no worker is ready; Vast starts one' wait_began=$SECONDS gpu_price=''
   while :; do
     key="$endpoint_key" cost="${#text}" index="$request_index" name="$(endpoint_fact \
       .endpoint_name)" jq -n '{endpoint: env.name, api_key: env.key, cost: (env.cost | tonumber),
@@ -2659,7 +2676,8 @@ await_route() {
       die_by_vast 'Vast routes no request of this endpoint'
     fi
     ((SECONDS < $1)) ||
-      die "$EX_LATE" "no worker was ready within $timeout s${complaint:+: $complaint}"
+      die "$EX_LATE" "no worker was ready within $timeout s${complaint:+: $complaint}; what Vast \
+does: $AGAIN endpoint logs; what it costs: $AGAIN endpoint status"
     show_phase
     pause "$((POLL < 5 ? POLL : 5))"
   done

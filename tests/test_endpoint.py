@@ -331,10 +331,12 @@ def the_id_of_the_environment_counts(stage: Scene) -> None:
     other = stage.vast.add_endpoint(endpoint_name="other", max_workers=7)["id"]
     told = endpoint(stage, "status", VASTAI_ENDPOINT_ID=str(other))
     assert told.status == 1 and told.stdout.startswith(f"endpoint {other}, other: ")
+    ended(endpoint(stage, "test", VASTAI_ENDPOINT_ID=str(other)), 1,
+          f"endpoint {other} has no worker group, so no worker can start; to make one: ")
     ended(endpoint(stage, "status", VASTAI_ENDPOINT_ID="12"), 5, "no such endpoint",
           f"{number} (bark-worker), {other} (other)\nSet it to one of these numbers, or unset it")
     ended(endpoint(stage, "test", BARK_LABEL="third"), 5,
-          f"no endpoint is called 'third'; the account has: {number} (bark-worker), {other} (other)")
+          f"is called 'third'; the account has: {number} (bark-worker), {other} (other)\n")
     ended(endpoint(stage, "up", "--yes", VASTAI_ENDPOINT_ID="x"), 2, "VASTAI_ENDPOINT_ID is 'x'")
     ended(endpoint(stage, "down", "--yes", VASTAI_ENDPOINT_ID=str(other)), 0)
     assert list(stage.vast.endpoints) == [number] and len(stage.vast.groups) == 1
@@ -343,7 +345,15 @@ def the_id_of_the_environment_counts(stage: Scene) -> None:
 def without_a_worker_the_test_gives_up_in_time(stage: Scene) -> None:
     made(stage)
     stage.vast.recruits = False
-    ended(endpoint(stage, "test", "--timeout", "3"), 6, "no worker was ready within 3 s")
+    done = endpoint(stage, "test", "--timeout", "3")
+    ended(done, 6, " s: no worker is ready", "no worker was ready within 3 s; what Vast does: ")
+
+
+def a_suspended_endpoint_is_not_waited_for(stage: Scene) -> None:
+    number = made(stage)
+    stage.vast.endpoints[number]["endpoint_state"] = "suspended"
+    ended(endpoint(stage, "test"), 1, f"endpoint {number} is suspended, and starts no worker",
+          f"vastai update endpoint {number} --endpoint_state active\n")
 
 
 @plays(down_finds_workers_whose_endpoint_is_gone, the_id_of_the_environment_counts)
@@ -353,6 +363,6 @@ def test_down_ends_what_is_meant_and_nothing_else(acts: Acts, act: Act) -> None:
 
 @pytest.mark.long
 @plays(down_names_what_it_cannot_end, down_names_a_worker_that_stays, down_asks,
-       without_a_worker_the_test_gives_up_in_time)
+       without_a_worker_the_test_gives_up_in_time, a_suspended_endpoint_is_not_waited_for)
 def test_what_cannot_be_done_is_said(acts: Acts, act: Act) -> None:
     acts.end_of(act)
