@@ -2304,6 +2304,8 @@ make_template() {
     find_template && [[ -n "$made_hash" ]] && break
     pause 2
   done
+  [[ "$said" != *'not valid JSON'* ]] || said="Vast says no, and its CLI does not tell \
+why; has the key the permission user_write (https://cloud.vast.ai/manage-keys/)?"
   [[ -n "$made_hash" ]] || die "$EX_REFUSED" "the template cannot be made: ${said:0:200}"
   making=''
 }

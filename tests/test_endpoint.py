@@ -217,6 +217,16 @@ def refusal(what: str) -> Act:
     return drawn_out(act)
 
 
+@drawn_out
+def template_that_the_key_may_not_make(stage: Scene) -> None:
+    """The CLI keeps Vast's reason to itself."""
+    stage.vast.add_offer()
+    stage.vast.fault("POST", CREATES["template"], status=403)
+    ended(endpoint(stage, *UP), 4, "cannot be made: Vast says no", "permission user_write",
+          "no endpoint was made")
+    nothing_is_left(stage)
+
+
 def lost_answer(what: str) -> Act:
     def act(stage: Scene) -> None:
         stage.vast.add_offer()
@@ -268,8 +278,9 @@ def another_endpoint_is_left_alone(stage: Scene) -> None:
 
 
 QUICK_UPS = (up_asks, lost_answer("group"), cut("endpoint", signal.SIGINT))
-LONG_UPS = (up_without_an_offer_makes_nothing, *map(refusal, CREATES), lost_answer("template"),
-            lost_answer("endpoint"), cut("template", signal.SIGTERM), cut("group", signal.SIGHUP),
+LONG_UPS = (up_without_an_offer_makes_nothing, template_that_the_key_may_not_make,
+            *map(refusal, ("endpoint", "group")), lost_answer("template"), lost_answer("endpoint"),
+            cut("template", signal.SIGTERM), cut("group", signal.SIGHUP),
             drawn_out(limits_that_vast_does_not_keep), another_endpoint_is_left_alone)
 
 
