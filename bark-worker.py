@@ -8,7 +8,8 @@
 
     python bark-worker.py --serverless    # a worker of a Vast.ai endpoint, which routes and scales
 
-Endpoints: GET /health, GET /ready, GET /voices, POST /synthesize, and a short page at GET /.
+Endpoints: GET /health, GET /ready, GET /voices, POST /synthesize, OpenAI's POST /v1/audio/speech,
+GET /v1/models and GET /v1/audio/voices, and a short page at GET /.
 
 Reading order is bottom-up, each section knows only what stands above it: errors, configuration,
 text, audio, model, engine, narrator, scheduler, HTTP, serverless, main.
@@ -33,6 +34,7 @@ import gc
 import hashlib
 import hmac
 import io
+import itertools
 import json
 import logging
 import math
@@ -50,19 +52,19 @@ import tempfile
 import threading
 import time
 import unicodedata
-import wave
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
@@ -91,6 +93,7 @@ class WorkerError(Exception):
     """
 
     kind = "server_error"
+    permanent = False  # the same request would fail again
 
     def __init__(self, message: str, *, code: str, param: str | None = None):
         super().__init__(message)
@@ -115,6 +118,7 @@ class InvalidRequest(WorkerError):
     """The client has to change something."""
 
     kind = "invalid_request_error"
+    permanent = True
 
 
 class NothingToSpeak(InvalidRequest):
@@ -199,6 +203,14 @@ def parse_like(pattern: str, allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_origins(value: str) -> tuple[str, ...]:
+    origins = tuple(origin.strip().lower() for origin in value.split(","))
+    if not all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[!-+\--.0-~]+", o) for o in origins):
+        raise ValueError("origins such as https://reader.example, without a path, joined by commas;"
+                         " or *")
+    return origins
+
+
 class Variable(NamedTuple):
     """One environment variable: its `Config` field, its default as shown, and what it means."""
 
@@ -235,6 +247,10 @@ VARIABLES = (
              "seconds one request may take in all; then 504"),
     Variable("BARK_DETERMINISTIC", "deterministic", "off", parse_switch,
              "on: one fixed batch shape, so that audio never depends on the neighbours"),
+    Variable("BARK_CACHE_MB", "cache_mb", "256", parse_integer(0, 1_000_000),
+             "megabytes of finished segments to keep in memory, for repeats; 0 keeps none"),
+    Variable("BARK_CORS_ORIGINS", "cors_origins", "none", parse_origins,
+             "web pages that may call it from a browser: origins joined by commas, or *"),
 )
 
 # What --serverless needs beside them. Vast's PyWorker reads these itself, and breaks over them one
@@ -274,6 +290,8 @@ class Config:
     max_queue: int = 32
     timeout: float = 600.0
     deterministic: bool = False
+    cache_mb: int = 256
+    cors_origins: tuple[str, ...] = ()
     worker_port: int | None = None
 
     @classmethod
@@ -451,7 +469,7 @@ def split_text(text: str, language: str, limits: SegmentLimits) -> list[Span]:
     is in exactly one span. A line with nothing speakable ends a paragraph, as a blank one does.
     Only a single character of more than `limits.max_tokens` tokens can break a limit.
     """
-    elapsed = list(accumulate(map(speech_millis, text), initial=0))
+    elapsed = list(itertools.accumulate(map(speech_millis, text), initial=0))
     pieces = [
         piece
         for start, end in paragraphs(text)
@@ -637,28 +655,115 @@ def to_pcm16(samples: np.ndarray) -> np.ndarray:
     return np.round(np.clip(samples, -1.0, 1.0) * 32767.0).astype(np.int16)
 
 
-def join_segments(
-    pieces: list[np.ndarray], pauses: list[float], rate: int
-) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """Segments with `pauses` seconds of silence after each; and each one's start and end."""
-    parts, times, position = [], [], 0
-    for samples, pause in zip(pieces, pauses, strict=True):
-        silence = np.zeros(round(pause * rate), np.int16)
-        times.append((position / rate, (position + len(samples)) / rate))
-        parts += [samples, silence]
-        position += len(samples) + len(silence)
-    return np.concatenate(parts), times
+class AudioFormat(NamedTuple):
+    """A way to send audio, in FFmpeg's names; `bit_rate` in bits a second."""
+
+    mime: str
+    container: str
+    codec: str
+    bit_rate: int | None = None
+    options: Mapping[str, str] = MappingProxyType({})  # of the container
 
 
-def encode_wav(samples: np.ndarray, rate: int) -> bytes:
-    """int16 samples as a mono 16-bit PCM WAV with true sizes in its header."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(samples.astype("<i2").tobytes())
-    return buffer.getvalue()
+# Mono speech at 24 kHz. Ogg pages of 0.2 s instead of 1 s, so that a stream starts soon.
+FORMATS = {
+    "mp3": AudioFormat("audio/mpeg", "mp3", "libmp3lame", 96_000, {"id3v2_version": "0"}),
+    "opus": AudioFormat("audio/ogg", "ogg", "libopus", 48_000, {"page_duration": "200000"}),
+    "aac": AudioFormat("audio/aac", "adts", "aac", 64_000),
+    "flac": AudioFormat("audio/flac", "flac", "flac"),
+    "wav": AudioFormat("audio/wav", "wav", "pcm_s16le"),
+    "pcm": AudioFormat("audio/pcm", "s16le", "pcm_s16le"),
+}
+
+
+class Outlet:
+    """What a muxer writes into when it cannot go back: bytes wait here to be taken."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def write(self, data: Any) -> int:
+        self._bytes += data
+        return len(data)
+
+    def take(self) -> bytes:
+        taken, self._bytes = bytes(self._bytes), bytearray()
+        return taken
+
+
+class Encoder:
+    """int16 mono samples in, one stream of a format out, in one piece however they come.
+
+    For a `file` that can be sought, sizes and durations are written into its head at the end. A
+    stream's head leaves them open, as FFmpeg does: a WAV's say 0xFFFFFFFF.
+    """
+
+    def __init__(self, form: str, rate: int, file: io.BytesIO | None = None):
+        import av
+
+        kind = FORMATS[form]
+        self._av, self._rate, self._outlet = av, rate, Outlet()
+        # bitexact: no name and version of the library in the head
+        options = {**kind.options, "fflags": "+bitexact", "flush_packets": "1"}
+        if form == "mp3" and file is None:
+            options["write_xing"] = "0"  # a frame of zeros, unless it can be filled in later
+        self._container = av.open(file or self._outlet, "w", format=kind.container, options=options)
+        self._stream = self._container.add_stream(kind.codec, rate=rate, layout="mono")
+        if kind.bit_rate:
+            self._stream.bit_rate = kind.bit_rate
+        self._container.start_encoding()
+
+    def feed(self, samples: np.ndarray) -> bytes:
+        """What can be sent by now."""
+        if len(samples):
+            frame = self._av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(samples, np.int16)[None], format="s16", layout="mono")
+            frame.sample_rate = self._rate
+            self._container.mux(self._stream.encode(frame))
+        return self._outlet.take()
+
+    def finish(self) -> bytes:
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._outlet.take()
+
+
+def encode(samples: np.ndarray, rate: int, form: str) -> bytes:
+    """int16 samples as a whole file with true sizes and duration in its head."""
+    file = io.BytesIO()
+    encoder = Encoder(form, rate, file)
+    encoder.feed(samples)
+    encoder.finish()
+    return file.getvalue()
+
+
+def stretch(samples: np.ndarray, rate: int, speed: float) -> np.ndarray:
+    """int16 samples `speed` times as fast, 0.25 to 4, at the same pitch.
+
+    By FFmpeg's atempo filter, which overlaps and adds pieces that fit each other (WSOLA).
+    """
+    if speed == 1 or not len(samples):
+        return samples
+    import av
+    from av.filter import Graph
+
+    graph = Graph()
+    nodes = [graph.add_abuffer(sample_rate=rate, format="s16", layout="mono",
+                               time_base=Fraction(1, rate))]
+    for factor in [0.5, speed / 0.5] if speed < 0.5 else [speed]:  # 0.5 is its least
+        nodes.append(graph.add("atempo", str(factor)))
+    graph.link_nodes(*nodes, graph.add("abuffersink")).configure()
+    # it swallows what is in its window when the end comes, so let that be silence
+    padded = np.concatenate([samples, np.zeros(rate // 2, np.int16)])
+    frame = av.AudioFrame.from_ndarray(padded[None], format="s16", layout="mono")
+    frame.sample_rate = rate
+    graph.push(frame)
+    graph.push(None)
+    parts = []
+    with contextlib.suppress(av.error.EOFError, av.error.BlockingIOError):
+        while True:
+            parts.append(graph.pull().to_ndarray()[0])
+    return np.concatenate(parts)[: round(len(samples) / speed)]
 
 
 # -----------------------------------------------------------------------------
@@ -934,7 +1039,7 @@ def read_fine_sampling(section: Mapping[str, Any], coarse: Sampling) -> Sampling
     return Sampling(0.0 if greedy else float(temperature))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Voice:
     """A voice preset: what the model is told it said before. Token ids, 49.9 and 75 a second."""
 
@@ -1130,6 +1235,12 @@ class Segment:
     fine_sampling: Sampling
     min_eos_p: float | None = None
     max_new_tokens: int | None = None  # semantic; None is the model's own limit
+
+    @property
+    def identity(self) -> Hashable:
+        """What decides the audio of one model: equal here, equal there."""
+        return (tuple(self.text_ids), self.voice, self.seed, self.semantic_sampling,
+                self.coarse_sampling, self.fine_sampling, self.min_eos_p, self.max_new_tokens)
 
 
 class Finished(NamedTuple):
@@ -2074,6 +2185,16 @@ MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1
 
 
+# OpenAI's voices, by what its guide calls them: men's, a narrator's (fable), women's, of which
+# Bark's English presets have one. alloy, which clients send where nobody has chosen, is BARK_VOICE.
+OPENAI_VOICES = {
+    "ash": "v2/en_speaker_3", "ballad": "v2/en_speaker_2", "cedar": "v2/en_speaker_8",
+    "echo": "v2/en_speaker_0", "fable": "v2/en_speaker_1", "onyx": "v2/en_speaker_6",
+    "verse": "v2/en_speaker_4", "alloy": "",
+    **dict.fromkeys(("coral", "marin", "nova", "sage", "shimmer"), "v2/en_speaker_9"),
+}
+
+
 @dataclass(frozen=True)
 class Speech:
     """A request, planned: one span of the text for each segment, in order."""
@@ -2124,6 +2245,14 @@ class Narrator:
                    for alias, target in self.aliases.items()]
         return aliases + voices
 
+    def openai_voices(self) -> dict[str, str]:
+        """OpenAI's names and what stands for them: the default voice where there is no other, or
+        where it speaks another language than these do.
+        """
+        foreign = voice_language(self.default_voice) != "en"
+        return {name: target if target in self.facts.voices and not foreign else self.default_voice
+                for name, target in OPENAI_VOICES.items() if name not in self.facts.voices}
+
     def plan(self, text: str, voice: str | None, seed: int | None) -> Speech:
         """Raises NothingToSpeak, and InvalidRequest for a voice that is not there."""
         voice = self.find_voice(voice) if voice is not None else self.default_voice
@@ -2149,7 +2278,7 @@ class Narrator:
 
 
 def nothing_to_speak() -> NothingToSpeak:
-    return NothingToSpeak("text has no word, digit or cue that could be spoken", param="text",
+    return NothingToSpeak("the text has no word, digit or cue that could be spoken", param="text",
                           code="nothing_to_speak")
 
 
@@ -2172,6 +2301,7 @@ def unknown_voice(name: str, known: list[str]) -> InvalidRequest:
 
 DRAIN_SECONDS = 10.0
 RETRY_FULL, RETRY_LOADING, RETRY_DRAINING = 5, 10, 30  # seconds, for Retry-After
+HUNG_SECONDS = 30.0  # past a request's time without a word from the scheduler
 MAX_STEP_FAILURES = 3  # in a row; then the device is taken for lost
 
 
@@ -2206,16 +2336,57 @@ class State:
 
 
 class Request:
-    """A speech on its way. `future` gets the segments' float32 samples, in order, or an error."""
+    """A speech on its way. Each of `parts` gets its segment's int16 samples, or the error."""
 
     def __init__(self, speech: Speech, deadline: float, is_abandoned: Callable[[], bool]):
         self.segments = speech.segments
         self.began, self.deadline, self.is_abandoned = time.monotonic(), deadline, is_abandoned
-        self.samples: list[np.ndarray | None] = [None] * len(speech.segments)
-        self.started = 0
-        self.missing = len(speech.segments)
+        self.parts: list[Future[np.ndarray]] = [Future() for _ in speech.segments]
+        self.todo = deque(range(len(speech.segments)))  # indices that wait for a slot
+        self.started = False
         self.turn = 0
-        self.future: Future[list[np.ndarray]] = Future()
+
+    def results(self) -> Iterator[np.ndarray]:
+        """The segments' samples in order, each once it is there. Raises what went wrong."""
+        for part in self.parts:
+            try:
+                samples = part.result(self.deadline + HUNG_SECONDS - time.monotonic())
+            except TimeoutError:  # the scheduler ends late requests itself, unless it hangs
+                raise RequestTimeout("the device does not answer", code="timeout") from None
+            yield samples
+
+    def is_done(self) -> bool:
+        return all(part.done() for part in self.parts)
+
+    def abandon(self) -> None:
+        """Nobody wants the rest: at the next step its slots are free."""
+        self.is_abandoned = lambda: True
+
+
+class SegmentCache:
+    """Segments' int16 samples under all that decides them; the least recently used goes first.
+
+    It lives as long as one engine, hence with one revision of one model. Not for several threads
+    at once.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.size = limit, 0  # bytes
+        self._samples: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+
+    def get(self, segment: Segment) -> np.ndarray | None:
+        if (samples := self._samples.get(segment.identity)) is not None:
+            self._samples.move_to_end(segment.identity)
+        return samples
+
+    def put(self, segment: Segment, samples: np.ndarray) -> None:
+        if segment.identity in self._samples or samples.nbytes > self.limit:
+            return
+        self._samples[segment.identity] = samples
+        self.size += samples.nbytes
+        while self.size > self.limit:
+            _, oldest = self._samples.popitem(last=False)
+            self.size -= oldest.nbytes
 
 
 class Scheduler:
@@ -2225,8 +2396,9 @@ class Scheduler:
     scheduler's own thread, the only one that touches the engine.
     """
 
-    def __init__(self, load: Callable[[State], Any], state: State, max_queue: int):
-        self._load, self.state, self.max_queue = load, state, max_queue
+    def __init__(self, load: Callable[[State], Any], state: State, max_queue: int,
+                 cache: SegmentCache):
+        self._load, self.state, self.max_queue, self._cache = load, state, max_queue, cache
         self._engine: Any = None
         self._changed = threading.Condition()
         self._requests: list[Request] = []  # in order of arrival
@@ -2245,13 +2417,19 @@ class Scheduler:
         """Segments at once; 1 while that is not known."""
         return self._engine.slots if self._engine else 1
 
-    def submit(self, request: Request) -> Future[list[np.ndarray]]:
-        """Queues `request`. Raises Unavailable while loading, draining or full."""
+    def submit(self, request: Request) -> None:
+        """Answers `request` from the cache as far as that goes, and queues the rest.
+
+        Raises Unavailable while loading, draining or full.
+        """
         with self._changed:
             if self._stopping:
                 raise draining()
             if self._engine is None or self.state.status != "ready":
                 raise not_ready(self.state)
+            self._recall(request)
+            if request.is_done():
+                return
             room = self.max_queue + self._engine.slots - len(self._owner)
             if self._waiting() >= room:
                 raise Unavailable(f"{self._waiting()} requests are waiting already and at most"
@@ -2260,7 +2438,12 @@ class Scheduler:
             request.turn = self._turn + 1
             self._requests.append(request)
             self._changed.notify_all()
-        return request.future
+
+    def _recall(self, request: Request) -> None:
+        for index, segment in enumerate(request.segments):
+            if (samples := self._cache.get(segment)) is not None:
+                request.parts[index].set_result(samples)
+                request.todo.remove(index)
 
     def _waiting(self) -> int:
         return self.stats()["waiting"]
@@ -2268,7 +2451,7 @@ class Scheduler:
     def stats(self) -> dict[str, int]:
         """Requests running and waiting, and how many may wait."""
         requests = list(self._requests)  # a snapshot; no lock, so that it never waits for one
-        waiting = sum(request.started == 0 for request in requests)
+        waiting = sum(not request.started for request in requests)
         return {"running": len(requests) - waiting, "waiting": waiting,
                 "capacity": self.max_queue}
 
@@ -2334,29 +2517,32 @@ class Scheduler:
     def _admit(self) -> None:
         """Fills free slots. Turns make it fair; within a turn, who came first goes first."""
         while self._engine.free_slots > 0:
-            open_requests = [r for r in self._requests if r.started < len(r.segments)]
+            open_requests = [r for r in self._requests if r.todo]
             if not open_requests:
                 return
             request = min(open_requests, key=lambda r: r.turn)
-            segment = request.segments[request.started]
-            self._owner[segment] = (request, request.started)
+            index = request.todo.popleft()
+            segment = request.segments[index]
+            self._owner[segment] = (request, index)
             self._turn = max(self._turn, request.turn)
-            request.started += 1
             request.turn += 1
-            self._engine.add(segment, urgent=self._owner[segment][1] == 0)
+            self._engine.add(segment, urgent=not request.started)
+            request.started = True
 
     def _collect(self, done: Finished) -> None:
         if done.segment not in self._owner:
             return
         request, index = self._owner.pop(done.segment)
         if done.samples is None:
-            self._end(request, GenerationFailed(
-                f"segment {index} gave no usable audio: {done.error}; another seed may",
-                code="generation_failed"))
+            error = GenerationFailed(f"segment {index} gave no usable audio: {done.error}; another"
+                                     " seed may", code="generation_failed")
+            error.permanent = True  # the same seed gives the same takes
+            self._end(request, error)
             return
-        request.samples[index] = done.samples
-        request.missing -= 1
-        if request.missing == 0:
+        samples = to_pcm16(done.samples)
+        self._cache.put(done.segment, samples)
+        request.parts[index].set_result(samples)
+        if request.is_done():
             self._end(request)
 
     def _end(self, request: Request, error: WorkerError | None = None) -> None:
@@ -2364,10 +2550,9 @@ class Scheduler:
         for segment in [s for s, (owner, _) in self._owner.items() if owner is request]:
             del self._owner[segment]
             self._dropped.append(segment)
-        if error is None:
-            request.future.set_result(request.samples)
-        else:
-            request.future.set_exception(error)
+        for part in request.parts:
+            if not part.done():
+                part.set_exception(error)
         self._changed.notify_all()
 
     def _recover(self, error: Exception) -> None:
@@ -2392,7 +2577,9 @@ def not_ready(state: State) -> Unavailable:
     if state.status == "draining":
         return draining()
     what = f"has failed: {state.error}" if state.error else f"is not ready yet: {state.status}"
-    return Unavailable(f"the model {what}", code="not_ready", retry_after=RETRY_LOADING)
+    error = Unavailable(f"the model {what}", code="not_ready", retry_after=RETRY_LOADING)
+    error.permanent = bool(state.error)
+    return error
 
 
 # -----------------------------------------------------------------------------
@@ -2402,12 +2589,18 @@ MAX_BODY = 1 << 20          # bytes
 MAX_CONNECTIONS = 1024
 READ_SECONDS = 30.0         # for a whole request to arrive, or the next one on an idle connection
 STALL_SECONDS = 30.0        # without a byte from a client, or 64 KiB to it
-HUNG_SECONDS = 30.0         # past a request's time without a word from the scheduler
 LINGER_SECONDS = 1.0        # for a client to read an error before its unread body is thrown away
 HEADER_DEFECTS = (
     email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
     email.errors.MisplacedEnvelopeHeaderDefect, email.errors.InvalidHeaderDefect)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+MAX_INPUT = 4096            # characters of OpenAI's `input`
+MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # that clients ask for; all are the one here
+MODELS_PATH = "/v1/models/"
+EXPOSED = "X-Request-Id, X-Bark-Seed, X-Bark-Duration, Retry-After"  # to pages of other origins
+MEDIA_TYPES = {form.mime: name for name, form in FORMATS.items()} | {
+    "audio/x-wav": "wav", "audio/wave": "wav", "audio/vnd.wave": "wav", "audio/mp3": "mp3",
+    "audio/opus": "opus", "audio/x-flac": "flac"}
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # answered without a key
 
 INDEX = """\
@@ -2420,6 +2613,10 @@ GET  /health      what the worker is doing
 GET  /ready       200 when it can speak, else 503
 GET  /voices      the voices a request may name
 POST /synthesize  {{"text": ..., "voice": ..., "seed": ...}}; only text is required
+
+and OpenAI's, for a client whose base URL is {url}/v1
+
+POST /v1/audio/speech  GET /v1/audio/voices  GET /v1/models  GET /v1/models/NAME
 """
 
 
@@ -2430,6 +2627,7 @@ class HttpError(InvalidRequest):
                  headers: Mapping[str, str] | None = None):
         super().__init__(message, code=code)
         self.status, self.headers = status, dict(headers or {})
+        self.permanent = status != HTTPStatus.REQUEST_TIMEOUT
 
 
 STATUS_FOR_ERROR: tuple[tuple[type[WorkerError], HTTPStatus], ...] = (  # the first that fits
@@ -2443,12 +2641,13 @@ STATUS_FOR_ERROR: tuple[tuple[type[WorkerError], HTTPStatus], ...] = (  # the fi
 
 
 def status_and_headers(error: WorkerError) -> tuple[HTTPStatus, dict[str, str]]:
+    headers = {"X-Should-Retry": "false"} if error.permanent else {}  # OpenAI's clients obey it
     if isinstance(error, HttpError):
-        return error.status, error.headers
+        return error.status, headers | error.headers
     status = next(status for kind, status in STATUS_FOR_ERROR if isinstance(error, kind))
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        return status, {"Retry-After": str(getattr(error, "retry_after", RETRY_FULL))}
-    return status, {}
+        headers["Retry-After"] = str(getattr(error, "retry_after", RETRY_FULL))
+    return status, headers
 
 
 def error_body(error: WorkerError) -> dict[str, Any]:
@@ -2475,43 +2674,78 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise InvalidRequest(f"the body is not JSON: {first_line(error)[:80]}",
                              code="invalid_json") from None
     if not isinstance(payload, dict):
-        raise InvalidRequest(f"the body is a JSON {json_type(payload)}; it must be an object such"
+        raise InvalidRequest(f"the body is {json_type(payload)}; it must be an object such"
                              ' as {"text": "Hello"}', code="invalid_json")
     return payload
 
 
 def json_type(value: object) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false",
+             type(None): "null"}
+    return names.get(type(value), "a number")
 
 
-def check_text(payload: Mapping[str, Any], limit: int) -> str:
+def check_text(payload: Mapping[str, Any], field: str, limit: int, limited_by: str) -> str:
     """The text to speak. Raises InvalidRequest with what is wrong, where, and what is allowed."""
     def wrong(message: str, code: str) -> InvalidRequest:
-        return InvalidRequest(message, param="text", code=code)
+        return InvalidRequest(message, param=field, code=code)
 
-    if payload.get("text") is None:
-        raise wrong('text is missing; send {"text": "Hello, world!"}', "missing_text")
-    text = payload["text"]
+    if payload.get(field) is None:
+        raise wrong(f'{field} is missing; send {{"{field}": "Hello, world!"}}', "missing_text")
+    text = payload[field]
     if not isinstance(text, str):
-        raise wrong(f"text is a {json_type(text)}; it must be a string", "invalid_type")
+        raise wrong(f"{field} is {json_type(text)}; it must be a string", "invalid_type")
     if not text.strip():
-        raise wrong("text is empty; at least one word is needed", "empty_text")
+        raise wrong(f"{field} is empty; at least one word is needed", "empty_text")
     if len(text) > limit:
-        raise wrong(f"text has {len(text)} characters; at most {limit} are allowed"
-                    " (TTS_MAX_LENGTH)", "text_too_long")
+        raise wrong(f"{field} has {len(text)} characters; at most {limit} are allowed"
+                    f" ({limited_by})", "text_too_long")
     if match := re.search("[\0\ud800-\udfff]", text):
         name = "a NUL character" if match[0] == "\0" else "half of a surrogate pair"
-        raise wrong(f"text has {name} at position {match.start()}; remove it", "invalid_text")
+        raise wrong(f"{field} has {name} at position {match.start()}; remove it", "invalid_text")
     return text
 
 
 def check_voice(payload: Mapping[str, Any]) -> str | None:
+    """The voice's name; OpenAI's {"id": name} is one too."""
     voice = payload.get("voice")
-    if voice is not None and not isinstance(voice, str):
-        raise InvalidRequest(f"voice is a {json_type(voice)}; it must be a string",
+    if isinstance(voice, dict):
+        voice = voice.get("id")
+    elif voice is None:
+        return None
+    if not isinstance(voice, str):
+        raise InvalidRequest(f"voice is {json_type(payload['voice'])}; it must be a string",
                              param="voice", code="invalid_type")
     return voice
+
+
+def check_choice(payload: Mapping[str, Any], field: str, allowed: Iterable[str]) -> str | None:
+    value = payload.get(field)
+    if value is None or (isinstance(value, str) and value in allowed):
+        return value
+    raise InvalidRequest(f"{field} is {shown(value)}; allowed are {', '.join(allowed)}",
+                         param=field, code="invalid_value")
+
+
+def check_flag(payload: Mapping[str, Any], field: str, default: bool) -> bool:
+    value = payload.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(f"{field} is {json_type(value)}; it must be true or false",
+                             param=field, code="invalid_type")
+    return default if value is None else value
+
+
+def check_speed(payload: Mapping[str, Any]) -> float:
+    speed = payload.get("speed")
+    if speed is None:
+        return 1.0
+    if json_type(speed) != "a number":
+        raise InvalidRequest(f"speed is {json_type(speed)}; it must be a number",
+                             param="speed", code="invalid_type")
+    if not 0.25 <= speed <= 4:
+        raise InvalidRequest(f"speed is {shown(speed)}; allowed are 0.25 to 4", param="speed",
+                             code="invalid_value")
+    return float(speed)
 
 
 def check_seed(payload: Mapping[str, Any]) -> int | None:
@@ -2519,7 +2753,7 @@ def check_seed(payload: Mapping[str, Any]) -> int | None:
     if seed is None:
         return None
     if type(seed) is not int:
-        raise InvalidRequest(f"seed is a {json_type(seed)}; it must be a whole number",
+        raise InvalidRequest(f"seed is {json_type(seed)}; it must be a whole number",
                              param="seed", code="invalid_type")
     if not RANDOM_SEED <= seed <= MAX_SEED:
         raise InvalidRequest(f"seed is {shown(seed)}; allowed are 0 to {MAX_SEED}, and"
@@ -2527,29 +2761,115 @@ def check_seed(payload: Mapping[str, Any]) -> int | None:
     return seed
 
 
-def prefers_wav(accept: str) -> bool:
-    """Whether an Accept header asks for the WAV itself rather than for JSON around it."""
-    best = {"wav": 0.0, "json": 0.0}
+def accepted_format(accept: str, form: str | None) -> str | None:
+    """The format that an Accept header wants sent as it is, unless it likes JSON better.
+
+    `form` is the one that the request itself names, which then any kind of audio asks for.
+    """
+    found, best, json_best = None, 0.0, 0.0
     for part in accept.lower().split(","):
         kind, *parameters = (piece.strip() for piece in part.split(";"))
         quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
         weight = float(quality) if re.fullmatch(r"[01](\.[0-9]{0,3})?", quality) else 1.0
-        if kind in ("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave", "audio/*"):
-            best["wav"] = max(best["wav"], weight)
+        if kind in MEDIA_TYPES or kind == "audio/*":
+            if weight > best:
+                found, best = form or MEDIA_TYPES.get(kind, "wav"), weight
         elif kind in ("application/json", "application/*", "*/*"):
-            best["json"] = max(best["json"], weight)
-    return best["wav"] > 0 and best["wav"] >= best["json"]
+            json_best = max(json_best, weight)
+    return found if best >= json_best else None
 
 
-def render_speech(speech: Speech, samples: list[np.ndarray],
-                  rate: int) -> tuple[bytes, float, list[dict[str, Any]]]:
-    """The whole WAV, its seconds, and each segment's text and place in it."""
-    audio, times = join_segments([to_pcm16(piece) for piece in samples],
-                                 [span.pause for span in speech.spans], rate)
-    segments = [{"text": speech.text[span.start : span.end], "from": span.start, "to": span.end,
-                 "start": round(start, 4), "end": round(end, 4)}
-                for span, (start, end) in zip(speech.spans, times, strict=True)]
-    return encode_wav(audio, rate), round(len(audio) / rate, 4), segments
+class Part(NamedTuple):
+    """A segment as it is sent: int16 samples, the silence after them, and what is told of it."""
+
+    samples: np.ndarray
+    silence: np.ndarray
+    place: dict[str, Any]
+
+    @property
+    def audio(self) -> np.ndarray:
+        return np.concatenate([self.samples, self.silence])
+
+
+def lay_out(speech: Speech, results: Iterable[np.ndarray], rate: int,
+            speed: float) -> Iterator[Part]:
+    """Each segment's audio as it comes, and where it stands in the text and in the whole."""
+    position = 0
+    for span, result in zip(speech.spans, results, strict=True):
+        samples = stretch(result, rate, speed)
+        silence = np.zeros(round(span.pause / speed * rate), np.int16)
+        start, end = position / rate, (position + len(samples)) / rate
+        yield Part(samples, silence, {
+            "text": speech.text[span.start : span.end], "from": span.start, "to": span.end,
+            "start": round(start, 4), "end": round(end, 4)})
+        position += len(samples) + len(silence)
+
+
+def base64_text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+@dataclass
+class Delivery:
+    """A speech on its way to a client, and the form in which that wants it."""
+
+    speech: Speech
+    request: Request
+    form: str
+    rate: int
+    speed: float
+    length: int = 0  # samples so far
+
+    def parts(self) -> Iterator[Part]:
+        for part in lay_out(self.speech, self.request.results(), self.rate, self.speed):
+            self.length += len(part.audio)
+            yield part
+
+    @property
+    def duration(self) -> float:
+        return round(self.length / self.rate, 4)
+
+    def whole(self) -> tuple[bytes, list[dict[str, Any]]]:
+        """All of the audio, and the segments' places in it."""
+        parts = list(self.parts())
+        audio = np.concatenate([part.audio for part in parts])
+        return encode(audio, self.rate, self.form), [part.place for part in parts]
+
+    def stream(self) -> Iterator[bytes]:
+        """The audio as one stream, piece by piece."""
+        encoder = Encoder(self.form, self.rate)
+        for part in self.parts():
+            yield encoder.feed(part.audio)
+        yield encoder.finish()
+
+    def lines(self) -> Iterator[bytes]:
+        """A line of JSON for each segment, its audio a file of its own; the error, if one comes."""
+        try:
+            for index, part in enumerate(self.parts()):
+                yield json_line({"index": index, **part.place, "audio": base64_text(
+                    encode(part.samples, self.rate, self.form))})
+        except WorkerError as error:
+            if self.length:  # else it can still be the answer
+                yield json_line(error_body(error))
+            raise
+
+    def events(self, tokens_per_second: float) -> Iterator[bytes]:
+        """OpenAI's server-sent events."""
+        for data in self.stream():
+            if data:
+                yield event({"type": "speech.audio.delta", "audio": base64_text(data)})
+        heard = sum(len(segment.text_ids) for segment in self.speech.segments)
+        spoken = round(self.duration * tokens_per_second)
+        yield event({"type": "speech.audio.done", "usage": {
+            "input_tokens": heard, "output_tokens": spoken, "total_tokens": heard + spoken}})
+
+
+def json_line(payload: Mapping[str, Any]) -> bytes:
+    return json.dumps(payload).encode() + b"\n"
+
+
+def event(payload: Mapping[str, Any]) -> bytes:
+    return b"data: " + json_line(payload) + b"\n"
 
 
 def has_left(connection: socket.socket) -> bool:
@@ -2566,6 +2886,12 @@ def has_left(connection: socket.socket) -> bool:
         return bool(events & select.POLLIN) and connection.recv(1, socket.MSG_PEEK) == b""
     except (OSError, ValueError):
         return True
+
+
+def blocks(body: bytes) -> Iterator[bytes]:
+    """Pieces for one write each, whose timeout is for all of its bytes."""
+    for at in range(0, len(body), 1 << 16):
+        yield body[at : at + (1 << 16)]
 
 
 class Connections:
@@ -2633,7 +2959,7 @@ class WorkerServer(ThreadingHTTPServer):
     def __init__(self, config: Config, state: State, scheduler: Scheduler, connections: int):
         self.config, self.state, self.scheduler = config, state, scheduler
         self.connections = Connections(connections)
-        self.started = time.monotonic()
+        self.started, self.created = time.monotonic(), int(time.time())
         if ":" in config.host:
             self.address_family = socket.AF_INET6
         super().__init__((config.host, config.port), RequestHandler)
@@ -2693,6 +3019,7 @@ class RequestHandler(BaseHTTPRequestHandler):
     def dispatch(self) -> None:
         """One request: find who answers it, and turn whatever goes wrong into an error's JSON."""
         self.began, self.sent_status, self.notes = time.monotonic(), 0, ""
+        self.request_id = secrets.token_hex(8)
         self.body_pending = self.declares_body()
         try:
             route = self.find_route()
@@ -2717,9 +3044,10 @@ class RequestHandler(BaseHTTPRequestHandler):
     def log_answer(self) -> None:
         path = self.path.partition("?")[0]
         level = logging.DEBUG if path in OPEN_PATHS else logging.INFO  # probes come every second
-        log.log(level, "%s %s status=%d ms=%d%s", self.command if self.command in METHODS else "?",
+        log.log(level, "%s %s status=%d ms=%d id=%s%s",
+                self.command if self.command in METHODS else "?",
                 path if path in ROUTES else "?", self.sent_status,
-                1000 * (time.monotonic() - self.began), self.notes)
+                1000 * (time.monotonic() - self.began), self.request_id, self.notes)
 
     def declares_body(self) -> bool:
         """Whether bytes that are no request may follow; unless read, the connection ends."""
@@ -2740,16 +3068,19 @@ class RequestHandler(BaseHTTPRequestHandler):
         except ValueError:
             raise HttpError(HTTPStatus.BAD_REQUEST, "malformed_request",
                             "the request's address is malformed") from None
-        if path not in OPEN_PATHS:
+        if path not in OPEN_PATHS and self.command != "OPTIONS":
             self.check_key()
-        if path not in ROUTES:
+        known = MODELS_PATH if path.startswith(MODELS_PATH) else path
+        if known not in ROUTES:
             raise HttpError(HTTPStatus.NOT_FOUND, "not_found", f"there is no {shown(path)};"
                             f" there are {', '.join(ROUTES)}")
-        method, route = ROUTES[path]
-        allow = "GET, HEAD" if method == "GET" else method
+        method, route = ROUTES[known]
+        allow = "GET, HEAD, OPTIONS" if method == "GET" else f"{method}, OPTIONS"
+        if self.command == "OPTIONS":
+            return lambda handler: handler.send_options(allow)
         if self.command not in allow.split(", "):
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "method_not_allowed",
-                            f"{path} takes {allow}, not {shown(self.command, 16)}",
+                            f"{known} takes {allow}, not {shown(self.command, 16)}",
                             {"Allow": allow})
         return route
 
@@ -2825,24 +3156,59 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     # Writing
 
-    def send_body(self, status: HTTPStatus, kind: str, body: bytes,
-                  headers: Mapping[str, str] | None = None) -> None:
+    def send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.sent_status = int(status)
         if self.request_version == "HTTP/0.9":  # to which http.server sends no status line
             self.request_version = "HTTP/1.0"
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        for name, value in (headers or {}).items():
+        for name, value in {"Cache-Control": "no-store", "X-Request-Id": self.request_id,
+                            **self.cors_headers(), **headers}.items():
             self.send_header(name, value)
         if self.close_connection or self.body_pending:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command == "HEAD":
+
+    def cors_headers(self) -> dict[str, str]:
+        """What lets a page read the answer, if its origin may."""
+        allowed = self.server.config.cors_origins
+        headers = vars(self).get("headers")  # none of a request line that is garbled
+        origin = headers.get("Origin", "") if headers else ""
+        if not allowed or not origin:
+            return {}
+        if origin not in allowed and "*" not in allowed:
+            return {"Vary": "Origin"}
+        return {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
+                "Access-Control-Expose-Headers": EXPOSED, "Vary": "Origin"}
+
+    def send_options(self, allow: str) -> None:
+        headers = {"Allow": allow}
+        if "Access-Control-Allow-Origin" in self.cors_headers():  # a * does not mean Authorization
+            headers |= {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600",
+                        "Access-Control-Allow-Headers": "Authorization, *"}
+        self.send_head(HTTPStatus.NO_CONTENT, headers)
+
+    def send_body(self, status: HTTPStatus, kind: str, body: bytes,
+                  headers: Mapping[str, str] | None = None) -> None:
+        self.send_head(status, {"Content-Type": kind, "Content-Length": str(len(body)),
+                                **(headers or {})})
+        if self.command != "HEAD":
+            for piece in blocks(body):
+                self.wfile.write(piece)
+
+    def send_chunks(self, kind: str, chunks: Iterator[bytes], headers: Mapping[str, str]) -> None:
+        """Sends chunks as they come. Nothing goes out before the first, so that an error up to
+        then is an answer; a later one cuts the connection, so that nobody takes a part for all.
+        """
+        if self.request_version < "HTTP/1.1":  # where the end and a cut look the same
+            self.send_body(HTTPStatus.OK, kind, b"".join(chunks), headers)
             return
-        for at in range(0, len(body), 1 << 16):  # a write's timeout is for all of its bytes
-            self.wfile.write(body[at : at + (1 << 16)])
+        first = next(filter(None, chunks))
+        self.send_head(HTTPStatus.OK, {"Content-Type": kind, "Transfer-Encoding": "chunked",
+                                       "X-Accel-Buffering": "no", **headers})  # nginx: hand it on
+        for chunk in itertools.chain([first], chunks):
+            for piece in blocks(chunk):  # none for an empty one, which would mean the end
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self.wfile.write(b"0\r\n\r\n")
 
     def send_json(self, payload: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK,
                   headers: Mapping[str, str] | None = None) -> None:
@@ -2851,6 +3217,9 @@ class RequestHandler(BaseHTTPRequestHandler):
     def send_failure(self, error: WorkerError) -> None:
         status, headers = status_and_headers(error)
         self.notes += f" code={error.code}"
+        if self.sent_status:  # an answer has begun, and must not look complete
+            self.close_connection = True
+            return
         try:
             self.send_json(error_body(error), status, headers)
         except OSError:
@@ -2859,6 +3228,7 @@ class RequestHandler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself finds wrong. Its message quotes the client: dropped."""
         self.close_connection, self.body_pending, self.notes = True, True, ""
+        self.sent_status, self.request_id = 0, secrets.token_hex(8)
         status = HTTPStatus(code)
         self.send_failure(HttpError(status, "malformed_request",
                                     f"malformed HTTP request: {status.phrase}"))
@@ -2901,33 +3271,111 @@ class RequestHandler(BaseHTTPRequestHandler):
             raise not_ready(self.server.state)
         return self.server.state.narrator
 
+    def get_models(self) -> None:
+        self.send_json({"object": "list", "data": [self.model(name) for name in self.models()]})
+
+    def get_model(self) -> None:
+        name = unquote(urlsplit(self.path).path.removeprefix(MODELS_PATH))
+        if name not in self.models():
+            raise HttpError(HTTPStatus.NOT_FOUND, "model_not_found", f"there is no model"
+                            f" {shown(name)}; there are {', '.join(self.models())}, which are one")
+        self.send_json(self.model(name))
+
+    def models(self) -> list[str]:
+        return [self.server.state.details["model_id"], *MODEL_NAMES]
+
+    def model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.server.created,
+                "owned_by": "bark-worker"}
+
+    def get_audio_voices(self) -> None:
+        narrator = self.narrator()
+        named = [{"id": name, "name": name, "language": voice_language(target), "alias_of": target}
+                 for name, target in narrator.openai_voices().items()]
+        self.send_json({"voices": named + narrator.voice_list()})
+
     def post_synthesize(self) -> None:
         payload = parse_json(self.read_body())
-        text = check_text(payload, self.server.config.max_text_length)
-        voice, seed = check_voice(payload), check_seed(payload)
-        speech = self.narrator().plan(text, voice, seed)
+        limit = self.server.config.max_text_length
+        text = check_text(payload, "text", limit, "TTS_MAX_LENGTH")
+        form = check_choice(payload, "format", FORMATS)
+        wanted = accepted_format(self.headers.get("Accept", ""), form)
+        stream = check_flag(payload, "stream", False)
+        voice = check_voice(payload)
+        with self.delivery(payload, "text", text, voice, wanted or form or "wav") as delivery:
+            if wanted:
+                self.send_audio(delivery, stream)
+            elif stream:
+                self.send_lines(delivery)
+            else:
+                self.send_speech(delivery)
+
+    def post_speech(self) -> None:
+        """OpenAI's POST /v1/audio/speech, whatever its `model` and `instructions`."""
+        payload = parse_json(self.read_body())
+        text = check_text(payload, "input", MAX_INPUT, "as OpenAI has it")
+        form = check_choice(payload, "response_format", FORMATS) or "mp3"
+        events = check_choice(payload, "stream_format", ("audio", "sse")) == "sse"
+        stream = check_flag(payload, "stream", True)
+        voice = check_voice(payload)
+        narrator = self.narrator()
+        voice = narrator.openai_voices().get(voice, voice)
+        with self.delivery(payload, "input", text, voice, form) as delivery:
+            if events:
+                rate = narrator.facts.semantic.semantic_rate_hz
+                self.send_chunks("text/event-stream", delivery.events(rate), {})
+            else:
+                self.send_audio(delivery, stream)
+
+    @contextlib.contextmanager
+    def delivery(self, payload: Mapping[str, Any], field: str, text: str, voice: str | None,
+                 form: str) -> Iterator[Delivery]:
+        """Has the text spoken while the answer is sent; what is then left of it is dropped."""
+        speed, seed = check_speed(payload), check_seed(payload)
+        narrator = self.narrator()
+        try:
+            speech = narrator.plan(text, voice, seed)
+        except NothingToSpeak as error:
+            error.param = field
+            raise
         deadline = self.began + self.server.config.timeout
         request = Request(speech, deadline, lambda: has_left(self.connection))
+        self.server.scheduler.submit(request)
+        delivery = Delivery(speech, request, form, narrator.facts.sample_rate, speed)
         try:
-            samples = self.server.scheduler.submit(request).result(
-                self.server.config.timeout + HUNG_SECONDS)
-        except TimeoutError:  # the scheduler ends late requests itself, unless the device hangs
-            raise RequestTimeout("the device does not answer", code="timeout") from None
-        self.send_speech(speech, samples)
+            yield delivery
+        finally:
+            request.abandon()
+            self.notes += (f" segments={len(speech.segments)} audio_s={delivery.duration:.2f}"
+                           f" seed={speech.seed}")
 
-    def send_speech(self, speech: Speech, samples: list[np.ndarray]) -> None:
-        rate = self.narrator().facts.sample_rate
-        wav, duration, segments = render_speech(speech, samples, rate)
-        seconds = round(time.monotonic() - self.began, 3)
-        self.notes = f" segments={len(segments)} audio_s={duration:.2f} seed={speech.seed}"
-        if prefers_wav(self.headers.get("Accept", "")):
-            self.send_body(HTTPStatus.OK, "audio/wav", wav, {
-                "X-Bark-Seed": str(speech.seed), "X-Bark-Duration": str(duration)})
+    def send_audio(self, delivery: Delivery, stream: bool) -> None:
+        """The audio as it is, in chunks if that brings it earlier."""
+        kind, seed = FORMATS[delivery.form].mime, {"X-Bark-Seed": str(delivery.speech.seed)}
+        next(delivery.request.results())  # raises, or there is something to send
+        if stream and not delivery.request.is_done():
+            self.send_chunks(kind, delivery.stream(), seed)
             return
-        self.send_json({
-            "audio": base64.b64encode(wav).decode(), "sample_rate": rate, "duration": duration,
-            "synthesis_time": seconds, "status": "success", "voice": speech.voice,
-            "seed": speech.seed, "segments": segments})
+        body, _ = delivery.whole()
+        self.send_body(HTTPStatus.OK, kind, body,
+                       seed | {"X-Bark-Duration": str(delivery.duration)})
+
+    def send_speech(self, delivery: Delivery) -> None:
+        body, segments = delivery.whole()
+        self.send_json({"audio": base64_text(body), **self.totals(delivery), "segments": segments})
+
+    def send_lines(self, delivery: Delivery) -> None:
+        def lines() -> Iterator[bytes]:
+            yield from delivery.lines()
+            count = len(delivery.speech.segments)
+            yield json_line({**self.totals(delivery), "segments": count})
+        self.send_chunks("application/x-ndjson", lines(), {})
+
+    def totals(self, delivery: Delivery) -> dict[str, Any]:
+        return {"format": delivery.form, "sample_rate": delivery.rate,
+                "duration": delivery.duration,
+                "synthesis_time": round(time.monotonic() - self.began, 3), "status": "success",
+                "voice": delivery.speech.voice, "seed": delivery.speech.seed}
 
 
 ROUTES: dict[str, tuple[str, Callable[[RequestHandler], None]]] = {
@@ -2936,13 +3384,17 @@ ROUTES: dict[str, tuple[str, Callable[[RequestHandler], None]]] = {
     "/ready": ("GET", RequestHandler.get_ready),
     "/voices": ("GET", RequestHandler.get_voices),
     "/synthesize": ("POST", RequestHandler.post_synthesize),
+    "/v1/audio/speech": ("POST", RequestHandler.post_speech),
+    "/v1/audio/voices": ("GET", RequestHandler.get_audio_voices),
+    "/v1/models": ("GET", RequestHandler.get_models),
+    MODELS_PATH: ("GET", RequestHandler.get_model),  # and all below it
 }
 
 
 # -----------------------------------------------------------------------------
 # Serverless: Vast's PyWorker in front of HTTP, where Vast routes requests and scales workers
 
-# PyWorker forwards these paths as far as there are any, and counts the characters of that field.
+# PyWorker forwards these paths, and counts the characters of that field.
 TEXT_FIELDS = {"/synthesize": "text", "/v1/audio/speech": "input"}
 READY_LINE, FAILED_LINE = "bark-worker: the model is ready", "bark-worker: the model has failed"
 # PyWorker takes who may not name a worker's requests: they are not signed. A session costs nothing
@@ -3090,13 +3542,14 @@ def check_port(config: Config) -> None:
 def handlers(sdk: Any, config: Config) -> list[Any]:
     """PyWorker's handlers. Exactly one has to have a benchmark."""
     text = BENCHMARK_TEXT[: config.max_text_length]
-    benchmark = sdk.BenchmarkConfig(dataset=[{"text": text}], runs=BENCHMARK_RUNS, concurrency=1,
+    asked = {"text": text, "seed": RANDOM_SEED}  # else all but the first run come from the cache
+    benchmark = sdk.BenchmarkConfig(dataset=[asked], runs=BENCHMARK_RUNS, concurrency=1,
                                     do_warmup=False)
     return [sdk.HandlerConfig(
         route=path, allow_parallel_requests=True, max_queue_time=config.timeout,
         workload_calculator=character_count(field),
         benchmark_config=benchmark if path == "/synthesize" else None)
-        for path, field in TEXT_FIELDS.items() if path in ROUTES]
+        for path, field in TEXT_FIELDS.items()]
 
 
 def guarded(routes: list[Any]) -> list[Any]:
@@ -3283,7 +3736,7 @@ def serve(config: Config, warnings: list[str]) -> int:
                   cuda_available=torch.cuda.is_available(), voice=config.voice, sample_rate=None,
                   **({"notice": notice} if notice else {}))
     scheduler = Scheduler(lambda state: load_engine(config, state, model_id, device), state,
-                          config.max_queue)
+                          config.max_queue, SegmentCache(config.cache_mb * 1_000_000))
     log.info("model=%s device=%s", model_id, device)
     try:
         server = open_server(config, state, scheduler)

@@ -170,8 +170,9 @@ def listening(process: subprocess.Popen[str]) -> Iterator[Worker]:
 
 @pytest.fixture(scope="session")
 def worker(toy: Path) -> Iterator[Worker]:
-    """One worker on the toy for all tests that only talk to it."""
-    with running_worker(BARK_MODEL=str(toy), TTS_MAX_LENGTH="2000", BARK_MAX_BATCH="4") as worker:
+    """One worker on the toy for all tests that only talk to it. It repeats nothing from memory."""
+    with running_worker(BARK_MODEL=str(toy), TTS_MAX_LENGTH="2000", BARK_MAX_BATCH="4",
+                        BARK_CACHE_MB="0", BARK_CORS_ORIGINS="https://reader.example") as worker:
         worker.wait_for("ready")
         yield worker
 

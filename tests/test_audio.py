@@ -1,9 +1,10 @@
-"""Samples to bytes: PCM, pauses, WAV; which form a client wants; and seeds that never change."""
+"""Samples to bytes: PCM, pauses, WAV; which format a client wants; and seeds that never change."""
 
 from __future__ import annotations
 
 import struct
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,33 +26,55 @@ def test_every_16_bit_number_but_the_lowest_survives_the_way_through_float(
     assert np.array_equal(bark.to_pcm16((numbers / 32767).astype(np.float32)), numbers)
 
 
-def test_segments_are_joined_in_order_with_their_pauses_after_them(bark: ModuleType) -> None:
+def lay_out(bark: ModuleType, pieces: list[np.ndarray], pauses: list[float], rate: int,
+            speed: float = 1.0) -> list[Any]:
+    """The parts of a speech whose segments are "a", "b", ... with these samples and pauses."""
+    spans = [bark.Span(index, index + 1, pause) for index, pause in enumerate(pauses)]
+    speech = bark.Speech("abcdefgh", "", 0, spans, [])
+    return list(bark.lay_out(speech, pieces, rate, speed))
+
+
+def test_segments_stand_in_order_with_their_pauses_after_them(bark: ModuleType) -> None:
     first, second, third = (np.full(n, n, np.int16) for n in (2400, 1200, 600))
-    joined, times = bark.join_segments([first, second, third], [0.25, 0.5, 0.0], 24_000)
+    parts = lay_out(bark, [first, second, third], [0.25, 0.5, 0.0], 24_000)
     silence = np.zeros(6000, np.int16), np.zeros(12_000, np.int16)
+    joined = np.concatenate([part.audio for part in parts])
     expected = np.concatenate([first, silence[0], second, silence[1], third])
     assert joined.dtype == np.int16 and np.array_equal(joined, expected)
-    assert np.array(times) == pytest.approx(np.array([(0.0, 0.1), (0.35, 0.4), (0.9, 0.925)]))
+    assert [part.place for part in parts] == [
+        {"text": "a", "from": 0, "to": 1, "start": 0.0, "end": 0.1},
+        {"text": "b", "from": 1, "to": 2, "start": 0.35, "end": 0.4},
+        {"text": "c", "from": 2, "to": 3, "start": 0.9, "end": 0.925}]
 
 
 def test_times_point_at_the_samples_also_when_pauses_do_not_fit_the_rate(
         bark: ModuleType) -> None:
     pieces = [np.full(n, 1 + n % 7, np.int16) for n in (331, 77, 1000, 5)]
-    joined, times = bark.join_segments(pieces, [0.0101, 0.33333, 0.1, 0.0], 22_050)
-    for piece, (start, end) in zip(pieces, times, strict=True):
-        assert np.array_equal(joined[round(start * 22_050) : round(end * 22_050)], piece)
-    assert len(joined) == round(times[-1][1] * 22_050)
+    parts = lay_out(bark, pieces, [0.0101, 0.33333, 0.1, 0.0], 22_050)
+    joined = np.concatenate([part.audio for part in parts])
+    for piece, part in zip(pieces, parts, strict=True):
+        start, end = part.place["start"], part.place["end"]
+        assert abs(len(piece) - (end - start) * 22_050) <= 3  # times have four places
+        at = round(start * 22_050)
+        assert np.array_equal(joined[at + 3 : at + len(piece) - 3], piece[3:-3])
+    assert abs(len(joined) - parts[-1].place["end"] * 22_050) <= 3
+
+
+def test_all_of_a_speech_goes_faster_its_pauses_too(bark: ModuleType) -> None:
+    pieces = [np.full(24_000, 1000, np.int16)] * 2
+    parts = lay_out(bark, pieces, [0.5, 0.0], 24_000, speed=2)
+    assert [(part.place["start"], part.place["end"]) for part in parts] == [(0, 0.5), (0.75, 1.25)]
 
 
 def test_a_pause_is_needed_for_each_segment(bark: ModuleType) -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        bark.join_segments([np.zeros(3, np.int16)] * 2, [0.0], 24_000)
+    with pytest.raises(ValueError, match="longer"):
+        lay_out(bark, [np.zeros(3, np.int16)] * 2, [0.0], 24_000)
 
 
 @pytest.mark.parametrize("samples", [[], [1], [-32768, 32767, 258], list(range(-500, 500))])
 def test_a_wav_has_true_sizes_and_little_endian_mono_samples(
         bark: ModuleType, samples: list[int]) -> None:
-    wav = bark.encode_wav(np.array(samples, np.int16), 24_000)
+    wav = bark.encode(np.array(samples, np.int16), 24_000, "wav")
     riff, size, wave, fmt, length, kind, channels, rate, speed, align, bits, data, count = \
         struct.unpack("<4sI4s4sIHHIIHH4sI", wav[:44])
     assert (riff, wave, fmt, data) == (b"RIFF", b"WAVE", b"fmt ", b"data")
@@ -64,22 +87,24 @@ def test_a_wav_has_true_sizes_and_little_endian_mono_samples(
 def test_samples_of_the_other_byte_order_or_with_gaps_are_written_right(
         bark: ModuleType) -> None:
     samples = np.array([1, 2, 300, 4], np.int16)
-    assert bark.encode_wav(samples.astype(">i2"), 8000) == bark.encode_wav(samples, 8000)
-    assert bark.encode_wav(samples[::2], 8000)[44:] == struct.pack("<2h", 1, 300)
+    assert bark.encode(samples.astype(">i2"), 8000, "wav") == bark.encode(samples, 8000, "wav")
+    assert bark.encode(samples[::2], 8000, "wav")[44:] == struct.pack("<2h", 1, 300)
 
 
-@pytest.mark.parametrize(("accept", "wav"), [
-    ("", False), ("*/*", False), ("application/json", False), ("text/html", False),
-    ("audio/wav", True), ("AUDIO/WAV", True), ("audio/x-wav", True), ("audio/*", True),
-    ("audio/wav, */*", True), ("audio/wav, application/json", True),
-    ("application/json, audio/wav;q=0.5", False), ("audio/wav;q=0.5, application/json;q=0.4", True),
-    ("audio/wav;q=0", False), ("audio/wav;q=0.0, */*", False),
-    ("audio/wav ; q=0.9 , */*;q=0.1", True),
-    ("audio/mpeg", False), ("audio/mpeg, audio/wav;q=0.1", True), ("audio/wav;q=abc", True),
-    ("audio/wav;q=", True), (",,;;", False), ("audio/wav;codec=1;q=0.2, application/json", False)])
-def test_the_wav_itself_is_sent_to_whom_it_is_no_worse_than_json(
-        bark: ModuleType, accept: str, wav: bool) -> None:
-    assert bark.prefers_wav(accept) is wav
+@pytest.mark.parametrize(("accept", "form"), [
+    ("", None), ("*/*", None), ("application/json", None), ("text/html", None),
+    ("audio/wav", "wav"), ("AUDIO/WAV", "wav"), ("audio/x-wav", "wav"), ("audio/*", "wav"),
+    ("audio/wav, */*", "wav"), ("audio/wav, application/json", "wav"),
+    ("application/json, audio/wav;q=0.5", None), ("audio/wav;q=0.5, application/json;q=0.4", "wav"),
+    ("audio/wav;q=0", None), ("audio/wav;q=0.0, */*", None),
+    ("audio/wav ; q=0.9 , */*;q=0.1", "wav"), ("audio/wav;q=abc", "wav"),
+    ("audio/wav;q=", "wav"), (",,;;", None), ("audio/wav;codec=1;q=0.2, application/json", None),
+    ("audio/mpeg", "mp3"), ("audio/mpeg;q=0.1, audio/wav", "wav"), ("audio/midi", None),
+    ("audio/ogg, audio/wav", "opus"), ("audio/flac;q=0.2, audio/aac;q=0.3, */*;q=0.1", "aac")])
+def test_audio_itself_is_sent_to_whom_it_is_no_worse_than_json(
+        bark: ModuleType, accept: str, form: str | None) -> None:
+    assert bark.accepted_format(accept, None) == form
+    assert bark.accepted_format(accept, "flac") == (form and "flac")
 
 
 @pytest.mark.parametrize(("parts", "seed"), [

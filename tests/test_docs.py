@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 from types import ModuleType
 
+import av
 import pytest
 from conftest import ROOT, START_SECONDS, WORKER, Worker, wait_until
 from manager import BASH, SCRIPT, Manager, managed, sourcing
@@ -55,7 +56,7 @@ def test_what_an_endpoint_costs_at_most_is_the_managers_own_sum() -> None:
 
 
 def test_every_endpoint_is_described_and_no_other(bark: ModuleType) -> None:
-    listed = {tuple(row[0].strip("`").split()) for row in rows("HTTP")}
+    listed = {tuple(call.split()) for row in rows("HTTP") for call in codes(row[0])}
     assert listed == {(method, path) for path, (method, _) in bark.ROUTES.items()}
 
 
@@ -82,6 +83,16 @@ def test_the_example_answer_has_the_fields_of_a_real_one(worker: Worker) -> None
     real = worker.speak("Hi.").json
     assert example.keys() == real.keys()
     assert example["segments"][0].keys() == real["segments"][0].keys()
+
+
+def test_the_openai_clients_lines_bring_speech(
+        worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n([^`]*OpenAI[^`]*)```", README)
+    assert "http://127.0.0.1:8080" in code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("http://127.0.0.1:8080", worker.url), "README.md", "exec"), {})
+    with av.open(str(tmp_path / "hello.mp3")) as speech:
+        assert sum(frame.samples for frame in speech.decode(audio=0)) > 0.5 * 24_000
 
 
 def test_the_example_error_is_a_real_one(worker: Worker) -> None:

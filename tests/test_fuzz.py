@@ -104,9 +104,9 @@ def check_answers(reply: bytes) -> list[int]:
     return statuses
 
 
-def post(worker: Worker, body: bytes, *headers: bytes) -> int:
-    """The status for `body` at /synthesize."""
-    head = [b"POST /synthesize HTTP/1.1", b"Connection: close",
+def post(worker: Worker, body: bytes, *headers: bytes, path: str = "/synthesize") -> int:
+    """The status for `body`."""
+    head = [f"POST {path} HTTP/1.1".encode(), b"Connection: close",
             b"Content-Length: %d" % len(body), *headers]
     reply = send(worker, b"\r\n".join([*head, b"", body]), half_close=False)
     [status] = check_answers(reply)
@@ -119,13 +119,14 @@ line_bytes = st.binary(max_size=60).map(lambda data: data.replace(b"\n", b""))
 token = st.text("abcXYZ-_:;,=\"'/\\%\0\x7f\x85 \t", max_size=20).map(lambda t: t.encode("latin-1"))
 header_names = st.sampled_from([
     b"Content-Length", b"Transfer-Encoding", b"Expect", b"Connection", b"Content-Type", b"Accept",
-    b"Authorization", b"Host", b"Upgrade", b"Content-Encoding", b"Range"]) | token
+    b"Authorization", b"Host", b"Upgrade", b"Content-Encoding", b"Range", b"Origin"]) | token
 header_values = token | line_bytes | st.sampled_from([
     b"0", b"-1", b"chunked", b"100-continue", b"keep-alive", b"close", b"*/*;q=2", b"audio/wav;q=x",
     b"application/json;;;", b"multipart/form-data", b"Bearer \xff", b"9" * 40, b"gzip"])
 header_lines = st.tuples(header_names, st.sampled_from([b": ", b":", b" : ", b"\t:", b""]),
                          header_values).map(b"".join) | line_bytes
 targets = st.sampled_from([b"/", b"/health", b"/ready", b"/voices", b"/synthesize", b"*", b"//",
+                           b"/v1/audio/speech", b"/v1/models", b"/v1/models/%ff%2f\x80", b"/v1/",
                            b"http://x/health", b"http://[", b"/%00", b"?", b"#"]) | token
 methods = st.sampled_from([b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"TRACE", b"get"]) | token
 versions = st.sampled_from([b"HTTP/1.1", b"HTTP/1.0", b"HTTP/0.9", b"HTTP/9.9", b"HTTP/1.1 x", b""])
@@ -136,8 +137,12 @@ json_values = st.recursive(
                                                                 max_size=4), max_leaves=12)
 almost_json = st.text("[]{}\":,0eE-.\\u", max_size=60).map(str.encode)
 unspeakable = st.text("*.,!? \u2014\u200b\U0001f600\0\ud800\n", max_size=30)
+texts = unspeakable | json_values.filter(lambda value: not isinstance(value, str))
+formats = json_values | st.sampled_from(["mp3", "wav", "sse", "audio", "MP3", "ogg"])
 fields = st.fixed_dictionaries({}, optional={
-    "text": unspeakable | json_values.filter(lambda value: not isinstance(value, str)),
+    "text": texts, "input": texts, "format": formats, "response_format": formats,
+    "stream_format": formats, "stream": json_values, "model": json_values,
+    "speed": json_values | st.integers(-(2**80), 2**80) | st.floats(0.2, 4.1),
     "voice": json_values | st.text(max_size=40) | st.sampled_from(["male", "../x", "v2/"]),
     "seed": json_values | st.integers(-(2**80), 2**80), "": json_values, "extra": json_values})
 
@@ -188,9 +193,9 @@ def test_arbitrary_bodies_are_the_clients_fault(worker: Worker, examples: int) -
 @few_or_many
 def test_json_of_any_shape_is_the_clients_fault(worker: Worker, examples: int) -> None:
     with unharmed(worker):
-        @attack(examples, payload=fields)
-        def _(payload: dict[str, object]) -> None:
-            assert post(worker, json.dumps(payload).encode()) in {400, 422}
+        @attack(examples, payload=fields, path=st.sampled_from(["/synthesize", "/v1/audio/speech"]))
+        def _(payload: dict[str, object], path: str) -> None:
+            assert post(worker, json.dumps(payload).encode(), path=path) in {400, 422}
 
 
 @few_or_many

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +23,10 @@ class Piece:
     name: str
     steps: int = 1
     error: str = ""
+
+    @property
+    def identity(self) -> str:
+        return self.name
 
 
 @dataclass
@@ -71,8 +74,8 @@ class FakeEngine:
         done = [piece for piece, left in self.live.items() if left == 0]
         for piece in done:
             del self.live[piece]
-        return [self.bark.Finished(piece, None if piece.error else np.array([piece.name]),
-                                   piece.error) for piece in done]
+        return [self.bark.Finished(piece, None if piece.error else sound(piece.name), piece.error)
+                for piece in done]
 
     # For the test
 
@@ -108,8 +111,10 @@ class Bench:
         speech = self.bark.Speech("", "", 0, [], pieces)
         return self.bark.Request(speech, time.monotonic() + deadline, left)
 
-    def submit(self, name: str, segments: int = 1, **options: Any) -> Future[list[np.ndarray]]:
-        return self.scheduler.submit(self.request(name, segments, **options))
+    def submit(self, name: str, segments: int = 1, **options: Any) -> Any:
+        request = self.request(name, segments, **options)
+        self.scheduler.submit(request)
+        return request
 
 
 @pytest.fixture
@@ -117,10 +122,10 @@ def make_bench(bark: ModuleType) -> Iterator[Callable[..., Bench]]:
     """Makes running benches; at the end of the test it looks that one thread used each engine."""
     benches: list[Bench] = []
 
-    def make(slots: int = 1, max_queue: int = 32) -> Bench:
+    def make(slots: int = 1, max_queue: int = 32, cache: int = 0) -> Bench:
         engine, state = FakeEngine(bark, slots), bark.State()
-        bench = Bench(bark, engine, state,
-                      bark.Scheduler(lambda state: engine, state, max_queue))
+        bench = Bench(bark, engine, state, bark.Scheduler(
+            lambda state: engine, state, max_queue, bark.SegmentCache(cache)))
         bench.scheduler.start()
         wait_until(lambda: state.status == "ready", "ready", SECONDS)
         benches.append(bench)
@@ -134,12 +139,17 @@ def make_bench(bark: ModuleType) -> Iterator[Callable[..., Bench]]:
         assert threading.get_ident() not in bench.engine.threads
 
 
-def names(future: Future[list[np.ndarray]]) -> list[str]:
-    return [str(samples[0]) for samples in future.result(SECONDS)]
+def sound(name: str) -> np.ndarray:
+    """Samples that say which segment's they are: its name's bytes, in steps of 1/32767."""
+    return np.frombuffer(name.encode(), np.uint8).astype(np.float32) / 32767
 
 
-def failure(future: Future[Any]) -> Any:
-    error = future.exception(SECONDS)
+def names(request: Any) -> list[str]:
+    return [bytes(part.result(SECONDS).astype(np.uint8)).decode() for part in request.parts]
+
+
+def failure(request: Any) -> Any:
+    error = request.parts[-1].exception(SECONDS)
     assert error, "the request was answered"
     return error
 
@@ -153,9 +163,9 @@ def refusal(bench: Bench, name: str = "late") -> Any:
 
 def test_requests_are_served_in_order_of_arrival(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
-    futures = [bench.submit(name) for name in "abcd"]
+    requests = [bench.submit(name) for name in "abcd"]
     bench.engine.run_free()
-    assert [names(future) for future in futures] == [["a0"], ["b0"], ["c0"], ["d0"]]
+    assert [names(request) for request in requests] == [["a0"], ["b0"], ["c0"], ["d0"]]
     assert bench.engine.added() == ["a0", "b0", "c0", "d0"]
 
 
@@ -164,9 +174,9 @@ def test_samples_keep_the_order_of_segments_that_finish_out_of_order(
     bench = make_bench(slots=3)
     request = bench.request("a", 3)
     request.segments[0].steps = 5
-    future = bench.scheduler.submit(request)
+    bench.scheduler.submit(request)
     bench.engine.run_free()
-    assert names(future) == ["a0", "a1", "a2"]
+    assert names(request) == ["a0", "a1", "a2"]
 
 
 def test_a_long_text_does_not_starve_a_short_one(make_bench: Callable[..., Bench]) -> None:
@@ -204,11 +214,11 @@ def test_two_long_texts_share_the_engine(make_bench: Callable[..., Bench]) -> No
 
 def test_every_free_slot_is_used(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(slots=4)
-    future = bench.submit("a", 4, steps=2)
+    request = bench.submit("a", 4, steps=2)
     bench.engine.wait_for_step()
     assert len(bench.engine.live) == 4
     bench.engine.run_free()
-    assert len(names(future)) == 4
+    assert len(names(request)) == 4
 
 
 def test_full_queue_refuses_with_queue_full_and_keeps_what_waits(
@@ -221,7 +231,7 @@ def test_full_queue_refuses_with_queue_full_and_keeps_what_waits(
     error = refusal(bench)
     assert error.code == "queue_full" and "2" in str(error)
     bench.engine.run_free()
-    assert [names(future) for future in (running, *waiting)] == [["a0"], ["b0"], ["c0"]]
+    assert [names(request) for request in (running, *waiting)] == [["a0"], ["b0"], ["c0"]]
     assert names(bench.submit("d")) == ["d0"]
 
 
@@ -238,12 +248,12 @@ def test_request_past_its_deadline_times_out_and_frees_its_slots(
         make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(slots=2)
     request = bench.request("slow", 3, steps=1000)
-    future = bench.scheduler.submit(request)
+    bench.scheduler.submit(request)
     bench.engine.wait_for_step()
     bench.submit("next")
     request.deadline = time.monotonic()
     bench.engine.advance()
-    error = failure(future)
+    error = failure(request)
     assert isinstance(error, bench.bark.RequestTimeout) and error.code == "timeout"
     assert sorted(piece.name for piece in bench.engine.live) == ["next0"]
 
@@ -253,9 +263,9 @@ def test_request_that_times_out_while_it_waits_never_starts(
     bench = make_bench()
     bench.submit("a", steps=3)
     bench.engine.wait_for_step()
-    future = bench.submit("late", deadline=0.0)
+    request = bench.submit("late", deadline=0.0)
     bench.engine.advance()
-    assert isinstance(failure(future), bench.bark.RequestTimeout)
+    assert isinstance(failure(request), bench.bark.RequestTimeout)
     assert bench.scheduler.stats()["waiting"] == 0
     assert "late0" not in bench.engine.added()
 
@@ -297,19 +307,19 @@ def test_drain_finishes_what_was_accepted_and_refuses_new_requests(
     wait_until(lambda: bench.state.status == "draining", "draining", SECONDS)
     assert refusal(bench).code == "draining"
     bench.engine.run_free()
-    assert [names(future) for future in accepted] == [["a0", "a1"], ["b0"]]
+    assert [names(request) for request in accepted] == [["a0", "a1"], ["b0"]]
     drain.join(SECONDS)
     assert not drain.is_alive()
 
 
 def test_drain_gives_up_after_its_time(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
-    futures = [bench.submit("running", steps=1000), bench.submit("waiting")]
+    requests = [bench.submit("running", steps=1000), bench.submit("waiting")]
     bench.engine.wait_for_step()
     began = time.monotonic()
     bench.scheduler.drain(0.05)
     assert 0.05 <= time.monotonic() - began < 2.0
-    assert {failure(future).code for future in futures} == {"draining"}
+    assert {failure(request).code for request in requests} == {"draining"}
     assert bench.scheduler.stats()["running"] == 0
 
 
@@ -338,9 +348,9 @@ def test_failing_step_fails_what_was_in_it_and_nothing_else(
 def test_three_failing_steps_in_a_row_fail_the_worker(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     bench.engine.failures = [RuntimeError("device lost")] * 3
-    futures = [bench.submit(name) for name in "abcd"]
+    requests = [bench.submit(name) for name in "abcd"]
     bench.engine.run_free()
-    errors = [failure(future) for future in futures]
+    errors = [failure(request) for request in requests]
     assert [error.code for error in errors[:3]] == ["generation_failed"] * 3
     assert errors[3].code == "not_ready"
     assert bench.state.status == "failed" and "device lost" in str(bench.state.error)
@@ -363,10 +373,10 @@ def test_segment_without_audio_fails_its_request_and_frees_the_rest(
     bench = make_bench(slots=2)
     request = bench.request("bad", 4, steps=5)
     request.segments[1] = Piece("bad1", error="the samples are not finite")
-    future = bench.scheduler.submit(request)
+    bench.scheduler.submit(request)
     other = bench.submit("other")
     bench.engine.run_free()
-    error = failure(future)
+    error = failure(request)
     assert isinstance(error, bench.bark.GenerationFailed) and error.code == "generation_failed"
     assert "segment 1" in str(error) and "not finite" in str(error)
     assert names(other) == ["other0"]
@@ -376,9 +386,9 @@ def test_segment_without_audio_fails_its_request_and_frees_the_rest(
 def test_two_failing_segments_of_one_request_in_one_step_fail_it_once(
         make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(slots=2)
-    future = bench.submit("bad", 2, error="empty")
+    request = bench.submit("bad", 2, error="empty")
     bench.engine.run_free()
-    assert failure(future).code == "generation_failed"
+    assert failure(request).code == "generation_failed"
     assert names(bench.submit("next")) == ["next0"]
 
 
@@ -389,7 +399,7 @@ def test_requests_are_refused_while_the_model_loads(bark: ModuleType) -> None:
         assert loaded.wait(SECONDS)
         return FakeEngine(bark)
 
-    scheduler = bark.Scheduler(load, state, 1)
+    scheduler = bark.Scheduler(load, state, 1, bark.SegmentCache(0))
     scheduler.start()
     bench = Bench(bark, FakeEngine(bark), state, scheduler)
     assert refusal(bench).code == "not_ready" and "loading" in str(refusal(bench))
@@ -405,9 +415,99 @@ def test_failed_load_tells_its_reason(bark: ModuleType, unexpected: bool) -> Non
     def load(state: Any) -> FakeEngine:
         raise ZeroDivisionError("no room") if unexpected else bark.ModelError("no room")
 
-    scheduler = bark.Scheduler(load, state, 1)
+    scheduler = bark.Scheduler(load, state, 1, bark.SegmentCache(0))
     scheduler.start()
     wait_until(lambda: state.error, "failure", SECONDS)
     assert state.status == "failed" and isinstance(state.error, bark.ModelError)
     error = refusal(Bench(bark, FakeEngine(bark), state, scheduler))
     assert error.code == "not_ready" and "no room" in str(error)
+
+
+# What is kept
+
+def test_a_segment_can_be_had_before_those_after_it_are_made(
+        make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench()
+    request = bench.submit("a", 2)
+    bench.engine.wait_for_step()
+    bench.engine.advance()
+    results = request.results()
+    assert next(results).tobytes() and not request.is_done()
+    bench.engine.run_free()
+    assert len(list(results)) == 1 and request.is_done()
+
+
+def test_what_was_made_once_is_not_made_again(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(cache=1000)
+    bench.engine.run_free()
+    assert names(bench.submit("a", 3)) == names(bench.submit("a", 3)) == ["a0", "a1", "a2"]
+    assert bench.engine.added() == ["a0", "a1", "a2"]
+
+
+def test_a_retry_goes_on_where_the_first_attempt_was_cut(
+        make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(cache=1000)
+    left = threading.Event()
+    bench.submit("a", 4, left=left.is_set)
+    bench.engine.wait_for_step()
+    bench.engine.advance()
+    bench.engine.advance()
+    left.set()
+    again = bench.submit("a", 4)
+    bench.engine.run_free()
+    assert names(again) == ["a0", "a1", "a2", "a3"]
+    assert [bench.engine.added().count(f"a{index}") for index in range(4)] in (
+        [1, 1, 2, 1], [1, 1, 1, 1])  # the third was under way, or was just done
+
+
+def test_without_a_cache_everything_is_made_again(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(cache=0)
+    bench.engine.run_free()
+    assert names(bench.submit("a")) == names(bench.submit("a"))
+    assert bench.engine.added() == ["a0", "a0"]
+
+
+def test_what_is_kept_is_answered_while_the_queue_is_full(
+        make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_queue=1, cache=1000)
+    kept = bench.submit("kept")
+    bench.engine.wait_for_step()
+    bench.engine.leave.release()
+    assert names(kept) == ["kept0"]
+    bench.submit("running", steps=50)
+    bench.submit("waiting")
+    assert refusal(bench).code == "queue_full"
+    assert names(bench.submit("kept")) == ["kept0"]
+
+
+def test_failures_are_not_kept(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(cache=1000)
+    bench.engine.run_free()
+    assert failure(bench.submit("a", error="empty")).permanent
+    assert names(bench.submit("a")) == ["a0"]
+
+
+def test_the_cache_lets_go_of_what_was_not_used_for_longest(bark: ModuleType) -> None:
+    def samples(count: int) -> np.ndarray:
+        return np.zeros(count, np.int16)
+
+    cache, (a, b, c, big) = bark.SegmentCache(400), map(Piece, ("a", "b", "c", "big"))
+    cache.put(a, samples(100))
+    cache.put(b, samples(100))
+    assert cache.get(a) is not None and cache.size == 400
+    cache.put(c, samples(50))
+    assert cache.get(b) is None and cache.get(a) is not None and cache.size == 300
+    cache.put(big, samples(201))
+    assert cache.get(big) is None and cache.get(c) is not None
+    cache.put(c, samples(90))  # two requests made it at once
+    assert cache.size == 300
+
+
+@pytest.mark.parametrize("change", [
+    {"text_ids": [1, 2]}, {"voice": object()}, {"seed": 8}, {"min_eos_p": 0.1},
+    {"semantic_sampling": 2}, {"coarse_sampling": 2}, {"fine_sampling": 2}, {"max_new_tokens": 9}])
+def test_only_segments_that_sound_the_same_share_what_is_kept(
+        bark: ModuleType, change: dict[str, Any]) -> None:
+    segment = bark.Segment([1, 3], object(), 7, 1, 1, 1, 0.2)
+    assert replace(segment).identity == segment.identity
+    assert replace(segment, **change).identity != segment.identity

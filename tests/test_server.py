@@ -177,8 +177,9 @@ def test_synthesize_answers_with_every_documented_field(worker: Worker) -> None:
     answer = worker.speak("Hello, world!", voice="v2/en_speaker_3", seed=7)
     assert answer.status == 200 and answer.headers["Content-Type"] == "application/json"
     reply = answer.json
-    assert set(reply) == {"audio", "sample_rate", "duration", "synthesis_time", "status", "voice",
-                          "seed", "segments"}
+    assert set(reply) == {"audio", "format", "sample_rate", "duration", "synthesis_time", "status",
+                          "voice", "seed", "segments"}
+    assert reply["format"] == "wav"
     assert (reply["status"], reply["sample_rate"]) == ("success", 24000)
     assert (reply["voice"], reply["seed"]) == ("v2/en_speaker_3", 7)
     assert 0 < reply["synthesis_time"] < 60
@@ -275,7 +276,7 @@ def test_aliases_speak_as_the_voices_they_stand_for(worker: Worker, hi: dict[str
 
 
 def test_unknown_fields_and_nulls_are_ignored(worker: Worker, hi: dict[str, Any]) -> None:
-    reply = worker.speak("Hi.", voice=None, seed=None, speed=2, model={"deep": [1]}).json
+    reply = worker.speak("Hi.", voice=None, seed=None, speed=None, model={"deep": [1]}).json
     assert reply["audio"] == hi["audio"]
 
 
@@ -393,10 +394,10 @@ def test_text_without_anything_to_speak_is_422(worker: Worker, text: str) -> Non
 
 
 @pytest.mark.parametrize(("method", "path", "allow"), [
-    ("POST", "/health", "GET, HEAD"), ("DELETE", "/ready", "GET, HEAD"),
-    ("PUT", "/voices", "GET, HEAD"), ("GET", "/synthesize", "POST"),
-    ("HEAD", "/synthesize", "POST"), ("OPTIONS", "/synthesize", "POST"),
-    ("BREW", "/", "GET, HEAD")])
+    ("POST", "/health", "GET, HEAD, OPTIONS"), ("DELETE", "/ready", "GET, HEAD, OPTIONS"),
+    ("PUT", "/voices", "GET, HEAD, OPTIONS"), ("GET", "/synthesize", "POST, OPTIONS"),
+    ("HEAD", "/synthesize", "POST, OPTIONS"), ("GET", "/v1/audio/speech", "POST, OPTIONS"),
+    ("POST", "/v1/models/tts-1", "GET, HEAD, OPTIONS"), ("BREW", "/", "GET, HEAD, OPTIONS")])
 def test_wrong_method_is_405_and_names_the_right_one(
         worker: Worker, method: str, path: str, allow: str) -> None:
     answer = worker.call(path, method=method)

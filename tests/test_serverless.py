@@ -134,18 +134,16 @@ def test_a_request_is_worth_its_characters(bark: ModuleType, payload: dict[str, 
 
 
 def test_pyworker_serves_every_path_that_takes_a_text_and_one_has_the_benchmark(
-        bark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        bark: ModuleType) -> None:
     from vastai.serverless.server import worker as sdk
 
-    assert [one.route for one in bark.handlers(sdk, bark.Config())] == [
-        path for path in bark.TEXT_FIELDS if path in bark.ROUTES]
-    monkeypatch.setitem(bark.ROUTES, "/v1/audio/speech", bark.ROUTES["/synthesize"])
     made = bark.handlers(sdk, bark.Config(timeout=77.0, max_text_length=9))
-    assert [one.route for one in made] == ["/synthesize", "/v1/audio/speech"]
+    assert [one.route for one in made] == [path for path, (method, _) in bark.ROUTES.items()
+                                           if method == "POST"]
     assert [one.workload_calculator({"input": "four"}) for one in made] == [0.0, 4.0]
     assert {(one.allow_parallel_requests, one.max_queue_time) for one in made} == {(True, 77.0)}
     (benchmark,) = [one.benchmark_config for one in made if one.benchmark_config]
-    assert benchmark.dataset == [{"text": bark.BENCHMARK_TEXT[:9]}]
+    assert benchmark.dataset == [{"text": bark.BENCHMARK_TEXT[:9], "seed": -1}]
 
 
 def test_a_signature_that_was_refused_does_not_stay_in_the_log(
@@ -169,7 +167,7 @@ class Client(Serverless):
         return ssl.create_default_context()
 
 
-def ask(vast: ServerlessVast, *payloads: dict[str, Any],
+def ask(vast: ServerlessVast, *payloads: dict[str, Any], route: str = "/synthesize",
         seconds: float = ROUTE_SECONDS) -> list[dict[str, Any]]:
     """What comes of requests to the endpoint, all at once."""
     async def run() -> list[dict[str, Any]]:
@@ -177,8 +175,8 @@ def ask(vast: ServerlessVast, *payloads: dict[str, Any],
                           autoscaler_url=vast.url, max_poll_interval=0.5) as client:
             found = await client.get_endpoint(name="bark-worker")
             return await asyncio.gather(*(
-                found.request("/synthesize", payload, cost=len(payload.get("text", "")),
-                              timeout=seconds) for payload in payloads))
+                found.request(route, payload, cost=len(payload.get("text", "")), timeout=seconds)
+                for payload in payloads))
     return asyncio.run(run())
 
 
@@ -249,11 +247,20 @@ def test_a_request_along_vasts_route_brings_the_audio_that_the_worker_itself_giv
     assert first["response"]["segments"] == straight["segments"]
 
 
+def test_openais_route_brings_audio_and_its_stream_intact(served: Served) -> None:
+    vast, worker, _ = served
+    payload = {"input": "One word.\n\nTwo words more.", "voice": "alloy", "response_format": "pcm"}
+    (streamed,) = ask(vast, payload, route="/v1/audio/speech")
+    straight = direct(worker, "/v1/audio/speech", payload)
+    assert straight.headers["Content-Type"] == "audio/pcm" and len(straight.body) > 10_000
+    assert streamed["response"] == straight.body
+
+
 def test_the_call_from_python_in_the_readme_brings_speech(
         served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vast, worker, _ = served
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    (code,) = re.findall(r"```python\n([^`]*Serverless[^`]*)```", readme)
     monkeypatch.setattr("vastai.Serverless", lambda: Client(
         vast.account_key, webserver_url=vast.url, autoscaler_url=vast.url))
     monkeypatch.chdir(tmp_path)
@@ -269,6 +276,8 @@ def test_the_worker_reports_its_speed_in_characters_once_its_batch_was_tried(
     tried = before_ready.count("POST /synthesize status=200")
     whole = bark.BENCHMARK_RUNS * 2  # of two slots; the last line may come a moment late
     assert whole - 1 <= tried <= whole
+    seeds = re.findall(r"seed=(\d+)\n", before_ready)
+    assert len(set(seeds)) == len(seeds), "a run was answered from the cache"
     assert worker.is_ready and worker.report["max_perf"] > len(bark.BENCHMARK_TEXT) / 60
     (kept,) = (worker.container.root / "workspace/models/bark-worker").glob("benchmark-*")
     assert float(kept.read_text()) == worker.report["max_perf"]
