@@ -1651,6 +1651,9 @@ cmd_status() {
 
 took=''    # seconds that the last request took
 text='Hello from Bark. If you can hear this, everything works.'
+# A seed drawn anew, as a worker answers what it was asked before from memory.
+readonly JQ_SPOKEN='def spoken: {text: ., seed: -1}
+  + if env.VOICE != "" then {voice: env.VOICE} else {} end;'
 out='bark-test.wav' play='' spoken_voice=''
 
 # usage: parse_test COMMAND ARGUMENTS...    (COMMAND is test or `endpoint test`)
@@ -1721,8 +1724,8 @@ keep_sound() {
 # Has the worker at address say text; leaves the answer in $scratch/sound.
 speak() {
   local status
-  printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc '{text: .}
-    + if env.VOICE != "" then {voice: env.VOICE} else {} end' >"$scratch/request"
+  printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc "$JQ_SPOKEN"' spoken' \
+    >"$scratch/request"
   took="$(authorized "$(fact "$row" .key)" --max-time 660 -o "$scratch/sound" \
     -w '%{http_code} %{time_total}' -H 'Accept: audio/wav' -H 'Content-Type: application/json' \
     --data-binary "@$scratch/request" "$address/synthesize" 2>"$scratch/err")" ||
@@ -2690,8 +2693,7 @@ does: $AGAIN endpoint logs; what it costs: $AGAIN endpoint status"
 ask_worker() {
   printf '%s' "$route_reply" >"$scratch/route"
   printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc --slurpfile auth "$scratch/route" \
-    '{auth_data: $auth[0], session_id: null, payload: ({text: .}
-      + if env.VOICE != "" then {voice: env.VOICE} else {} end)}' >"$scratch/request"
+    "$JQ_SPOKEN"' {auth_data: $auth[0], session_id: null, payload: spoken}' >"$scratch/request"
   curl -sS --max-time 660 -o "$scratch/answer" -w '%{http_code} %{time_total}' \
     -H 'Content-Type: application/json' --data-binary "@$scratch/request" \
     "$(facts .url <<<"$route_reply")/synthesize" 2>"$scratch/err" || true

@@ -144,7 +144,10 @@ def speech_is_checked(stage: Scene, out: Path) -> None:
     sound, took, factor = map(float, match.groups()[1:])
     assert sound == pytest.approx(seconds, abs=0.01)
     assert factor == pytest.approx(took / sound, abs=0.1)
+    first = out.read_bytes()
+    says(stage, "test", "Hello there.", "--voice", "v2/de_speaker_3", "--out", str(out))
     before = out.read_bytes()
+    assert before != first  # made anew, not taken from the worker's memory
     ended(run(stage, "test", "--voice", "nobody", "--out", str(out)), 1, "HTTP 400", "nobody")
     assert out.read_bytes() == before
 
