@@ -703,12 +703,13 @@ class Encoder:
 
         kind = FORMATS[form]
         self._av, self._rate, self._outlet = av, rate, Outlet()
-        # bitexact: no name and version of the library in the head
+        # bitexact, of container and codec: no version of the library in the head
         options = {**kind.options, "fflags": "+bitexact", "flush_packets": "1"}
         if form == "mp3" and file is None:
             options["write_xing"] = "0"  # a frame of zeros, unless it can be filled in later
         self._container = av.open(file or self._outlet, "w", format=kind.container, options=options)
         self._stream = self._container.add_stream(kind.codec, rate=rate, layout="mono")
+        self._stream.codec_context.flags |= av.codec.context.Flags.bitexact
         if kind.bit_rate:
             self._stream.bit_rate = kind.bit_rate
         self._container.start_encoding()
