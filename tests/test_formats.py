@@ -1,0 +1,200 @@
+"""Encoding and stretching: whole lengths and the same sound in every format, on every decoder."""
+
+from __future__ import annotations
+
+import functools
+import re
+import struct
+from types import ModuleType
+
+import numpy as np
+import pytest
+from decoding import MP3_FRAME, RATE, STREAM_EXCESS, WHOLE_EXCESS, decode, find
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
+LOSSLESS = ("flac", "wav", "pcm")
+SPEEDS = (0.25, 0.5, 0.9, 1.5, 2, 4)
+KEY = "sesame-9f2c"
+TEXT = "The boat left at noon. Nobody waved.\n\nA week later it came back, empty."
+
+
+# Sounds
+
+def tone(hertz: float, samples: int, volume: float = 0.5) -> np.ndarray:
+    wave = np.sin(2 * np.pi * hertz / RATE * np.arange(samples))
+    return np.round(volume * 32767 * wave).astype(np.int16)
+
+
+@functools.cache
+def vowel(samples: int = 48_777) -> np.ndarray:
+    """Rises and has overtones, louder and softer like speech: no part is like another."""
+    t = np.arange(samples) / RATE
+    phase = 2 * np.pi * (110 * t + 20 * t**2)
+    wave = sum(np.sin(n * phase) / n for n in range(1, 20))
+    return np.round(0.3 * 32767 * (0.6 + 0.4 * np.sin(19 * t)) * wave).astype(np.int16)
+
+
+def stream(bark: ModuleType, samples: np.ndarray, form: str, cuts: list[int]) -> bytes:
+    encoder = bark.Encoder(form, RATE)
+    return b"".join([*map(encoder.feed, np.split(samples, cuts)), encoder.finish()])
+
+
+def loudness(samples: np.ndarray) -> float:
+    return float(np.sqrt((samples.astype(float) ** 2).mean()))
+
+
+# Encoding
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_whole_file_decodes_to_its_length_and_the_same_sound(
+        bark: ModuleType, form: str) -> None:
+    heard = decode(bark.encode(vowel(), RATE, form), form)
+    assert 0 <= len(heard) - len(vowel()) <= WHOLE_EXCESS.get(form, 0)
+    check_same_sound(heard, form)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_stream_decodes_to_its_length_and_the_same_sound(bark: ModuleType, form: str) -> None:
+    heard = decode(stream(bark, vowel(), form, [1000, 20_000]), form)
+    assert 0 <= len(heard) - len(vowel()) <= STREAM_EXCESS.get(form, 0)
+    check_same_sound(heard, form)
+
+
+def check_same_sound(heard: np.ndarray, form: str) -> None:
+    if form in LOSSLESS:
+        assert np.array_equal(heard, vowel())
+        return
+    match = find(vowel(), heard)
+    assert match.likeness > 0.99  # inverted it would be below 0
+    assert loudness(heard[match.at :][: len(vowel())]) == pytest.approx(
+        loudness(vowel()), rel=0.06)  # LAME takes 5 % off, lest anything clips
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_loudest_sound_is_neither_clipped_nor_wrapped_round(
+        bark: ModuleType, form: str) -> None:
+    sound = tone(440, 24_000, volume=1.0)
+    heard = decode(bark.encode(sound, RATE, form), form)
+    match = find(sound, heard)
+    assert match.likeness > 0.999
+    error = heard[match.at :][: len(sound)].astype(int) - sound
+    assert np.abs(error[1000:-1000]).max() < 8000  # wrapped would be 65 535
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@settings(max_examples=5, deadline=None)
+@given(cuts=st.lists(st.integers(0, 9000), max_size=12).map(sorted))
+def test_a_stream_does_not_depend_on_how_its_samples_come(
+        bark: ModuleType, form: str, cuts: list[int]) -> None:
+    sound = vowel()[:9000]
+    assert stream(bark, sound, form, cuts) == stream(bark, sound, form, [])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_nothing_of_a_stream_is_kept_back_until_its_end(bark: ModuleType, form: str) -> None:
+    encoder = bark.Encoder(form, RATE)
+    fed = encoder.feed(vowel())
+    heard = len(decode(fed, form)) / len(vowel())
+    assert heard > 0.85  # an Ogg page is 0.2 s
+    assert decode(fed + encoder.finish(), form).size >= len(vowel())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_stream_has_one_head(bark: ModuleType, form: str) -> None:
+    data = stream(bark, vowel(), form, [12_000, 24_000])
+    magic = {"opus": b"OpusHead", "flac": b"fLaC", "wav": b"RIFF"}.get(form)
+    assert magic is None or (data.count(magic) == 1 and magic in data[:40])
+    assert form != "mp3" or not any(tag in data for tag in (b"Xing", b"Info", b"ID3"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("length", [1, 100, 1200])
+def test_the_shortest_sounds_are_files_too(bark: ModuleType, form: str, length: int) -> None:
+    """1200 samples are the shortest take at the highest speed."""
+    sound = vowel()[:length]
+    # FFmpeg does not cut off both the start and the end of so few frames
+    slack = 0 if form in LOSSLESS else MP3_FRAME
+    for data, excess in ((bark.encode(sound, RATE, form), WHOLE_EXCESS),
+                         (stream(bark, sound, form, [length // 2]), STREAM_EXCESS)):
+        assert 0 <= len(decode(data, form)) - length <= excess.get(form, slack)
+
+
+def test_a_whole_wav_says_its_true_sizes(bark: ModuleType) -> None:
+    data = bark.encode(vowel(), RATE, "wav")
+    assert wav_sizes(data) == (len(data) - 8, 2 * len(vowel())) == (len(data) - 8, len(data) - 44)
+
+
+def test_a_streamed_wav_leaves_its_sizes_open_as_openai_does(bark: ModuleType) -> None:
+    assert wav_sizes(stream(bark, vowel(), "wav", [])) == (0xFFFFFFFF, 0xFFFFFFFF)
+
+
+def wav_sizes(data: bytes) -> tuple[int, int]:
+    riff, size, wave, fmt, length, kind, channels, rate, speed, align, bits, tag, count = \
+        struct.unpack("<4sI4s4sIHHIIHH4sI", data[:44])
+    assert (riff, wave, fmt, tag) == (b"RIFF", b"WAVE", b"fmt ", b"data")
+    assert (length, kind, channels, rate, speed, align, bits) == (16, 1, 1, RATE, 48_000, 2, 16)
+    return size, count
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_file_tells_the_version_of_the_library_that_made_it(
+        bark: ModuleType, form: str) -> None:
+    assert not re.search(rb"Lav[cf][0-9]|libopus [0-9]", bark.encode(vowel(), RATE, form))
+
+
+# Stretching
+
+@pytest.mark.parametrize("length", [1, 100, 1000, 240_000])
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_stretched_sound_has_exactly_its_length(
+        bark: ModuleType, speed: float, length: int) -> None:
+    stretched = bark.stretch(tone(220, length), RATE, speed)
+    assert stretched.dtype == np.int16 and len(stretched) == round(length / speed)
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_stretched_sound_keeps_its_pitch_and_its_loudness(
+        bark: ModuleType, speed: float) -> None:
+    sound = tone(220, 120_000)
+    stretched = bark.stretch(sound, RATE, speed)
+    spectrum = np.abs(np.fft.rfft(stretched * np.hanning(len(stretched))))
+    assert spectrum.argmax() * RATE / len(stretched) == pytest.approx(220, rel=0.01)
+    tenths = np.array_split(stretched, 10)
+    assert [loudness(tenth) for tenth in tenths] == pytest.approx(
+        [loudness(sound)] * 10, rel=0.05)
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_stretched_sound_keeps_its_order_and_its_end(bark: ModuleType, speed: float) -> None:
+    """Three beeps of 40 ms, the last one 10 ms before the end, stay where and what they were."""
+    beeps = {600.0: 6000, 900.0: 24_000, 1200.0: 48_000 - 1200}
+    sound = np.zeros(48_000, np.int16)
+    for hertz, at in beeps.items():
+        sound[at : at + 960] = tone(hertz, 960)
+    stretched = bark.stretch(sound, RATE, speed)
+    for hertz, at in beeps.items():
+        start, end = round((at - 1200) / speed), round((at + 2160) / speed)
+        part = stretched[max(start, 0) : end]
+        spectrum = np.abs(np.fft.rfft(part, 24_000))
+        assert spectrum.argmax() == pytest.approx(hertz, rel=0.05), f"{hertz} Hz at {at}"
+        assert np.abs(part.astype(int)).max() > 8000
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_stretching_neither_clips_nor_wraps_round_nor_inverts(
+        bark: ModuleType, speed: float) -> None:
+    sound = tone(220, 48_000, volume=1.0)
+    stretched = bark.stretch(sound, RATE, speed).astype(int)
+    steepest = np.abs(np.diff(sound.astype(int))).max()
+    assert np.abs(np.diff(stretched)).max() < 1.2 * steepest  # a wrapped one jumps by 65 535
+    assert stretched.max() > 32_000 and stretched.min() < -32_000
+    pulses = np.zeros(48_000, np.int16)  # all upwards, which inverted ones would not be
+    pulses[np.arange(48_000) % 240 < 40] = 20_000
+    heard = bark.stretch(pulses, RATE, speed)
+    assert heard.min() > -1000 and heard.max() > 19_000
+
+
+def test_speed_one_changes_nothing(bark: ModuleType) -> None:
+    assert np.array_equal(bark.stretch(vowel(), RATE, 1.0), vowel())
