@@ -725,8 +725,12 @@ class Encoder:
 
     def finish(self) -> bytes:
         self._container.mux(self._stream.encode(None))
-        self._container.close()
+        self.close()
         return self._outlet.take()
+
+    def close(self) -> None:
+        """Frees what it holds, half a megabyte for FLAC, without waiting for the collector."""
+        self._container.close()
 
 
 def encode(samples: np.ndarray, rate: int, form: str) -> bytes:
@@ -2838,10 +2842,10 @@ class Delivery:
 
     def stream(self) -> Iterator[bytes]:
         """The audio as one stream, piece by piece."""
-        encoder = Encoder(self.form, self.rate)
-        for part in self.parts():
-            yield encoder.feed(part.audio)
-        yield encoder.finish()
+        with contextlib.closing(Encoder(self.form, self.rate)) as encoder:  # clients may leave
+            for part in self.parts():
+                yield encoder.feed(part.audio)
+            yield encoder.finish()
 
     def lines(self) -> Iterator[bytes]:
         """A line of JSON for each segment, its audio a file of its own; the error, if one comes."""
