@@ -702,7 +702,7 @@ class Encoder:
         import av
 
         kind = FORMATS[form]
-        self._av, self._rate, self._outlet = av, rate, Outlet()
+        self._av, self._rate, self._outlet, self._fed = av, rate, Outlet(), 0
         # bitexact, of container and codec: no version of the library in the head
         options = {**kind.options, "fflags": "+bitexact", "flush_packets": "1"}
         if form == "mp3" and file is None:
@@ -719,7 +719,9 @@ class Encoder:
         if len(samples):
             frame = self._av.AudioFrame.from_ndarray(
                 np.ascontiguousarray(samples, np.int16)[None], format="s16", layout="mono")
-            frame.sample_rate = self._rate
+            frame.sample_rate, frame.time_base = self._rate, Fraction(1, self._rate)
+            frame.pts = self._fed  # else an Ogg starts late by its encoder's delay
+            self._fed += len(samples)
             self._container.mux(self._stream.encode(frame))
         return self._outlet.take()
 
