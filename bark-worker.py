@@ -12,7 +12,7 @@ Endpoints: GET /health, GET /ready, GET /voices, POST /synthesize, OpenAI's POST
 GET /v1/models and GET /v1/audio/voices, and a short page at GET /.
 
 Reading order is bottom-up, each section knows only what stands above it: errors, configuration,
-text, audio, model, engine, narrator, scheduler, HTTP, serverless, main.
+text, expression, audio, model, engine, narrator, scheduler, HTTP, serverless, main.
 
     HTTP threads --- request ---> scheduler thread --- segments ---> engine --- tensors ---> Bark
     HTTP threads <-- audio ------ scheduler thread <-- finished ---- engine <-- tokens ----- Bark
@@ -52,8 +52,8 @@ import tempfile
 import threading
 import time
 import unicodedata
-from bisect import bisect_right
-from collections import OrderedDict, deque
+from bisect import bisect_left, bisect_right
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -645,6 +645,623 @@ class Paragraph:
         follows = text[right : right + 8].lstrip("—–- ")
         dash = text[right] in "—–-"
         return not (follows[:1].islower() and (dash or CONTINUED_RE.search(before)))
+
+
+# -----------------------------------------------------------------------------
+# Expression: from what the author wrote to how Bark is told to say it
+
+CUES = ("[laughs]", "[laughter]", "[sighs]", "[gasps]", "[clears throat]", "[music]")  # Suno's
+TYPED_CUE_RE = re.compile("|".join(map(re.escape, CUES)), re.IGNORECASE)
+CUES_A_SEGMENT, CUES_A_PARAGRAPH = 1, 2
+EMPHATIC_WORDS = 3  # most words in capitals at once: more would be shouted, and Bark loses them
+MAX_NARRATION = 300  # characters of a sentence that is asked how a line is spoken
+
+
+def one_of(words: str) -> str:
+    """A pattern for any of the words, which may be patterns themselves."""
+    return f"(?:{'|'.join(words.split())})"
+
+
+def inflected(stems: str, ending: str) -> str:
+    """The stems of regular verbs with -ed, -s or -ing, for `one_of`."""
+    cut = [stem if ending == "s" else stem.removesuffix("e") for stem in stems.split()]
+    return " ".join(stem + ending for stem in cut)
+
+
+# Markup, by the kinds of it, the first that fits.
+
+NOTES, LETTER = "♩-♬", r"[^\W\d_]"
+HELD = r"(?=[\"“‘'(]?[^\W_])(?:[^{sign}\n]|\n(?=[^\n])){{1,300}}(?<!\s)"  # between two signs
+MARKUP = {
+    # From note to note within a paragraph; an unclosed one lasts to the end of its line.
+    "lyric": rf"[{NOTES}]+(?:[^{NOTES}\n]|\n(?=[^\S\n]*\S))+[{NOTES}]+|[{NOTES}]+[^{NOTES}\n]*",
+    "bracket": r"\[[^\[\]\n]{2,60}\]",
+    "round": r"(?<!\w)\([^()\n]{2,60}\)",  # not as in "boy(s)"
+    "stars": rf"(?<![\w*/\\`])(?P<mark>\*{{1,3}}){HELD.format(sign='*')}(?P=mark)(?![\w*])",
+    "under": rf"(?<![\w/\\`.])(?<!\w\()_{HELD.format(sign='_')}_(?![\w(/])",
+    "dash": rf"(?<={LETTER})--{{1,2}}(?={LETTER}|[\"”’')\s]|$)"  # no range, option or rule
+            rf"|(?<=[,.!?\"”’])--{{1,2}}(?={LETTER}|[\"”’\s]|$)"
+            r"|(?<=[\w,.!?\"”’)*][ \n])--{1,2}(?=[ \n\"“])"
+            rf"|(?<=[\"“])--{{1,2}}(?={LETTER})"
+            rf"|(?<={LETTER}{{2}} )-(?= (?:{LETTER}{{2}}|[IAa]\b))"
+            rf"|(?<={LETTER}[ ,])–(?=\s)|(?<=[^\W_])–(?=[\"”’\s]|$)",
+    "dots": r"…+|(?<!\.)\.(?:[ \u00a0]\.){2,3}(?![ \u00a0]?\.)",
+}
+MARKUP_RE = re.compile("|".join(f"(?P<{kind}>{signs})" for kind, signs in MARKUP.items()))
+HESITATION = {"dash": "—", "dots": "..."}  # as Suno writes it
+CUE_LEFT_RE = re.compile(r"(?<!\A)(?<!\s)[\"']\Z|[^\s\"'“‘«(—]\Z")
+CUE_RIGHT_RE = re.compile(r"[\w“‘«(]|[\"'](?=\w)")
+UNSPACED_DOTS = ("zh", "ja")  # have …… and —— as marks of their own
+
+# Stage directions: what Bark has no cue for is left out. "" stands for nothing.
+LAUGHS = "laugh chuckle giggle snicker snigger cackle guffaw titter chortle"
+LEFT_OUT = ("whisper shout smile grin nod shrug pause wink frown sob sniff sniffle smirk mutter"
+            " murmur blush whimper yawn scream wince blink scoff tremble hesitate")
+
+
+class Acts(NamedTuple):
+    """Words of stage directions: safe anywhere as "laughs" is, or only where a line may start."""
+
+    cue: str
+    anywhere: str
+    aside: str
+
+
+ACTS = (
+    Acts("[laughs]", f"{inflected(LAUGHS, 's')} chuckle giggle",
+         f"{inflected(LAUGHS, 'ing')} {LAUGHS}"),
+    Acts("[laughter]", r"laughter\s+from\s+the\s+\w+ (?:audience|crowd|group|all)\s+laughs?",
+         "laughter"),
+    Acts("[sighs]", "sighs sigh exhales groans", "sighing exhaling groaning groan"),
+    Acts("[gasps]", r"gasps gasp inhales\s+sharply", "gasping"),
+    Acts("[clears throat]", r"clears\s+(?:\w+\s+)?throat coughs",
+         r"clearing\s+(?:\w+\s+)?throat clear\s+throat throat\s+clear(?:s|ing)? coughing cough"
+         " ahem"),
+    Acts("[music]", r"music\s+(?:plays|playing|starts|swells)", r"(?:soft\s+|loud\s+)?music"),
+    Acts("", inflected(LEFT_OUT, "s") + r" cries weeps clapping applause rolls\s+(?:\w+\s+)?eyes"
+         r" shakes\s+(?:\w+\s+)?head takes\s+a\s+(?:deep\s+)?breath",
+         f"{inflected(LEFT_OUT, 'ing')} crying weeping pause beat whisper smile"
+         r" softly quietly angrily sarcastically sadly happily nervously"),
+)
+MANNER = (r"(?:\s+(?:\w+ly|again|loudly|aloud|out\s+loud|a\s+(?:little|bit)|hard|"
+          r"to\s+(?:him|her|my)self|(?:in|with)\s+(?:disbelief|relief|surprise|shock|delight|"
+          r"amusement|frustration|exasperation|horror|joy|pain)|at\s+(?:him|her|them|this|that)))")
+DIRECTIONS = tuple(
+    (acts.cue, free, re.compile(
+        rf"(?:(?:he|she|they|i|we)\s+)?(?:\w+ly\s+)?{one_of(words)}{MANNER}{{0,2}}[.!]?", re.I))
+    for acts in ACTS for free, words in ((True, acts.anywhere), (False, acts.aside)))
+QUOTES = "\"“”‘’'"
+ARTICLE_LAST_RE = re.compile(r"\b(?:the|an?)\s+$", re.I)
+WORD_RE = re.compile(r"[^\W_]")
+ASIDE_AFTER = ".!?…,:;—–-\"“‘«»”("  # where a line may start: after these, or at a line's start
+SUBJECT_BEFORE_RE = re.compile(r"\b" + one_of(
+    "he she it they who that which i we you to never always the an? and not only") + "$", re.I)
+NAME_BEFORE_RE = re.compile(
+    r"\b(?:(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir)(?: \w+){1,2}|[A-Z][a-z]+)$")
+GOES_ON_RE = re.compile(r"\s+" + one_of(
+    "is was are were of at about with and or as like has had can will to for on from that than"
+    " because when if") + r"\b")
+
+# Narration. A finite verb needs its subject beside it, an adjunct one in its sentence.
+
+ADVERB = (r"(?:(?!(?:near|hard|bare|scarce|inward|silent|mental|practical|virtual|on)ly\b)\w+ly|"
+          + one_of("just then still even again both all also soon now too at\\s+last") + ")")
+ADJECTIVES = r"(?:\s+(?!(?:of|like|that|who)\b)[\w'’-]+,?){0,3}"
+ARTICLE = "(?:a|an|another|one|his|her|my|their)"
+GIVES = (r"gave gives give let\s+out lets\s+out heaved heaves uttered utters released releases"
+         r" loosed breathed breathes forced managed emitted drew fetched barked")
+GIVING = r"giving letting\s+out heaving uttering releasing breathing forcing emitting drawing"
+BURSTS = r"(?:burst|bursts|broke|breaks|fell|dissolved|collapsed|erupted|exploded)\s+(?:out|into)"
+
+
+class Sound(NamedTuple):
+    """How narration tells that somebody makes the sound of a cue."""
+
+    cue: str
+    told: str     # "sighed", "sighs"
+    base: str     # "sigh": after I, we, they, you
+    going: str    # "sighing"
+    noun: str
+
+
+SOUNDS = (
+    Sound("[laughs]", f"{inflected(LAUGHS, 'ed')} {inflected(LAUGHS, 's')}", LAUGHS,
+          inflected(LAUGHS, "ing"), LAUGHS),
+    Sound("[sighs]", "sighed sighs", "sigh", "sighing", "sigh"),
+    Sound("[gasps]", "gasped gasps", "gasp", "gasping", "gasp"),
+    Sound("[clears throat]", r"clear(?:ed|s)\s+(?:his|her|their|my|its|our)\s+throats?",
+          r"clear\s+(?:his|her|my|our|their|your)\s+throats?",
+          r"clearing\s+(?:his|her|their|my)\s+throats?",
+          r"(?:cough|clearing)\s+of\s+the\s+throat"),
+    Sound("[music]", r"(?:sang|sings|crooned|croons)(?!\s+(?:out|the\s+praises)\b)", "sing",
+          "singing", "song"),
+)
+
+
+def finite(sound: Sound) -> str:
+    told, base, going, noun = map(one_of, sound[1:])
+    return (rf"{told}|(?<=\b[Ii]\s){base}|(?<=\b[Ww]e\s){base}|(?<=\b[Tt]hey\s){base}"
+            rf"|{one_of(GIVES)}\s+{ARTICLE}{ADJECTIVES}\s+{noun}"
+            rf"|(?:roared|howled|shook|shrieked|screamed)\s+with\s+{noun}ter"
+            rf"|{BURSTS}\s+(?:{going}|{ARTICLE}{ADJECTIVES}\s+{noun}s?|laughter|giggles)"
+            rf"|(?:began|begins|started|starts)\s+(?:to\s+{base}|{going})|(?:kept|keeps)\s+{going}"
+            rf"|(?:could\s+not|couldn['’]t|can['’]t)\s+help\s+(?:{going}|but\s+{base})"
+            rf"|had\s+to\s+{base}"
+            rf"|(?:was|were|is|are|am)(?:\s+{ADVERB})?\s+{going}")
+
+
+def adjunct(sound: Sound) -> str:
+    _, _, going, noun = map(one_of, sound[1:])
+    return (rf"{going}|{one_of(GIVING)}\s+{ARTICLE}{ADJECTIVES}\s+{noun}"
+            rf"|(?:with|on|in)\s+{ARTICLE}{ADJECTIVES}(?:\s+(?:sort|kind)\s+of)?\s+{noun}"
+            rf"|(?:between|through)\s+(?:\w+\s+)?{noun}(?:s|ter)"
+            rf"|(?:a|the){ADJECTIVES}\s+{noun}\s+in\s+(?:his|her|their|my)\s+voice"
+            rf"|(?:with\s+)?{noun}ter\s+in\s+(?:his|her|their|my)\s+voice")
+
+
+SOUND_RE = re.compile(r"\b(?:" + "|".join(
+    rf"(?P<finite{n}>{finite(sound)})|(?P<adjunct{n}>(?i:{adjunct(sound)}))"
+    for n, sound in enumerate(SOUNDS)) + r")(?![\w-])")
+TOLD_RE = re.compile(one_of(f"{LAUGHS.replace('e ', ' ')} sigh gasp throat sang sing croon"), re.I)
+
+PERSON = (
+    r"\w*(?:man|woman|men|women|boy|boys|girl|girls|child|children|mother|father|sister|brother)"
+    r" lady gentleman gentlemen king queen prince nurse judge thief cook clerk monk nun priest"
+    r" guard guide aunt uncle cousin niece nephew friend friends wife husband son lad lass twin"
+    r" twins bride groom host guest butler maid servant pupil student parent dad mum mom nan gran"
+    r" grandpa grandma giant dwarf elf witch wizard knight squire monarch chief colonel general"
+    r" corporal major lieutenant cop pilot coach boss crowd audience class others couple pair"
+    r" stranger patient assistant lieutenant merchant sergeant duke count baron widow orphan kid"
+    r" kids people villain hero rogue fool clown duchess youth elder captain abbot bishop"
+    r" neighbou?r \w{2,}(?:er|or|ist|ess|ian|eer|ee)s?")
+THINGS = (
+    r"river water weather thunder tower boiler heater motor radiator tractor computer shutter"
+    r" shutters letter paper winter summer fever corner timber leather power elevator generator"
+    r" mower speaker loudspeaker printer cooker burner steamer door doors floor mirror tree trees"
+    r" coffee air wind winds leaves waves pines rain engine brakes pipes kettle silence theatre"
+    r" theater brook stream night darkness grass curtain curtains chair sofa bed mattress house"
+    r" thing something it nothing train bus car ship world sea ocean bird birds")
+NOT_NAMES = (
+    r"The An? And But Or So Then When While As If Because After Before Until Unless Though That"
+    r" Although This These Those There Here Nobody No None Neither Nothing Something Nor Not Never"
+    r" Everything It Its What Who Why How Where Had Did Was Were Would Could Has Have Is Are Do"
+    r" Does With Without In On At By For From To Of All Some Few Many Most Both Each Her His My Our"
+    r" Their Your Yes Well Oh Only Even Almost Nearly Hardly Perhaps Maybe Once Now Still Again"
+    r" Suddenly Finally Somewhere Outside Every Someone Somebody Anyone Anybody People Laughter One"
+    r" Another Others \w+ing \w+ly")
+PRONOUN = r"(?:[Hh]e|[Ss]he|[Tt]hey|[Ww]e|I|[Yy]ou)"
+GROUP = r"(?:[Ee]veryone|[Ee]verybody|[Tt]hey\s+all|[Ww]e\s+all|[Aa]ll\s+of\s+(?:them|us))"
+SOMEBODY = (  # "the old man", "her uncle"
+    r"(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir|[Yy]our)"
+    rf"(?:\s+(?!{one_of('of where who which that and when in with on at for to from by')}\b)"
+    rf"[\w'’-]+){{0,2}}\s+(?!{one_of(THINGS)}\b){one_of(PERSON)}")
+CAPITALIZED = r"[A-ZÀ-ÖØ-Þ][\w'’-]*"
+NAME = (r"(?:(?:Mr|Mrs|Ms|Dr|St|Prof|Capt|Sgt|Lt|Col|Rev)\.\s+)?"
+        rf"(?!(?:{one_of(NOT_NAMES)}|(?i:{one_of(THINGS)}))\b)"
+        rf"{CAPITALIZED}(?:\s+{CAPITALIZED}){{0,2}}")
+SUBJECT = f"(?:{GROUP}|{PRONOUN}|{SOMEBODY}|{NAME})"
+SUBJECT_RE = re.compile(rf"\b{SUBJECT}(?!['’]s?\b)\b")
+SUBJECT_LAST_RE = re.compile(rf"(?:^|(?<=[\s,;:—]))({SUBJECT}),?\s+(?:(?:{ADVERB}),?\s+){{0,2}}$")
+ANOTHER_RE = re.compile(rf"\b(?:and|but|as|while|when)\s+({SUBJECT})\s+\w")
+SUBJECT_NEXT_RE = re.compile(rf"\s+{SUBJECT}\b")
+AND_LAST_RE = re.compile(rf"(?:\b(?:and|then|but)|,)\s+(?:{ADVERB}\s+){{0,2}}$")
+COMMA_LAST_RE = re.compile(
+    rf"(?:^|[,;—]|\b(?i:while|still|already|half|and))\s*(?:{ADVERB}\s+)?$")
+GROUP_RE = re.compile(rf"{GROUP}|[Tt]hey|[Ww]e|.*\b(?:crowd|audience|class|others|children|men|"
+                      r"women|boys|girls|people|friends|twins)$", re.S)
+SAID = one_of("said says say asked asks cried cries answered replied told whispered muttered added"
+              " called shouted began continued went\\s+on declared exclaimed repeated murmured"
+              " returned agreed admitted explained remarked observed demanded announced")
+SAID_RE = re.compile(rf"\b{SAID}\b")
+TAG_RE = re.compile(r"\s*[a-z]+ed\s+(?:the|an?|my|his|her|our|their)\s+[a-z]")  # boomed the giant
+SAID_LAST_RE = re.compile(rf"\b{SAID}\s*$")
+SPEAKER_RE = re.compile(rf"\b({SUBJECT})\s+(?:{ADVERB}\s+)?{SAID}\b")
+# A clause with one of these before the verb tells that the sound was not made, or not now.
+DENIED_RE = re.compile(r"n['’]t\b|\b(?:will|may)\b|\b(?i:" + one_of(  # Will and May may speak
+    "not never nobody none neither nor no without hardly barely scarcely almost nearly had would"
+    " could might should must did if unless whether that how who whom whose which what"
+    " where why when whenever until till before after once because though although like than heard"
+    " saw watched remembered remembers imagined thought knew wished hoped supposed claimed swore"
+    " felt noticed wanted tried refused pretended expected feared dreamed made makes let time"
+    " perhaps maybe supposedly") + r")\b")
+ELSEWHERE_RE = re.compile(
+    r"\b(?i:somewhere|elsewhere|outside|upstairs|downstairs|next\s+door|in\s+the\s+distance"
+    r"|on\s+the\s+(?:radio|television|screen|record|tape))\b")
+UNHEARD_RE = re.compile(
+    r"\s+(?:inwardly|silently|mentally|internally|in\s+(?:his|her|my)\s+(?:head|sleep|mind|dreams?)"
+    r"|off\b|of\s+(?:the|its|air|gas|steam|wind|water|escaping|hot|cold)\b)")
+PARTICIPLE_GOES_ON_RE = re.compile(
+    r"\s*(?:[,.;:!—…]|$)|\s+(?:\w+ly|and|at|again|with|as|so|too|in|into|to|through|for|hard|out|"
+    r"till|until|despite|aloud|but|from|about|softly|now)\b")
+ESCAPED_RE = re.compile(rf"\s*(?:A|An|Another){ADJECTIVES}\s+(?P<noun>{one_of(LAUGHS)}|sigh|gasp)"
+                        r"\s+(?:escaped|slipped\s+from|broke\s+from|came\s+from)\s+"
+                        r"(?:(?:his|her|my)\s+(?:lips|throat|mouth)|him|her|me|[A-Z]\w+)\b")
+SENTENCE_END_RE = re.compile(
+    r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?…]+(?=\s|$)")
+FIRST_CLAUSE_RE = re.compile(r"(?:(?!,?\s+and\b).)*", re.S)
+CLAUSE_END_RE = re.compile(r"[,;:.!?…—–][\"”’')\]]*\s+|\s(?=[\"“‘«(])")
+QUOTE_MARK_RE = re.compile(r"[\"“”]")
+APOSTROPHE_RE = re.compile(r"(?<!\w)['‘](?=\w)|(?<=[,.!?…—-])['’](?!\w)")
+
+
+class Edit(NamedTuple):
+    """`text[start:end]` is spoken as `spoken`; a cue gets blanks around it as needed."""
+
+    start: int
+    end: int
+    spoken: str
+
+
+class Wish(NamedTuple):
+    """A cue for the segment that has the character `anchor`, best at `at`, else from low to high.
+    """
+
+    anchor: int
+    at: int
+    low: int
+    high: int
+    cue: str
+
+
+class Markup:
+    """What an author's signs ask for: edits that do not overlap, in order, and wishes for cues."""
+
+    def __init__(self, text: str, language: str):
+        self.text, self.language = text, language
+        self.edits: list[Edit] = []
+        self.wishes: list[Wish] = []
+        self.typed: list[int] = []  # where the author's own cues stand
+        self.lyrics: list[tuple[int, int]] = []
+        self.directions: list[Edit] = []
+        for match in MARKUP_RE.finditer(text):
+            self._read(match, str(match.lastgroup))
+
+    def _read(self, match: re.Match[str], kind: str) -> None:
+        start, end = match.span()
+        if kind == "lyric":
+            self.lyrics.append((start, end))
+        elif kind in HESITATION:
+            if self.language not in UNSPACED_DOTS:
+                self.edits.append(Edit(start, end, HESITATION[kind]))
+        elif TYPED_CUE_RE.fullmatch(match[0]):
+            self.typed.append(start)
+        else:
+            width = len(match["mark"]) if kind == "stars" else 1
+            inner = match[0][width:-width]
+            cue = self._direction(start, end, inner, kind)
+            if cue is not None:
+                self._leave_out(start, end, cue)
+            elif kind in ("stars", "under"):
+                self._emphasise(start, end, width, inner)
+
+    def _direction(self, start: int, end: int, inner: str, kind: str) -> str | None:
+        """The cue for a stage direction, "" for one that Bark has none for, None for no such."""
+        for cue, anywhere, pattern in DIRECTIONS:
+            if pattern.fullmatch(inner.strip()):
+                if kind in ("stars", "under") and self._is_in_clause(start, end):
+                    return None
+                free = anywhere or kind == "bracket"
+                return cue if free or self._stands_aside(start, end) else None
+        return None
+
+    def _line_before(self, pos: int) -> str:
+        return self.text[max(0, pos - 40) : pos].rpartition("\n")[2].rstrip()
+
+    def _stands_aside(self, start: int, end: int) -> bool:
+        line = self._line_before(start)
+        return (not line or line[-1] in ASIDE_AFTER) and not GOES_ON_RE.match(self.text, end)
+
+    def _is_in_clause(self, start: int, end: int) -> bool:
+        """Whether words around it make it an emphasised word, as in "he *laughs* at it"."""
+        line = self._line_before(start)
+        ends = self.text[end : end + 1] in tuple(".,;:!?")
+        return bool(SUBJECT_BEFORE_RE.search(line) or GOES_ON_RE.match(self.text, end)
+                    or (ends and NAME_BEFORE_RE.search(line)))
+
+    def _leave_out(self, start: int, end: int, cue: str) -> None:
+        """A direction is not spoken, nor is a blank beside it; its cue may be."""
+        text, anchor = self.text, start
+        self.directions.append(Edit(start, end, " "))
+        if text[end : end + 1] == " " and not text[max(0, start - 1) : start].isalnum():
+            end += 1
+        elif text[max(0, start - 1) : start] == " " and self._free_from() < start:
+            start -= 1
+        self.edits.append(Edit(start, end, ""))
+        if cue:
+            self.wishes.append(Wish(anchor, start, start, start, cue))
+
+    def _free_from(self) -> int:
+        return self.edits[-1].end if self.edits else 0
+
+    def _emphasise(self, start: int, end: int, width: int, inner: str) -> None:
+        """Capitals for a few words; without its marks only where it is a name or a passage."""
+        words = inner.split()
+        if len(words) > EMPHATIC_WORDS or self._is_name(start, words):
+            self.edits += [Edit(start, start + width, ""), Edit(end - width, end, "")]
+        else:
+            self.edits.append(Edit(start, end, capitals(inner, self.language)))
+
+    def _is_name(self, start: int, words: list[str]) -> bool:
+        """Titles and ships: "the _Nautilus_", "_War and Peace_"."""
+        capital = [word[0].isupper() for word in words]
+        return capital[0] and (sum(capital) > 1 or ARTICLE_LAST_RE.search(
+            self.text, max(0, start - 6), start) is not None)
+
+
+def capitals(text: str, language: str) -> str:
+    return (text.replace("i", "İ") if language == "tr" else text).upper()
+
+
+class Quotation(NamedTuple):
+    start: int
+    end: int
+
+
+def quotations(text: str, start: int, end: int) -> list[Quotation]:
+    """What stands in double quotation marks in a paragraph; in single ones where none are double.
+
+    An unclosed one lasts to the paragraph's end, as a speech of several paragraphs is written; an
+    unclosed single one is an apostrophe.
+    """
+    double = QUOTE_MARK_RE.search(text, start, end)
+    marks = (QUOTE_MARK_RE if double else APOSTROPHE_RE).finditer(text, start, end)
+    found, opened = [], -1
+    for match in marks:
+        opens = text[match.end() : match.end() + 1].isalnum() if not double else match[0] == "“"
+        if opened < 0 or opens:
+            opened = match.start() if match[0] != "”" and (double or opens) else -1
+        else:
+            found.append(Quotation(opened, match.end()))
+            opened = -1
+    if double and opened >= 0:
+        found.append(Quotation(opened, end))
+    return found
+
+
+def narrated_cue(narration: str, trailing: bool) -> str | None:
+    """The cue for the line that the narration before it, or with `trailing` after it, tells of."""
+    if narration.rstrip().endswith("?") or ELSEWHERE_RE.search(narration):
+        return None
+    if match := ESCAPED_RE.match(narration):
+        return next(s.cue for s in SOUNDS if re.fullmatch(one_of(s.noun), match["noun"]))
+    for match in SOUND_RE.finditer(narration):
+        kind, index = str(match.lastgroup)[:-1], int(str(match.lastgroup)[-1])
+        left, right = narration[: match.start()], narration[match.end() :]
+        if UNHEARD_RE.match(right):
+            continue
+        if kind == "adjunct":
+            subject = adjunct_subject(left, match[0], right, trailing)
+        else:
+            subject = finite_subject(left, right, trailing)
+        if subject:
+            cue = SOUNDS[index].cue
+            return "[laughter]" if cue == "[laughs]" and is_group(subject) else cue
+    return None
+
+
+def finite_subject(left: str, right: str, trailing: bool) -> str | None:
+    """Who did what the verb between `left` and `right` says, if it is the line's speaker."""
+    if not re.search(r"\w", left):  # "...," sighed Tom
+        match = SUBJECT_NEXT_RE.match(right) if trailing else None
+        return match[0].strip() if match else None
+    if match := SUBJECT_LAST_RE.search(left, max(0, len(left) - 80)):
+        before = left[: match.start(1)]
+        other = speaks_besides(match[1], before if trailing else right, trailing)
+        if DENIED_RE.search(before.rpartition(",")[2]) or (other and not is_group(match[1])):
+            return None
+        return match[1]
+    subject = SUBJECT_RE.search(left) if AND_LAST_RE.search(left) else None
+    return subject[0] if subject and not DENIED_RE.search(left) else None
+
+
+def speaks_besides(subject: str, told: str, inverted: bool) -> bool:
+    """Whether somebody else speaks there; `inverted` also finds it as "said Tom"."""
+    if match := SPEAKER_RE.search(told):
+        return match[1].lower() != subject.lower()
+    return inverted and SAID_RE.search(told) is not None
+
+
+def is_group(subject: str) -> bool:
+    return GROUP_RE.fullmatch(subject) is not None
+
+
+def adjunct_subject(left: str, phrase: str, right: str, trailing: bool) -> str | None:
+    """Whom "laughing" or "with a sigh" tells of, if it is the line's speaker."""
+    if re.match(r"\w+ing\b", phrase) and not (
+            COMMA_LAST_RE.search(left) and PARTICIPLE_GOES_ON_RE.match(right)):
+        return None
+    other = ANOTHER_RE.search(left)
+    if DENIED_RE.search(left) or (
+            other and speaks_besides(other[1], left[: other.start()], inverted=True)):
+        return None
+    near = left if trailing else left + right  # whatever speaks there is somebody
+    subject = SUBJECT_RE.search(near) or SAID_RE.search(near) or TAG_RE.match(near)
+    return subject[0] if subject else None
+
+
+class Narration:
+    """Wishes for cues, from what one paragraph's narration says of its quotations. In English."""
+
+    def __init__(self, text: str, start: int, end: int):
+        self.text, self.start, self.end = text, start, end
+        self.quotes = quotations(text, start, end)
+
+    def wishes(self) -> Iterator[Wish]:
+        done = self.start
+        for index, quote in enumerate(self.quotes):
+            past = self._past(quote)
+            if cue := self._cue_before(quote, done):
+                yield Wish(quote.start, quote.start, quote.start, past, cue)
+            done = quote.end
+            following = self.quotes[index + 1].start if index + 1 < len(self.quotes) else self.end
+            told = self._told_after(quote, following)
+            if cue := narrated_cue(told, True):
+                yield Wish(quote.end - 1, past, quote.start, past, cue)
+                done += len(told)
+
+    def _past(self, quote: Quotation) -> int:
+        end = quote.end
+        while end < self.end and self.text[end].isspace():
+            end += 1
+        return end
+
+    def _cue_before(self, quote: Quotation, start: int) -> str | None:
+        """What the last sentence before a quotation says of it."""
+        told = self.text[max(start, quote.start - MAX_NARRATION) : quote.start].rstrip()
+        ends = [match.end() for match in SENTENCE_END_RE.finditer(told) if match.end() < len(told)]
+        sentence = told[ends[-1] if ends else 0 :]
+        if not sentence or not (sentence[-1] in ",:.!?…—" or SAID_LAST_RE.search(sentence)):
+            return None
+        return narrated_cue(sentence, False)
+
+    def _told_after(self, quote: Quotation, following: int) -> str:
+        """What tells of a quotation in the sentence after it; nothing if that tells of the next."""
+        text, last = self.text, self.text[quote.end - 2]
+        end = min(following, quote.end + MAX_NARRATION)
+        match = SENTENCE_END_RE.search(text, quote.end, end)
+        if last not in ",.!?…—–-;" or (match is None and end < following):
+            return ""
+        told = text[quote.end : match.end() if match else end]
+        if following == self.end or text[quote.end + len(told) : following].strip():
+            return told
+        if last != "," and told.lstrip()[:1].isupper():
+            return ""
+        return FIRST_CLAUSE_RE.match(told)[0]
+
+
+def folded_words(text: str) -> list[str]:
+    """A text's words without Bark's cues, capitals and small letters alike, Turkish ones too."""
+    folded = unicodedata.normalize("NFKD", TYPED_CUE_RE.sub(" ", text).casefold())
+    return re.findall(r"[^\W_]+", folded.replace("\u0307", "").replace("ı", "i"))
+
+
+def keeps_words(written: str, spoken: str) -> bool:
+    """Whether the author's words, and no others, are spoken in their order."""
+    return folded_words(written) == folded_words(spoken)
+
+
+class SpokenSegment:
+    """One span on its way to Bark: the author's slice, and what is changed in it."""
+
+    def __init__(self, text: str, span: Span):
+        self.text, self.span = text, span
+        self.edits: list[Edit] = []
+        self.directions: list[Edit] = []
+        self.cues = 0
+
+    def add(self, edit: Edit) -> None:
+        """Takes an edit that lies in the span but for blanks."""
+        start, end = max(edit.start, self.span.start), min(edit.end, self.span.end)
+        if not (self.text[edit.start : start] + self.text[end : edit.end]).strip():
+            self.edits.append(Edit(start, end, edit.spoken))
+
+    def place(self, wish: Wish) -> None:
+        """The cue goes to the inner clause boundary nearest to its place, else to an edge."""
+        inside = CLAUSE_END_RE.finditer(self.text, self.span.start, self.span.end)
+        places = [wish.at, *(match.end() for match in inside)]
+        inner = [pos for pos in places if self._is_inner(pos)]
+        near = [pos for pos in inner if wish.low <= pos <= wish.high] or inner
+        edge = self.span.end if wish.low < wish.high else max(wish.at, self.span.start)
+        pos = min(near, key=lambda pos: abs(pos - wish.at), default=edge)
+        self.edits.append(Edit(pos, pos, wish.cue))
+        self.cues += 1
+
+    def _is_inner(self, pos: int) -> bool:
+        """Whether words are spoken on both sides, and no edit stands across `pos`."""
+        start, end = self.span.start, self.span.end
+        return (start < pos < end and not any(edit.start < pos < edit.end for edit in self.edits)
+                and is_speakable(self._apply(self.edits, start, pos))
+                and is_speakable(self._apply(self.edits, pos, end)))
+
+    def _apply(self, edits: Iterable[Edit], start: int, end: int) -> str:
+        """`text[start:end]` with those edits that lie in it."""
+        spoken, done = "", start
+        for edit in sorted(edits):
+            if done <= edit.start and edit.end <= end:
+                spoken = joined(joined(spoken, self.text[done : edit.start]), edit.spoken)
+                done = edit.end
+        return joined(spoken, self.text[done:end])
+
+    def spoken(self) -> str:
+        """What Bark gets: the plain text where anything else would not have the author's words."""
+        start, end = self.span.start, self.span.end
+        plain = self.text[start:end]
+        if not self.edits:
+            return plain
+        spoken = self._apply(self.edits, start, end).strip()
+        written = self._apply(self.directions, start, end)
+        return spoken if is_speakable(spoken) and keeps_words(written, spoken) else plain
+
+
+def joined(left: str, right: str) -> str:
+    """Both, with a blank where a cue would touch a word or a quotation mark."""
+    touches = (right in CUES and CUE_LEFT_RE.search(left[-2:])) or (
+        left.endswith(CUES) and CUE_RIGHT_RE.match(right))
+    return f"{left} {right}" if touches else left + right
+
+
+class Expression:
+    """The segments of a text with all that their author's words and signs ask for."""
+
+    def __init__(self, text: str, spans: list[Span], language: str):
+        self.text = text
+        self.segments = [SpokenSegment(text, span) for span in spans]
+        self.starts = [span.start for span in spans]
+        self.markup = Markup(text, language)
+        self.paragraphs = list(paragraphs(text))
+        for edit in self.markup.edits:
+            self._segment(edit.end - 1).add(edit)
+        for direction in self.markup.directions:
+            self._segment(direction.start).directions.append(direction)
+        for start, end in self.markup.lyrics:
+            self._sing(start, end)
+        self._place([*self.markup.wishes, *(self._told() if language == "en" else ())])
+
+    def _segment(self, pos: int) -> SpokenSegment:
+        return self.segments[max(0, bisect_right(self.starts, pos) - 1)]
+
+    def _told(self) -> Iterator[Wish]:
+        for start, end in self.paragraphs:
+            if TOLD_RE.search(self.text, start, end):
+                yield from Narration(self.text, start, end).wishes()
+
+    def _sing(self, start: int, end: int) -> None:
+        """A lyric that is cut has a note at each end of each piece."""
+        words = [match.start() for match in WORD_RE.finditer(self.text, start, end)]
+        first = max(0, bisect_right(self.starts, start) - 1)
+        for segment in self.segments[first : bisect_left(self.starts, end)] if words else ():
+            low, high = segment.span.start, segment.span.end
+            if words[0] < low:
+                segment.edits.append(Edit(low, low, "♪ "))
+            if high <= words[-1]:
+                segment.edits.append(Edit(high, high, " ♪"))
+
+    def _place(self, wishes: list[Wish]) -> None:
+        """Grants wishes in order, as far as segments and paragraphs have room for cues."""
+        starts = [start for start, _ in self.paragraphs]
+        cues = Counter(bisect_right(starts, pos) for pos in self.markup.typed)
+        for pos in self.markup.typed:
+            self._segment(pos).cues += 1
+        for wish in sorted(wishes):
+            segment, paragraph = self._segment(wish.anchor), bisect_right(starts, wish.anchor)
+            if (segment.cues < CUES_A_SEGMENT and cues[paragraph] < CUES_A_PARAGRAPH
+                    and not self._is_sung(wish.anchor)):
+                segment.place(wish)
+                cues[paragraph] += 1
+
+    def _is_sung(self, pos: int) -> bool:
+        place = bisect_right(self.markup.lyrics, (pos, len(self.text))) - 1
+        return place >= 0 and pos < self.markup.lyrics[place][1]
+
+
+def express(text: str, spans: list[Span], language: str) -> list[str]:
+    """What Bark gets for each span of a text: its words, and with them cues, capitals, dashes.
+
+    `language` is a voice's two letters; narration is understood in English only, markup in any.
+    """
+    if not spans:
+        return []
+    return [segment.spoken() for segment in Expression(text, spans, language.lower()).segments]
 
 
 # -----------------------------------------------------------------------------
