@@ -247,6 +247,8 @@ VARIABLES = (
              "seconds one request may take in all; then 504"),
     Variable("BARK_DETERMINISTIC", "deterministic", "off", parse_switch,
              "on: one fixed batch shape, so that audio never depends on the neighbours"),
+    Variable("BARK_EXPRESSION", "expression", "on", parse_switch,
+             "off: no text gets cues or capitals, as with \"expressive\": false"),
     Variable("BARK_CACHE_MB", "cache_mb", "256", parse_integer(0, 1_000_000),
              "megabytes of finished segments to keep in memory, for repeats; 0 keeps none"),
     Variable("BARK_CORS_ORIGINS", "cors_origins", "none", parse_origins,
@@ -290,6 +292,7 @@ class Config:
     max_queue: int = 32
     timeout: float = 600.0
     deterministic: bool = False
+    expression: bool = True
     cache_mb: int = 256
     cors_origins: tuple[str, ...] = ()
     worker_port: int | None = None
@@ -1695,6 +1698,8 @@ class ModelFacts:
         self.fine_sampling = read_fine_sampling(
             sections["fine_acoustics_config"], self.coarse_sampling)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # A model cannot have learnt cues that its tokenizer has no way to write.
+        self.knows_cues = self.tokenizer.unk_token_id not in self.tokenize(" ".join(CUES))
         self.voices = self._read_voices(folder)
 
     @property
@@ -2821,13 +2826,14 @@ OPENAI_VOICES = {
 
 @dataclass(frozen=True)
 class Speech:
-    """A request, planned: one span of the text for each segment, in order."""
+    """A request, planned: for each segment, in order, its span of the text and what Bark gets."""
 
     text: str
     voice: str
     seed: int
     spans: list[Span]
     segments: list[Segment]
+    spoken: list[str]
 
 
 def derived_seed(*parts: object) -> int:
@@ -2877,7 +2883,8 @@ class Narrator:
         return {name: target if target in self.facts.voices and not foreign else self.default_voice
                 for name, target in OPENAI_VOICES.items() if name not in self.facts.voices}
 
-    def plan(self, text: str, voice: str | None, seed: int | None) -> Speech:
+    def plan(self, text: str, voice: str | None, seed: int | None,
+             expressive: bool = True) -> Speech:
         """Raises NothingToSpeak, and InvalidRequest for a voice that is not there."""
         voice = self.find_voice(voice) if voice is not None else self.default_voice
         if seed is None:
@@ -2887,11 +2894,19 @@ class Narrator:
         spans = split_text(text, voice_language(voice), self.limits)
         if not spans:
             raise nothing_to_speak()
-        segments = [self._segment(text[span.start : span.end], voice, derived_seed(seed, index))
-                    for index, span in enumerate(spans)]
+        spoken = [text[span.start : span.end] for span in spans]
+        if expressive and self.facts.knows_cues:
+            told = express(text, spans, voice_language(voice))
+            spoken = [new if self._fits(new) else plain
+                      for plain, new in zip(spoken, told, strict=True)]
+        segments = [self._segment(piece, voice, derived_seed(seed, index))
+                    for index, piece in enumerate(spoken)]
         if not all(segment.text_ids for segment in segments):  # signs the tokenizer drops
             raise nothing_to_speak()
-        return Speech(text, voice, seed, spans, segments)
+        return Speech(text, voice, seed, spans, segments, spoken)
+
+    def _fits(self, spoken: str) -> bool:
+        return 0 < self.limits.count_tokens(normalize_text(spoken)) <= self.limits.max_tokens
 
     def _segment(self, text: str, voice: str, seed: int) -> Segment:
         facts = self.facts
@@ -3419,13 +3434,13 @@ def lay_out(speech: Speech, results: Iterable[np.ndarray], rate: int,
             speed: float) -> Iterator[Part]:
     """Each segment's audio as it comes, and where it stands in the text and in the whole."""
     position = 0
-    for span, result in zip(speech.spans, results, strict=True):
+    for span, spoken, result in zip(speech.spans, speech.spoken, results, strict=True):
         samples = stretch(result, rate, speed)
         silence = np.zeros(round(span.pause / speed * rate), np.int16)
         start, end = position / rate, (position + len(samples)) / rate
         yield Part(samples, silence, {
-            "text": speech.text[span.start : span.end], "from": span.start, "to": span.end,
-            "start": round(start, 4), "end": round(end, 4)})
+            "text": speech.text[span.start : span.end], "spoken": spoken,
+            "from": span.start, "to": span.end, "start": round(start, 4), "end": round(end, 4)})
         position += len(samples) + len(silence)
 
 
@@ -3956,9 +3971,10 @@ class RequestHandler(BaseHTTPRequestHandler):
                  form: str) -> Iterator[Delivery]:
         """Has the text spoken while the answer is sent; what is then left of it is dropped."""
         speed, seed = check_speed(payload), check_seed(payload)
+        expressive = check_flag(payload, "expressive", True) and self.server.config.expression
         narrator = self.narrator()
         try:
-            speech = narrator.plan(text, voice, seed)
+            speech = narrator.plan(text, voice, seed, expressive)
         except NothingToSpeak as error:
             error.param = field
             raise

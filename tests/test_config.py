@@ -10,7 +10,7 @@ import pytest
 DOCUMENTED = {
     "BARK_VOICE", "TTS_MAX_LENGTH", "PORT", "HOST", "HF_HOME", "BARK_MODEL", "BARK_DEVICE",
     "BARK_DTYPE", "BARK_API_KEY", "BARK_MAX_BATCH", "BARK_MAX_QUEUE", "BARK_TIMEOUT",
-    "BARK_DETERMINISTIC", "BARK_CACHE_MB", "BARK_CORS_ORIGINS",
+    "BARK_DETERMINISTIC", "BARK_EXPRESSION", "BARK_CACHE_MB", "BARK_CORS_ORIGINS",
 }
 
 GOOD = [
@@ -34,6 +34,7 @@ GOOD = [
     ("BARK_TIMEOUT", "90", "timeout", 90.0),
     ("BARK_DETERMINISTIC", "on", "deterministic", True),
     ("BARK_DETERMINISTIC", "off", "deterministic", False),
+    ("BARK_EXPRESSION", "off", "expression", False),
     ("BARK_CACHE_MB", "0", "cache_mb", 0),
     ("BARK_CORS_ORIGINS", "*", "cors_origins", ("*",)),
     ("BARK_CORS_ORIGINS", "https://Reader.example, app://x:1,null", "cors_origins",
@@ -58,6 +59,7 @@ WRONG = [
     ("BARK_TIMEOUT", "-1", "more than 0"), ("BARK_TIMEOUT", "nan", "more than 0"),
     ("BARK_TIMEOUT", "inf", "more than 0"), ("BARK_TIMEOUT", "10m", "more than 0"),
     ("BARK_DETERMINISTIC", "yes", "on or off"), ("BARK_DETERMINISTIC", "1", "on or off"),
+    ("BARK_EXPRESSION", "no", "on or off"),
     ("BARK_CACHE_MB", "-1", "from 0 to 1000000"), ("BARK_CACHE_MB", "1.5", "from 0 to 1000000"),
     ("BARK_CORS_ORIGINS", "https://a.example/", "without a path"),
     ("BARK_CORS_ORIGINS", "a.example", "origins such as"),
@@ -109,7 +111,8 @@ def test_the_key_shows_neither_in_errors_nor_in_the_settings(bark: ModuleType) -
 def test_defaults_in_help_are_the_real_ones(bark: ModuleType) -> None:
     shown = {variable.field: variable.default for variable in bark.VARIABLES}
     real = {name: str(value) for name, value in vars(bark.Config()).items() if value is not None}
-    real |= {"deterministic": "off", "timeout": "600", "cors_origins": "none"}
+    real |= {"deterministic": "off", "timeout": "600", "cors_origins": "none",
+             "expression": "on"}
     assert real.items() <= shown.items()
     assert {variable.name for variable in bark.VARIABLES} | {"HF_HOME"} == DOCUMENTED
 

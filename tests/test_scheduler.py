@@ -108,7 +108,7 @@ class Bench:
     def request(self, name: str, segments: int = 1, *, steps: int = 1, error: str = "",
                 deadline: float = SECONDS, left: Callable[[], bool] = lambda: False) -> Any:
         pieces = [Piece(f"{name}{index}", steps, error) for index in range(segments)]
-        speech = self.bark.Speech("", "", 0, [], pieces)
+        speech = self.bark.Speech("", "", 0, [], pieces, [])
         return self.bark.Request(speech, time.monotonic() + deadline, left)
 
     def submit(self, name: str, segments: int = 1, **options: Any) -> Any:

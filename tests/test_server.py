@@ -25,6 +25,7 @@ from conftest import WORKER, Answer, Worker, running_worker, wait_until
 KEY = "sesame-9f2c"
 PARAGRAPHS = "The boat left at noon. Nobody waved.\n\nA week later it came back, empty."
 FLOOD = 20_000_000  # bytes; more than the kernel keeps for a connection
+SIGH = '"I give up," she sighed.'
 LONG = "The old miller walked down to the river and looked at the slow brown water. " * 25
 
 LAUNCHER = """\
@@ -56,6 +57,7 @@ def narrow(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work
                             MAX_CONNECTIONS=12, LINGER_SECONDS=0.5)
     with running_worker(script, BARK_MODEL=str(toy), BARK_API_KEY=KEY, BARK_MAX_BATCH="1",
                         BARK_MAX_QUEUE="1", BARK_TIMEOUT="3", TTS_MAX_LENGTH="2000",
+                        BARK_EXPRESSION="off",
                         BARK_VIOCE="misspelt") as worker:
         worker.wait_for("ready")
         yield worker
@@ -184,8 +186,8 @@ def test_synthesize_answers_with_every_documented_field(worker: Worker) -> None:
     assert (reply["voice"], reply["seed"]) == ("v2/en_speaker_3", 7)
     assert 0 < reply["synthesis_time"] < 60
     [segment] = reply["segments"]
-    assert segment == {"text": "Hello, world!", "from": 0, "to": 13, "start": 0.0,
-                       "end": reply["duration"]}
+    assert segment == {"text": "Hello, world!", "spoken": "Hello, world!", "from": 0, "to": 13,
+                       "start": 0.0, "end": reply["duration"]}
 
 
 def test_wav_is_16_bit_mono_with_true_sizes(hi: dict[str, Any]) -> None:
@@ -252,6 +254,24 @@ def test_audio_does_not_depend_on_what_runs_beside_it(worker: Worker, hi: dict[s
     alone = [hi, *(worker.call("/synthesize", each).json for each in requests[1:])]
     together = speak_together(worker, *requests)
     assert [reply["audio"] for reply in together] == [reply["audio"] for reply in alone]
+
+
+def test_an_answer_tells_what_was_spoken_and_a_request_can_want_it_plain(worker: Worker) -> None:
+    whole, plain = speak_together(worker, {"text": SIGH}, {"text": SIGH, "expressive": False})
+    (segment,), (as_it_is,) = whole["segments"], plain["segments"]
+    assert (segment["text"], segment["spoken"]) == (SIGH, '"I give up," [sighs] she sighed.')
+    assert as_it_is["text"] == as_it_is["spoken"] == SIGH
+    assert whole["seed"] == plain["seed"] and whole["audio"] != plain["audio"]
+    line = json.loads(worker.speak(SIGH, stream=True).body.splitlines()[0])
+    assert line["spoken"] == segment["spoken"]
+
+
+def test_openais_speech_is_expressive_unless_told_otherwise(worker: Worker) -> None:
+    spoken = worker.speak(SIGH).json["audio"], worker.speak(SIGH, expressive=False).json["audio"]
+    for audio, fields in zip(spoken, ({}, {"expressive": False}), strict=True):
+        answer = worker.call("/v1/audio/speech", {
+            "input": SIGH, "response_format": "wav", "stream": False, **fields})
+        assert answer.body == base64.b64decode(audio)
 
 
 def test_smallest_and_largest_seed_are_honoured(worker: Worker) -> None:
@@ -347,6 +367,7 @@ BAD_FIELDS: list[tuple[object, str, str | None]] = [
     ({"text": "Hi.", "voice": "speaker_embeddings/v2/en_speaker_6"}, "unknown_voice", "voice"),
     ({"text": "Hi.", "voice": "\ud800"}, "unknown_voice", "voice"),
     ({"text": "Hi.", "voice": "v" * 500_000}, "unknown_voice", "voice"),
+    ({"text": "Hi.", "expressive": "no"}, "invalid_type", "expressive"),
     ({"text": "Hi.", "seed": "7"}, "invalid_type", "seed"),
     ({"text": "Hi.", "seed": True}, "invalid_type", "seed"),
     ({"text": "Hi.", "seed": 1.5}, "invalid_type", "seed"),
@@ -609,6 +630,12 @@ def test_wrong_key_is_401_and_not_repeated(narrow: Worker, value: str) -> None:
     answer = narrow.call("/voices", headers={"Authorization": value})
     assert "wrong" in expect_error(answer, 401, "invalid_api_key")
     assert KEY.encode() not in answer.body
+
+
+def test_a_worker_can_be_set_to_speak_every_text_as_it_is(narrow: Worker) -> None:
+    answer = narrow.call("/synthesize", {"text": SIGH, "expressive": True},
+                         headers={"Authorization": f"Bearer {KEY}"})
+    assert answer.json["segments"][0]["spoken"] == SIGH
 
 
 @pytest.mark.parametrize("value", [f"Bearer {KEY}", f"bearer {KEY}", f"Bearer  {KEY} "])
