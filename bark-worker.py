@@ -12,7 +12,7 @@ Endpoints: GET /health, GET /ready, GET /voices, POST /synthesize, OpenAI's POST
 GET /v1/models and GET /v1/audio/voices, and a short page at GET /.
 
 Reading order is bottom-up, each section knows only what stands above it: errors, configuration,
-text, expression, audio, model, engine, narrator, scheduler, HTTP, serverless, main.
+text, expression, audio, takes, model, engine, narrator, scheduler, HTTP, serverless, main.
 
     HTTP threads --- request ---> scheduler thread --- segments ---> engine --- tensors ---> Bark
     HTTP threads <-- audio ------ scheduler thread <-- finished ---- engine <-- tokens ----- Bark
@@ -249,6 +249,10 @@ VARIABLES = (
              "on: one fixed batch shape, so that audio never depends on the neighbours"),
     Variable("BARK_EXPRESSION", "expression", "on", parse_switch,
              "off: no text gets cues or capitals, as with \"expressive\": false"),
+    Variable("BARK_QUALITY", "quality", "on", parse_switch,
+             "on: judge, trim and level each segment; off: the model's raw output"),
+    Variable("BARK_RETRIES", "retries", "2", parse_integer(0, 10),
+             "times that a bad segment is made again"),
     Variable("BARK_CACHE_MB", "cache_mb", "256", parse_integer(0, 1_000_000),
              "megabytes of finished segments to keep in memory, for repeats; 0 keeps none"),
     Variable("BARK_CORS_ORIGINS", "cors_origins", "none", parse_origins,
@@ -293,6 +297,8 @@ class Config:
     timeout: float = 600.0
     deterministic: bool = False
     expression: bool = True
+    quality: bool = True
+    retries: int = 2
     cache_mb: int = 256
     cors_origins: tuple[str, ...] = ()
     worker_port: int | None = None
@@ -1394,6 +1400,124 @@ def stretch(samples: np.ndarray, rate: int, speed: float) -> np.ndarray:
 
 
 # -----------------------------------------------------------------------------
+# Takes: what came of a generation, judged, trimmed and brought to one loudness
+
+FRAME_SECONDS = 0.02
+SPEECH_RANGE = 35.0    # dB below the loud parts that speech still has
+FLOOR = -55.0          # dBFS; what is below is silence whatever else there is
+SILENT_LEVEL = -45.0   # dBFS of a take's loud parts; speech is at -35 to -10
+CLIPPED_SHARE = 0.002  # of samples at full scale
+DEAD_SECONDS = 2.0     # without speech, between speech
+SHORT_SHARE, LONG_SHARE, LONG_SECONDS = 0.4, 2.0, 1.5  # of what the text should take, and more
+NOISE_FLATNESS = 0.3   # spectral flatness: 0.56 for white noise, under 0.1 for vowels
+FRICATIVE_SECONDS = 0.3  # a final s is as noisy as noise, but not for longer
+NOISE_SECONDS = 1.0    # after the speech; what is shorter is cut off, and that is that
+LEAD_SECONDS, TAIL_SECONDS = 0.03, 0.12  # kept around the speech
+FADE_SECONDS = 0.008   # at both ends, against clicks
+LOUDNESS, MAX_GAIN = -20.0, 6.0  # dBFS of the speech in RMS, dB of change at most
+
+
+class Take(NamedTuple):
+    """A segment's audio as it is sent: int16 samples, how many takes were made, what is wrong."""
+
+    samples: np.ndarray
+    takes: int = 1
+    warnings: tuple[str, ...] = ()
+
+
+class Verdict(NamedTuple):
+    """What is wrong with a take, how far its length is off, and where in it the speech stands."""
+
+    faults: tuple[str, ...]
+    excess: float  # |log| of its length by the length expected
+    speech: slice = slice(0, 0)  # samples; empty where there is none
+    level: float = LOUDNESS      # dBFS of the speech
+
+
+def frame_levels(frames: np.ndarray) -> np.ndarray:
+    """dBFS (n,) of frames (n, samples), by their RMS."""
+    power = np.einsum("ij,ij->i", frames, frames) / frames.shape[1]
+    return 10 * np.log10(np.maximum(power, 1e-12))
+
+
+def is_noise(frames: np.ndarray, rate: int) -> np.ndarray:
+    """Whether each of the frames (n, samples) has a flat spectrum from 100 Hz to 8 kHz."""
+    power = np.abs(np.fft.rfft(frames * np.hanning(frames.shape[1]), axis=1)) ** 2 + 1e-12
+    per_hertz = frames.shape[1] / rate
+    power = power[:, round(100 * per_hertz) : round(8000 * per_hertz)]
+    return np.exp(np.log(power).mean(1)) / power.mean(1) > NOISE_FLATNESS
+
+
+def noise_after(frames: np.ndarray, rate: int, mask: np.ndarray) -> int:
+    """Frames at the end of `mask`, which ends with one of speech, that are noise or silence."""
+    found = 0
+    for at in range(len(mask), 0, -50):  # a second at a time, as it is nearly always none
+        some = slice(max(0, at - 50), at)
+        speech = np.flatnonzero(mask[some] & ~is_noise(frames[some], rate))
+        if len(speech):
+            return found + (at - some.start) - 1 - int(speech[-1])
+        found += at - some.start
+    return found
+
+
+def judge(samples: np.ndarray, rate: int, expected: float) -> Verdict:
+    """A take, float32 in [-1, 1], of a text that should last about `expected` seconds."""
+    if not np.isfinite(samples).all():
+        return Verdict(("not finite",), math.inf)
+    size = round(FRAME_SECONDS * rate)
+    frames = samples[: len(samples) // size * size].reshape(-1, size)
+    levels = frame_levels(frames)
+    loud = float(np.percentile(levels, 95)) if len(levels) else -120.0
+    if loud < SILENT_LEVEL:
+        return Verdict(("silent",), math.inf)
+    mask = levels > max(loud - SPEECH_RANGE, FLOOR)
+    spoken = np.flatnonzero(mask)
+    noise = noise_after(frames[: spoken[-1] + 1], rate, mask[: spoken[-1] + 1])
+    noise = noise if noise * FRAME_SECONDS > FRICATIVE_SECONDS else 0
+    if noise == spoken[-1] + 1:
+        return Verdict(("noise instead of speech",), math.inf)
+    spoken = spoken[spoken <= spoken[-1] - noise]
+    level = 10 * math.log10(np.mean(10 ** (levels[spoken] / 10)))
+    faults, excess = faults_of(samples, spoken, noise, expected)
+    speech = slice(int(spoken[0]) * size, (int(spoken[-1]) + 1) * size)
+    return Verdict(faults, excess, speech, level)
+
+
+def faults_of(samples: np.ndarray, spoken: np.ndarray, noise: int,
+              expected: float) -> tuple[tuple[str, ...], float]:
+    """`spoken` are the frames of speech, `noise` counts those of noise after them."""
+    seconds = (spoken[-1] - spoken[0] + 1) * FRAME_SECONDS
+    dead = (int(np.diff(spoken).max(initial=1)) - 1) * FRAME_SECONDS
+    clipped = np.mean(np.abs(samples) >= 0.99)
+    faults = [message for wrong, message in (
+        (seconds < SHORT_SHARE * expected, f"{seconds:.1f} s for a text of about {expected:.1f} s"),
+        (seconds > LONG_SHARE * expected + LONG_SECONDS,
+         f"{seconds:.1f} s for a text of about {expected:.1f} s"),
+        (dead > DEAD_SECONDS, f"{dead:.1f} s of silence inside"),
+        (noise * FRAME_SECONDS > NOISE_SECONDS,
+         f"{noise * FRAME_SECONDS:.1f} s of noise after the speech, cut off"),
+        (clipped > CLIPPED_SHARE, f"clipped in {100 * clipped:.1f} % of its samples")) if wrong]
+    return tuple(faults), abs(math.log(seconds / max(expected, FRAME_SECONDS)))
+
+
+def polish(samples: np.ndarray, rate: int, found: Verdict) -> np.ndarray:
+    """The take without what surrounds its speech, faded at the edges, at LOUDNESS."""
+    if found.speech.stop == 0:
+        return np.nan_to_num(samples, posinf=0.0, neginf=0.0)
+    start = max(0, found.speech.start - round(LEAD_SECONDS * rate))
+    kept = samples[start : found.speech.stop + round(TAIL_SECONDS * rate)]
+    gain = min(max(LOUDNESS - found.level, -MAX_GAIN), MAX_GAIN)
+    gain = 10 ** (gain / 20)
+    if (peak := float(np.abs(kept).max())) * gain > 1:
+        gain = max(1 / peak, 10 ** (-MAX_GAIN / 20))
+    kept = kept * np.float32(gain)
+    ramp = np.linspace(0, 1, min(round(FADE_SECONDS * rate), len(kept) // 2), dtype=np.float32)
+    kept[: len(ramp)] *= ramp
+    kept[len(kept) - len(ramp) :] *= ramp[::-1]
+    return kept
+
+
+# -----------------------------------------------------------------------------
 # Model: a folder in the hub's layout, found or downloaded, read and checked
 
 TABLE_FILE = "speaker_embeddings_path.json"
@@ -1630,6 +1754,9 @@ class Sampling:
     temperature: float
     top_k: int = 0
     top_p: float = 1.0
+
+    def scaled(self, factor: float) -> Sampling:
+        return replace(self, temperature=self.temperature * factor)
 
 
 # what `generate` takes for what a generation config leaves open (GenerationConfig in transformers)
@@ -2813,6 +2940,10 @@ def slots_for(model: BarkModel) -> int:
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1
 
+# Against audio invented after the text's end: Suno's long-form notebook takes 0.6 and, by its own
+# rule, 0.05; of transformers' rule 0.1 was best in jbrick2070's comparison (ComfyUI-OldTimeRadio).
+SEMANTIC_TEMPERATURE, MIN_EOS_P = 0.6, 0.1
+
 
 # OpenAI's voices, by what its guide calls them: men's, a narrator's (fable), women's, of which
 # Bark's English presets have one. alloy, which clients send where nobody has chosen, is BARK_VOICE.
@@ -2822,6 +2953,17 @@ OPENAI_VOICES = {
     "verse": "v2/en_speaker_4", "alloy": "",
     **dict.fromkeys(("coral", "marin", "nova", "sage", "shimmer"), "v2/en_speaker_9"),
 }
+
+
+class Manner(NamedTuple):
+    """How a request wants its text spoken; None is as the narrator has it."""
+
+    expressive: bool = True
+    temperature: float | None = None
+    min_eos_p: float | None = None
+
+
+AS_USUAL = Manner()
 
 
 @dataclass(frozen=True)
@@ -2834,6 +2976,8 @@ class Speech:
     spans: list[Span]
     segments: list[Segment]
     spoken: list[str]
+    rate: int = 24_000
+    expected: list[float] = field(default_factory=list)  # seconds; none: takes are not judged
 
 
 def derived_seed(*parts: object) -> int:
@@ -2845,8 +2989,13 @@ def derived_seed(*parts: object) -> int:
 class Narrator:
     """Turns text, voice and seed into segments for one model. Any thread may call it."""
 
-    def __init__(self, facts: ModelFacts, default_voice: str):
-        self.facts = facts
+    def __init__(self, facts: ModelFacts, default_voice: str, quality: bool = False):
+        self.facts, self.quality = facts, quality
+        self.sampling, self.min_eos_p = facts.semantic_sampling, facts.semantic.min_eos_p
+        if quality:
+            cooler = min(self.sampling.temperature, SEMANTIC_TEMPERATURE)
+            self.sampling = replace(self.sampling, temperature=cooler)
+            self.min_eos_p = min(self.min_eos_p or MIN_EOS_P, MIN_EOS_P)
         self.aliases = {alias: target for alias, (target, _) in VOICE_ALIASES.items()
                         if target in facts.voices and alias not in facts.voices}
         # A short text window means that the model learnt short texts: of 175 characters the
@@ -2884,7 +3033,7 @@ class Narrator:
                 for name, target in OPENAI_VOICES.items() if name not in self.facts.voices}
 
     def plan(self, text: str, voice: str | None, seed: int | None,
-             expressive: bool = True) -> Speech:
+             manner: Manner = AS_USUAL) -> Speech:
         """Raises NothingToSpeak, and InvalidRequest for a voice that is not there."""
         voice = self.find_voice(voice) if voice is not None else self.default_voice
         if seed is None:
@@ -2895,25 +3044,33 @@ class Narrator:
         if not spans:
             raise nothing_to_speak()
         spoken = [text[span.start : span.end] for span in spans]
-        if expressive and self.facts.knows_cues:
+        if manner.expressive and self.facts.knows_cues:
             told = express(text, spans, voice_language(voice))
             spoken = [new if self._fits(new) else plain
                       for plain, new in zip(spoken, told, strict=True)]
-        segments = [self._segment(piece, voice, derived_seed(seed, index))
+        options = self._options(manner)
+        segments = [self._segment(piece, voice, derived_seed(seed, index), options)
                     for index, piece in enumerate(spoken)]
         if not all(segment.text_ids for segment in segments):  # signs the tokenizer drops
             raise nothing_to_speak()
-        return Speech(text, voice, seed, spans, segments, spoken)
+        expected = [estimate_seconds(piece) for piece in spoken] if self.quality else []
+        return Speech(text, voice, seed, spans, segments, spoken, self.facts.sample_rate, expected)
 
     def _fits(self, spoken: str) -> bool:
         return 0 < self.limits.count_tokens(normalize_text(spoken)) <= self.limits.max_tokens
 
-    def _segment(self, text: str, voice: str, seed: int) -> Segment:
-        facts = self.facts
-        return Segment(
-            facts.tokenize(normalize_text(text)), facts.voices[voice], seed,
-            facts.semantic_sampling, facts.coarse_sampling, facts.fine_sampling,
-            facts.semantic.min_eos_p)
+    def _options(self, manner: Manner) -> dict[str, Any]:
+        """A temperature holds for semantic and coarse tokens; the fine stage is nearly greedy."""
+        semantic, coarse = self.sampling, self.facts.coarse_sampling
+        if manner.temperature is not None:
+            semantic, coarse = (replace(each, temperature=manner.temperature)
+                                for each in (semantic, coarse))
+        return {"semantic_sampling": semantic, "coarse_sampling": coarse,
+                "min_eos_p": self.min_eos_p if manner.min_eos_p is None else manner.min_eos_p}
+
+    def _segment(self, text: str, voice: str, seed: int, options: Mapping[str, Any]) -> Segment:
+        return Segment(self.facts.tokenize(normalize_text(text)), self.facts.voices[voice], seed,
+                       fine_sampling=self.facts.fine_sampling, **options)
 
 
 def nothing_to_speak() -> NothingToSpeak:
@@ -2941,6 +3098,7 @@ def unknown_voice(name: str, known: list[str]) -> InvalidRequest:
 DRAIN_SECONDS = 10.0
 RETRY_FULL, RETRY_LOADING, RETRY_DRAINING = 5, 10, 30  # seconds, for Retry-After
 HUNG_SECONDS = 30.0  # past a request's time without a word from the scheduler
+COOLING = 0.8  # of the temperatures, with each take
 MAX_STEP_FAILURES = 3  # in a row; then the device is taken for lost
 
 
@@ -2974,25 +3132,66 @@ class State:
         self.on_change("failed")
 
 
+class Trial:
+    """A segment's takes: more of them until one is good or no more may be made; the best counts."""
+
+    def __init__(self, segment: Segment, expected: float | None, rate: int):
+        self.segment, self.expected, self.rate = segment, expected, rate
+        self.count = 0
+        self._best: tuple[Verdict, np.ndarray] | None = None
+
+    def next_segment(self) -> Segment:
+        """The segment, or what may come out better: another seed, derived from its, and cooler."""
+        if not self.count:
+            return self.segment
+        cooler = COOLING ** self.count
+        return replace(self.segment, seed=derived_seed(self.segment.seed, "take", self.count),
+                       semantic_sampling=self.segment.semantic_sampling.scaled(cooler),
+                       coarse_sampling=self.segment.coarse_sampling.scaled(cooler))
+
+    def add(self, samples: np.ndarray, retries: int) -> Take | None:
+        """Judges a take, float32; the one that counts, or None if another should be made."""
+        self.count += 1
+        if self.expected is None:
+            return Take(to_pcm16(samples))
+        found = judge(samples, self.rate, self.expected)
+        if not self._best or (len(found.faults), found.excess) < (
+                len(self._best[0].faults), self._best[0].excess):
+            self._best = found, samples
+        greedy = not self.segment.semantic_sampling.temperature  # it would come out the same
+        if self._best[0].faults and self.count <= retries and not greedy:
+            return None
+        return self.settle()
+
+    def settle(self) -> Take | None:
+        """The best take so far, if there is one; the others' samples are let go."""
+        if not self._best:
+            return None
+        (found, samples), self._best = self._best, None
+        return Take(to_pcm16(polish(samples, self.rate, found)), self.count, found.faults)
+
+
 class Request:
-    """A speech on its way. Each of `parts` gets its segment's int16 samples, or the error."""
+    """A speech on its way. Each of `parts` gets its segment's take, or the error."""
 
     def __init__(self, speech: Speech, deadline: float, is_abandoned: Callable[[], bool]):
-        self.segments = speech.segments
         self.began, self.deadline, self.is_abandoned = time.monotonic(), deadline, is_abandoned
-        self.parts: list[Future[np.ndarray]] = [Future() for _ in speech.segments]
+        self.parts: list[Future[Take]] = [Future() for _ in speech.segments]
+        expected = speech.expected or [None] * len(speech.segments)
+        self.trials = [Trial(segment, seconds, speech.rate)
+                       for segment, seconds in zip(speech.segments, expected, strict=True)]
         self.todo = deque(range(len(speech.segments)))  # indices that wait for a slot
         self.started = False
         self.turn = 0
 
-    def results(self) -> Iterator[np.ndarray]:
-        """The segments' samples in order, each once it is there. Raises what went wrong."""
+    def results(self) -> Iterator[Take]:
+        """The segments' takes in order, each once it is there. Raises what went wrong."""
         for part in self.parts:
             try:
-                samples = part.result(self.deadline + HUNG_SECONDS - time.monotonic())
+                take = part.result(self.deadline + HUNG_SECONDS - time.monotonic())
             except TimeoutError:  # the scheduler ends late requests itself, unless it hangs
                 raise RequestTimeout("the device does not answer", code="timeout") from None
-            yield samples
+            yield take
 
     def is_done(self) -> bool:
         return all(part.done() for part in self.parts)
@@ -3003,7 +3202,7 @@ class Request:
 
 
 class SegmentCache:
-    """Segments' int16 samples under all that decides them; the least recently used goes first.
+    """Segments' takes under all that decides them; the least recently used goes first.
 
     It lives as long as one engine, hence with one revision of one model. Not for several threads
     at once.
@@ -3011,21 +3210,21 @@ class SegmentCache:
 
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0  # bytes
-        self._samples: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        self._takes: OrderedDict[Hashable, Take] = OrderedDict()
 
-    def get(self, segment: Segment) -> np.ndarray | None:
-        if (samples := self._samples.get(segment.identity)) is not None:
-            self._samples.move_to_end(segment.identity)
-        return samples
+    def get(self, segment: Segment) -> Take | None:
+        if (take := self._takes.get(segment.identity)) is not None:
+            self._takes.move_to_end(segment.identity)
+        return take
 
-    def put(self, segment: Segment, samples: np.ndarray) -> None:
-        if segment.identity in self._samples or samples.nbytes > self.limit:
+    def put(self, segment: Segment, take: Take) -> None:
+        if segment.identity in self._takes or take.samples.nbytes > self.limit:
             return
-        self._samples[segment.identity] = samples
-        self.size += samples.nbytes
+        self._takes[segment.identity] = take
+        self.size += take.samples.nbytes
         while self.size > self.limit:
-            _, oldest = self._samples.popitem(last=False)
-            self.size -= oldest.nbytes
+            _, oldest = self._takes.popitem(last=False)
+            self.size -= oldest.samples.nbytes
 
 
 class Scheduler:
@@ -3036,8 +3235,10 @@ class Scheduler:
     """
 
     def __init__(self, load: Callable[[State], Any], state: State, max_queue: int,
-                 cache: SegmentCache):
-        self._load, self.state, self.max_queue, self._cache = load, state, max_queue, cache
+                 cache: SegmentCache, retries: int = 0):
+        self._load, self.state, self.max_queue = load, state, max_queue
+        self._cache, self.retries = cache, retries
+        self.quality = {"segments": 0, "retakes": 0, "warnings": 0}  # since the start
         self._engine: Any = None
         self._changed = threading.Condition()
         self._requests: list[Request] = []  # in order of arrival
@@ -3079,9 +3280,9 @@ class Scheduler:
             self._changed.notify_all()
 
     def _recall(self, request: Request) -> None:
-        for index, segment in enumerate(request.segments):
-            if (samples := self._cache.get(segment)) is not None:
-                request.parts[index].set_result(samples)
+        for index, trial in enumerate(request.trials):
+            if (take := self._cache.get(trial.segment)) is not None:
+                request.parts[index].set_result(take)
                 request.todo.remove(index)
 
     def _waiting(self) -> int:
@@ -3161,26 +3362,36 @@ class Scheduler:
                 return
             request = min(open_requests, key=lambda r: r.turn)
             index = request.todo.popleft()
-            segment = request.segments[index]
+            segment = request.trials[index].next_segment()
             self._owner[segment] = (request, index)
             self._turn = max(self._turn, request.turn)
             request.turn += 1
-            self._engine.add(segment, urgent=not request.started)
+            again = request.trials[index].count > 0  # its place in the audio is waited for
+            self._engine.add(segment, urgent=again or not request.started)
             request.started = True
 
     def _collect(self, done: Finished) -> None:
         if done.segment not in self._owner:
             return
         request, index = self._owner.pop(done.segment)
-        if done.samples is None:
+        trial = request.trials[index]
+        take = trial.settle() if done.samples is None else trial.add(done.samples, self.retries)
+        if take:
+            self._accept(request, index, take)
+        elif done.samples is not None:
+            self.quality["retakes"] += 1
+            request.todo.appendleft(index)
+        else:
             error = GenerationFailed(f"segment {index} gave no usable audio: {done.error}; another"
                                      " seed may", code="generation_failed")
             error.permanent = True  # the same seed gives the same takes
             self._end(request, error)
-            return
-        samples = to_pcm16(done.samples)
-        self._cache.put(done.segment, samples)
-        request.parts[index].set_result(samples)
+
+    def _accept(self, request: Request, index: int, take: Take) -> None:
+        self.quality["segments"] += 1
+        self.quality["warnings"] += bool(take.warnings)
+        self._cache.put(request.trials[index].segment, take)
+        request.parts[index].set_result(take)
         if request.is_done():
             self._end(request)
 
@@ -3374,19 +3585,6 @@ def check_flag(payload: Mapping[str, Any], field: str, default: bool) -> bool:
     return default if value is None else value
 
 
-def check_speed(payload: Mapping[str, Any]) -> float:
-    speed = payload.get("speed")
-    if speed is None:
-        return 1.0
-    if json_type(speed) != "a number":
-        raise InvalidRequest(f"speed is {json_type(speed)}; it must be a number",
-                             param="speed", code="invalid_type")
-    if not 0.25 <= speed <= 4:
-        raise InvalidRequest(f"speed is {shown(speed)}; allowed are 0.25 to 4", param="speed",
-                             code="invalid_value")
-    return float(speed)
-
-
 def check_seed(payload: Mapping[str, Any]) -> int | None:
     seed = payload.get("seed")
     if seed is None:
@@ -3418,6 +3616,20 @@ def accepted_format(accept: str, form: str | None) -> str | None:
     return found if best >= json_best else None
 
 
+def check_number(payload: Mapping[str, Any], field: str, low: float,
+                 high: float) -> float | None:
+    value = payload.get(field)
+    if value is None:
+        return None
+    if json_type(value) != "a number":
+        raise InvalidRequest(f"{field} is {json_type(value)}; it must be a number",
+                             param=field, code="invalid_type")
+    if not low <= value <= high:
+        raise InvalidRequest(f"{field} is {shown(value)}; allowed are {low:g} to {high:g}",
+                             param=field, code="invalid_value")
+    return float(value)
+
+
 class Part(NamedTuple):
     """A segment as it is sent: int16 samples, the silence after them, and what is told of it."""
 
@@ -3430,17 +3642,17 @@ class Part(NamedTuple):
         return np.concatenate([self.samples, self.silence])
 
 
-def lay_out(speech: Speech, results: Iterable[np.ndarray], rate: int,
-            speed: float) -> Iterator[Part]:
+def lay_out(speech: Speech, takes: Iterable[Take], rate: int, speed: float) -> Iterator[Part]:
     """Each segment's audio as it comes, and where it stands in the text and in the whole."""
     position = 0
-    for span, spoken, result in zip(speech.spans, speech.spoken, results, strict=True):
-        samples = stretch(result, rate, speed)
+    for span, spoken, take in zip(speech.spans, speech.spoken, takes, strict=True):
+        samples = stretch(take.samples, rate, speed)
         silence = np.zeros(round(span.pause / speed * rate), np.int16)
         start, end = position / rate, (position + len(samples)) / rate
         yield Part(samples, silence, {
             "text": speech.text[span.start : span.end], "spoken": spoken,
-            "from": span.start, "to": span.end, "start": round(start, 4), "end": round(end, 4)})
+            "from": span.start, "to": span.end, "start": round(start, 4), "end": round(end, 4),
+            "takes": take.takes, "warnings": list(take.warnings)})
         position += len(samples) + len(silence)
 
 
@@ -3889,6 +4101,8 @@ class RequestHandler(BaseHTTPRequestHandler):
                 **state.details, "max_text_length": config.max_text_length, "version": VERSION,
                 "uptime": round(time.monotonic() - self.server.started, 1),
                 "queue": self.server.scheduler.stats()}
+        if config.quality:
+            body["quality"] = dict(self.server.scheduler.quality)
         if progress := state.progress:
             body["progress"] = progress()
         if state.error:
@@ -3970,18 +4184,20 @@ class RequestHandler(BaseHTTPRequestHandler):
     def delivery(self, payload: Mapping[str, Any], field: str, text: str, voice: str | None,
                  form: str) -> Iterator[Delivery]:
         """Has the text spoken while the answer is sent; what is then left of it is dropped."""
-        speed, seed = check_speed(payload), check_seed(payload)
-        expressive = check_flag(payload, "expressive", True) and self.server.config.expression
+        speed, seed = check_number(payload, "speed", 0.25, 4), check_seed(payload)
+        manner = Manner(check_flag(payload, "expressive", True) and self.server.config.expression,
+                        check_number(payload, "temperature", 0, 2),
+                        check_number(payload, "min_eos_p", 0.001, 1))
         narrator = self.narrator()
         try:
-            speech = narrator.plan(text, voice, seed, expressive)
+            speech = narrator.plan(text, voice, seed, manner)
         except NothingToSpeak as error:
             error.param = field
             raise
         deadline = self.began + self.server.config.timeout
         request = Request(speech, deadline, lambda: has_left(self.connection))
         self.server.scheduler.submit(request)
-        delivery = Delivery(speech, request, form, narrator.facts.sample_rate, speed)
+        delivery = Delivery(speech, request, form, speech.rate, speed or 1.0)
         try:
             yield delivery
         finally:
@@ -4264,7 +4480,7 @@ def load_engine(config: Config, state: State, model_id: str, device: torch.devic
     state.enter("loading")
     facts = ModelFacts(folder)
     check_voices(facts.voices)
-    narrator = Narrator(facts, config.voice)
+    narrator = Narrator(facts, config.voice, config.quality)
     dtype = config.dtype or best_dtype(device, facts.hidden_size)
     state.enter("loading", dtype=dtype)
     try:
@@ -4376,7 +4592,8 @@ def serve(config: Config, warnings: list[str]) -> int:
                   cuda_available=torch.cuda.is_available(), voice=config.voice, sample_rate=None,
                   **({"notice": notice} if notice else {}))
     scheduler = Scheduler(lambda state: load_engine(config, state, model_id, device), state,
-                          config.max_queue, SegmentCache(config.cache_mb * 1_000_000))
+                          config.max_queue, SegmentCache(config.cache_mb * 1_000_000),
+                          config.retries)
     log.info("model=%s device=%s", model_id, device)
     try:
         server = open_server(config, state, scheduler)

@@ -144,7 +144,11 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -
 
 @contextlib.contextmanager
 def running_worker(script: Path | None = None, **settings: str) -> Iterator[Worker]:
-    """A worker that listens, ready or not; ended and its log shown on failure at the end."""
+    """A worker that listens, ready or not; ended and its log shown on failure at the end.
+
+    It judges nothing unless told to, as the toy's babble would be made three times over.
+    """
+    settings = {"BARK_QUALITY": "off", **settings}
     with listening(subprocess.Popen([sys.executable, str(script or WORKER)], text=True, cwd=ROOT,
                                     env=clean_environment(**settings),
                                     stderr=subprocess.PIPE)) as worker:
@@ -180,6 +184,6 @@ def worker(toy: Path) -> Iterator[Worker]:
 @pytest.fixture(scope="session")
 def builtin_worker() -> Iterator[Worker]:
     """One worker on the built-in voice, for tests that listen."""
-    with running_worker(BARK_MODEL=str(BUILTIN)) as worker:
+    with running_worker(BARK_MODEL=str(BUILTIN), BARK_QUALITY="on") as worker:
         worker.wait_for("ready")
         yield worker

@@ -31,7 +31,7 @@ def lay_out(bark: ModuleType, pieces: list[np.ndarray], pauses: list[float], rat
     """The parts of a speech whose segments are "a", "b", ... with these samples and pauses."""
     spans = [bark.Span(index, index + 1, pause) for index, pause in enumerate(pauses)]
     speech = bark.Speech("abcdefgh", "", 0, spans, [], list("ABCDEFGH"[: len(spans)]))
-    return list(bark.lay_out(speech, pieces, rate, speed))
+    return list(bark.lay_out(speech, map(bark.Take, pieces), rate, speed))
 
 
 def test_segments_stand_in_order_with_their_pauses_after_them(bark: ModuleType) -> None:
@@ -41,10 +41,10 @@ def test_segments_stand_in_order_with_their_pauses_after_them(bark: ModuleType) 
     joined = np.concatenate([part.audio for part in parts])
     expected = np.concatenate([first, silence[0], second, silence[1], third])
     assert joined.dtype == np.int16 and np.array_equal(joined, expected)
-    assert [part.place for part in parts] == [
+    assert [part.place for part in parts] == [place | {"takes": 1, "warnings": []} for place in (
         {"text": "a", "spoken": "A", "from": 0, "to": 1, "start": 0.0, "end": 0.1},
         {"text": "b", "spoken": "B", "from": 1, "to": 2, "start": 0.35, "end": 0.4},
-        {"text": "c", "spoken": "C", "from": 2, "to": 3, "start": 0.9, "end": 0.925}]
+        {"text": "c", "spoken": "C", "from": 2, "to": 3, "start": 0.9, "end": 0.925})]
 
 
 def test_times_point_at_the_samples_also_when_pauses_do_not_fit_the_rate(

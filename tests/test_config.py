@@ -11,6 +11,7 @@ DOCUMENTED = {
     "BARK_VOICE", "TTS_MAX_LENGTH", "PORT", "HOST", "HF_HOME", "BARK_MODEL", "BARK_DEVICE",
     "BARK_DTYPE", "BARK_API_KEY", "BARK_MAX_BATCH", "BARK_MAX_QUEUE", "BARK_TIMEOUT",
     "BARK_DETERMINISTIC", "BARK_EXPRESSION", "BARK_CACHE_MB", "BARK_CORS_ORIGINS",
+    "BARK_QUALITY", "BARK_RETRIES",
 }
 
 GOOD = [
@@ -36,6 +37,7 @@ GOOD = [
     ("BARK_DETERMINISTIC", "off", "deterministic", False),
     ("BARK_EXPRESSION", "off", "expression", False),
     ("BARK_CACHE_MB", "0", "cache_mb", 0),
+    ("BARK_QUALITY", "off", "quality", False), ("BARK_RETRIES", "0", "retries", 0),
     ("BARK_CORS_ORIGINS", "*", "cors_origins", ("*",)),
     ("BARK_CORS_ORIGINS", "https://Reader.example, app://x:1,null", "cors_origins",
      ("https://reader.example", "app://x:1", "null")),
@@ -60,6 +62,7 @@ WRONG = [
     ("BARK_TIMEOUT", "inf", "more than 0"), ("BARK_TIMEOUT", "10m", "more than 0"),
     ("BARK_DETERMINISTIC", "yes", "on or off"), ("BARK_DETERMINISTIC", "1", "on or off"),
     ("BARK_EXPRESSION", "no", "on or off"),
+    ("BARK_QUALITY", "high", "on or off"), ("BARK_RETRIES", "11", "from 0 to 10"),
     ("BARK_CACHE_MB", "-1", "from 0 to 1000000"), ("BARK_CACHE_MB", "1.5", "from 0 to 1000000"),
     ("BARK_CORS_ORIGINS", "https://a.example/", "without a path"),
     ("BARK_CORS_ORIGINS", "a.example", "origins such as"),
@@ -112,7 +115,7 @@ def test_defaults_in_help_are_the_real_ones(bark: ModuleType) -> None:
     shown = {variable.field: variable.default for variable in bark.VARIABLES}
     real = {name: str(value) for name, value in vars(bark.Config()).items() if value is not None}
     real |= {"deterministic": "off", "timeout": "600", "cors_origins": "none",
-             "expression": "on"}
+             "expression": "on", "quality": "on"}
     assert real.items() <= shown.items()
     assert {variable.name for variable in bark.VARIABLES} | {"HF_HOME"} == DOCUMENTED
 

@@ -272,7 +272,8 @@ def test_a_plan_speaks_what_is_expressed_only_if_asked_to_and_if_it_fits(
         bark: ModuleType, toy: Path) -> None:
     narrator = bark.Narrator(bark.ModelFacts(toy), "male")
     text = '"I give up," she sighed.'
-    speech, plain = narrator.plan(text, None, None), narrator.plan(text, None, None, False)
+    speech = narrator.plan(text, None, None)
+    plain = narrator.plan(text, None, None, bark.Manner(expressive=False))
     assert speech.spoken == ['"I give up," [sighs] she sighed.'] and plain.spoken == [text]
     assert speech.seed == plain.seed
     assert speech.segments[0].text_ids != plain.segments[0].text_ids

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from conftest import WORKER
 
-SECTIONS = ("Errors", "Configuration", "Text", "Expression", "Audio", "Model", "Engine", "Narrator",
-            "Scheduler", "HTTP", "Serverless", "Main")
+SECTIONS = ("Errors", "Configuration", "Text", "Expression", "Audio", "Takes", "Model", "Engine",
+            "Narrator", "Scheduler", "HTTP", "Serverless", "Main")
 KNOW_TENSORS = {"Model", "Engine", "Main"}
 TENSORS = {"torch", "F", "BarkModel", "AutoTokenizer", "transformers", "cuda"}
 KNOW_THE_WORLD = {"Scheduler", "HTTP", "Serverless", "Main"}

@@ -145,7 +145,8 @@ def sound(name: str) -> np.ndarray:
 
 
 def names(request: Any) -> list[str]:
-    return [bytes(part.result(SECONDS).astype(np.uint8)).decode() for part in request.parts]
+    return [bytes(part.result(SECONDS).samples.astype(np.uint8)).decode()
+            for part in request.parts]
 
 
 def failure(request: Any) -> Any:
@@ -173,7 +174,7 @@ def test_samples_keep_the_order_of_segments_that_finish_out_of_order(
         make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(slots=3)
     request = bench.request("a", 3)
-    request.segments[0].steps = 5
+    request.trials[0].segment.steps = 5
     bench.scheduler.submit(request)
     bench.engine.run_free()
     assert names(request) == ["a0", "a1", "a2"]
@@ -372,7 +373,7 @@ def test_segment_without_audio_fails_its_request_and_frees_the_rest(
         make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(slots=2)
     request = bench.request("bad", 4, steps=5)
-    request.segments[1] = Piece("bad1", error="the samples are not finite")
+    request.trials[1].segment = Piece("bad1", error="the samples are not finite")
     bench.scheduler.submit(request)
     other = bench.submit("other")
     bench.engine.run_free()
@@ -432,7 +433,7 @@ def test_a_segment_can_be_had_before_those_after_it_are_made(
     bench.engine.wait_for_step()
     bench.engine.advance()
     results = request.results()
-    assert next(results).tobytes() and not request.is_done()
+    assert next(results).samples.tobytes() and not request.is_done()
     bench.engine.run_free()
     assert len(list(results)) == 1 and request.is_done()
 
@@ -488,8 +489,8 @@ def test_failures_are_not_kept(make_bench: Callable[..., Bench]) -> None:
 
 
 def test_the_cache_lets_go_of_what_was_not_used_for_longest(bark: ModuleType) -> None:
-    def samples(count: int) -> np.ndarray:
-        return np.zeros(count, np.int16)
+    def samples(count: int) -> Any:
+        return bark.Take(np.zeros(count, np.int16))
 
     cache, (a, b, c, big) = bark.SegmentCache(400), map(Piece, ("a", "b", "c", "big"))
     cache.put(a, samples(100))

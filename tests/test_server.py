@@ -187,7 +187,7 @@ def test_synthesize_answers_with_every_documented_field(worker: Worker) -> None:
     assert 0 < reply["synthesis_time"] < 60
     [segment] = reply["segments"]
     assert segment == {"text": "Hello, world!", "spoken": "Hello, world!", "from": 0, "to": 13,
-                       "start": 0.0, "end": reply["duration"]}
+                       "start": 0.0, "end": reply["duration"], "takes": 1, "warnings": []}
 
 
 def test_wav_is_16_bit_mono_with_true_sizes(hi: dict[str, Any]) -> None:
