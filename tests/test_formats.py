@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import http.server
 import io
 import json
@@ -18,11 +19,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import av
 import numpy as np
+import psutil
 import pytest
 from conftest import Worker, running_worker
 from decoding import MP3_FRAME, RATE, STREAM_EXCESS, WHOLE_EXCESS, decode, find
@@ -143,6 +145,22 @@ def test_the_shortest_sounds_are_files_too(bark: ModuleType, form: str, length: 
     for data, excess in ((bark.encode(sound, RATE, form), WHOLE_EXCESS),
                          (stream(bark, sound, form, [length // 2]), STREAM_EXCESS)):
         assert 0 <= len(decode(data, form)) - length <= excess.get(form, slack)
+
+
+def test_an_abandoned_stream_holds_no_memory_until_it_is_collected(bark: ModuleType) -> None:
+    span = SimpleNamespace(start=0, end=1, pause=0.0)
+    speech = SimpleNamespace(text="ab", spans=[span, span], spoken=["a", "b"])
+    request = SimpleNamespace(results=lambda: iter([bark.Take(vowel()[:5000])] * 2))
+    process = psutil.Process()
+    gc.disable()
+    try:
+        for number in range(120):
+            if number == 20:
+                before = process.memory_info().rss
+            assert next(bark.Delivery(speech, request, "flac", RATE, 1.0).stream())
+        assert process.memory_info().rss - before < 10e6  # 700 MB, if not closed
+    finally:
+        gc.enable()
 
 
 def test_a_whole_wav_says_its_true_sizes(bark: ModuleType) -> None:

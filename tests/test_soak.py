@@ -1,4 +1,4 @@
-"""Whether 500 requests of every kind leave anything behind in a worker that is warm."""
+"""Whether a worker that has answered 500 requests of every kind holds any more than after 100."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from conftest import Worker, running_worker, wait_until
 
 pytestmark = pytest.mark.long
 
-WARM, REQUESTS, STEP = 600, 500, 100  # torch and malloc are done with growing after some 500
+REQUESTS, WARM = 500, 100
 CLIENTS = 3  # at once
-MAY_GROW_MB = 30  # threads' stacks and the allocators' slack come and go
+# What a worker may grow by from WARM on, and in the last 2 * WARM. The engine's memory takes some
+# 900 requests to its full size and then stays; a leak of 0.3 MB a request would show.
+MAY_GROW_MB, MAY_GROW_LATE_MB = 120, 40
 FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 TEXTS = ("Hi.", "One.\n\nTwo.", "The boat left at noon. Nobody waved.", "Oh, no. Oh, yes.")
 
@@ -81,18 +83,15 @@ def settled(process: psutil.Process) -> tuple[float, int, int]:
     return held(process)
 
 
-def median_of(steps: list[tuple[float, int, int]]) -> tuple[float, int, int]:
-    """The middle one by memory, which comes and goes by some megabytes."""
-    return sorted(steps)[len(steps) // 2]
-
-
 @pytest.mark.timeout(900)
-def test_500_requests_of_every_kind_leave_nothing_behind_in_a_warm_worker(toy: Path) -> None:
+def test_500_requests_of_every_kind_leave_nothing_behind(toy: Path) -> None:
     kinds: list[Callable[[Worker, random.Random], str]] = [
         served, served, served, served, hung_up, erroneous]
     counts: Counter[str] = Counter()
     with running_worker(BARK_MODEL=str(toy), TTS_MAX_LENGTH="2000", BARK_MAX_BATCH="4",
-                        BARK_CACHE_MB="2") as worker, ThreadPoolExecutor(CLIENTS) as pool:
+                        BARK_CACHE_MB="2",  # so small that it turns over
+                        MALLOC_ARENA_MAX="1",  # else glibc keeps 100 MB more, as threads go by
+                        ) as worker, ThreadPoolExecutor(CLIENTS) as pool:
         worker.wait_for("ready")
         process = psutil.Process(worker.process.pid)
 
@@ -107,13 +106,12 @@ def test_500_requests_of_every_kind_leave_nothing_behind_in_a_warm_worker(toy: P
             return settled(process)
 
         start = settled(process)
-        every = [run(range(at, at + STEP)) for at in range(0, WARM + REQUESTS + STEP, STEP)]
-        middle = WARM // STEP - 1
-        early, late = map(median_of, (every[middle - 1 : middle + 2], every[-3:]))
+        every = [run(range(at, at + WARM)) for at in range(0, REQUESTS, WARM)]
+        early, late = every[0], every[-1]
         assert worker.speak("Hi.").status == 200
     print(f"\n{dict(counts)}\nMB resident, threads, open files: {start} when ready, then after each"
-          f" {STEP} {every}: {late[0] - early[0]:+.1f} MB")
-    assert len(counts) == 4, counts
-    assert late[0] - early[0] <= MAY_GROW_MB
+          f" {WARM} {every}: {late[0] - early[0]:+.1f} MB")
+    assert counts.total() == REQUESTS and len(counts) == 4, counts
+    assert late[0] - early[0] <= MAY_GROW_MB and late[0] - every[-3][0] <= MAY_GROW_LATE_MB
     assert late[1:] == early[1:]
     assert "Traceback" not in "".join(worker.log)
