@@ -1331,8 +1331,6 @@ class Encoder:
         self._av, self._rate, self._outlet, self._fed = av, rate, Outlet(), 0
         # bitexact, of container and codec: no version of the library in the head
         options = {**kind.options, "fflags": "+bitexact", "flush_packets": "1"}
-        if form == "mp3" and file is None:
-            options["write_xing"] = "0"  # a frame of zeros, unless it can be filled in later
         self._container = av.open(file or self._outlet, "w", format=kind.container, options=options)
         self._stream = self._container.add_stream(kind.codec, rate=rate, layout="mono")
         self._stream.codec_context.flags |= av.codec.context.Flags.bitexact
@@ -4050,7 +4048,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         """Sends chunks as they come. Nothing goes out before the first, so that an error up to
         then is an answer; a later one cuts the connection, so that nobody takes a part for all.
         """
-        if self.request_version < "HTTP/1.1":  # where the end and a cut look the same
+        if not self.has_chunks():
             self.send_body(HTTPStatus.OK, kind, b"".join(chunks), headers)
             return
         first = next(filter(None, chunks))
@@ -4060,6 +4058,10 @@ class RequestHandler(BaseHTTPRequestHandler):
             for piece in blocks(chunk):  # none for an empty one, which would mean the end
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
         self.wfile.write(b"0\r\n\r\n")
+
+    def has_chunks(self) -> bool:
+        """HTTP/1.0 has none: there, an end and a cut look the same."""
+        return self.request_version >= "HTTP/1.1"
 
     def send_json(self, payload: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK,
                   headers: Mapping[str, str] | None = None) -> None:
@@ -4209,7 +4211,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         """The audio as it is, in chunks if that brings it earlier."""
         kind, seed = FORMATS[delivery.form].mime, {"X-Bark-Seed": str(delivery.speech.seed)}
         next(delivery.request.results())  # raises, or there is something to send
-        if stream and not delivery.request.is_done():
+        if stream and not delivery.request.is_done() and self.has_chunks():
             self.send_chunks(kind, delivery.stream(), seed)
             return
         body, _ = delivery.whole()
