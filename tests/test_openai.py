@@ -598,13 +598,19 @@ def test_places_and_totals_are_those_of_the_stretched_audio(worker: Worker) -> N
     assert lines[1]["start"] - lines[0]["end"] == pytest.approx(0.25, abs=1e-3)  # half a pause
 
 
-def test_a_line_comes_while_the_rest_is_still_to_be_made(paced: Paced, text: str) -> None:
-    paced.hold(1)
+@contextlib.contextmanager
+def lines_after_the_first(paced: Paced, text: str) -> Iterator[Iterator[str]]:
     with httpx2.stream("POST", f"{paced.worker.url}/synthesize", trust_env=False,
                        json={"text": text, "stream": True},
                        headers={"Authorization": f"Bearer {KEY}"}) as reply:
         lines = reply.iter_lines()
         assert json.loads(next(lines))["index"] == 0
+        yield lines
+
+
+def test_a_line_comes_while_the_rest_is_still_to_be_made(paced: Paced, text: str) -> None:
+    paced.hold(1)
+    with lines_after_the_first(paced, text) as lines:
         assert queue(paced.worker) == (1, 0)
         paced.release()
         assert len(list(lines)) == 2
@@ -612,11 +618,7 @@ def test_a_line_comes_while_the_rest_is_still_to_be_made(paced: Paced, text: str
 
 def test_a_failure_behind_the_first_line_is_the_last_line(paced: Paced, text: str) -> None:
     paced.hold(1)
-    with httpx2.stream("POST", f"{paced.worker.url}/synthesize", trust_env=False,
-                       json={"text": text, "stream": True},
-                       headers={"Authorization": f"Bearer {KEY}"}) as reply:
-        lines = reply.iter_lines()
-        assert json.loads(next(lines))["index"] == 0
+    with lines_after_the_first(paced, text) as lines:
         paced.release("spoil")
         failure = json.loads(next(lines))
         with pytest.raises(httpx2.RemoteProtocolError):
