@@ -1488,8 +1488,7 @@ def faults_of(samples: np.ndarray, spoken: np.ndarray, noise: int,
     dead = (int(np.diff(spoken).max(initial=1)) - 1) * FRAME_SECONDS
     clipped = np.mean(np.abs(samples) >= 0.99)
     faults = [message for wrong, message in (
-        (seconds < SHORT_SHARE * expected, f"{seconds:.1f} s for a text of about {expected:.1f} s"),
-        (seconds > LONG_SHARE * expected + LONG_SECONDS,
+        (not SHORT_SHARE * expected <= seconds <= LONG_SHARE * expected + LONG_SECONDS,
          f"{seconds:.1f} s for a text of about {expected:.1f} s"),
         (dead > DEAD_SECONDS, f"{dead:.1f} s of silence inside"),
         (noise * FRAME_SECONDS > NOISE_SECONDS,
@@ -3554,6 +3553,11 @@ def check_text(payload: Mapping[str, Any], field: str, limit: int, limited_by: s
     return text
 
 
+def wrong_type(field: str, value: object, wanted: str) -> InvalidRequest:
+    return InvalidRequest(f"{field} is {json_type(value)}; it must be {wanted}", param=field,
+                          code="invalid_type")
+
+
 def check_voice(payload: Mapping[str, Any]) -> str | None:
     """The voice's name; OpenAI's {"id": name} is one too."""
     voice = payload.get("voice")
@@ -3562,8 +3566,7 @@ def check_voice(payload: Mapping[str, Any]) -> str | None:
     elif voice is None:
         return None
     if not isinstance(voice, str):
-        raise InvalidRequest(f"voice is {json_type(payload['voice'])}; it must be a string",
-                             param="voice", code="invalid_type")
+        raise wrong_type("voice", payload["voice"], "a string")
     return voice
 
 
@@ -3578,9 +3581,21 @@ def check_choice(payload: Mapping[str, Any], field: str, allowed: Iterable[str])
 def check_flag(payload: Mapping[str, Any], field: str, default: bool) -> bool:
     value = payload.get(field)
     if value is not None and not isinstance(value, bool):
-        raise InvalidRequest(f"{field} is {json_type(value)}; it must be true or false",
-                             param=field, code="invalid_type")
+        raise wrong_type(field, value, "true or false")
     return default if value is None else value
+
+
+def check_number(payload: Mapping[str, Any], field: str, low: float,
+                 high: float) -> float | None:
+    value = payload.get(field)
+    if value is None:
+        return None
+    if json_type(value) != "a number":
+        raise wrong_type(field, value, "a number")
+    if not low <= value <= high:
+        raise InvalidRequest(f"{field} is {shown(value)}; allowed are {low:g} to {high:g}",
+                             param=field, code="invalid_value")
+    return float(value)
 
 
 def check_seed(payload: Mapping[str, Any]) -> int | None:
@@ -3588,8 +3603,7 @@ def check_seed(payload: Mapping[str, Any]) -> int | None:
     if seed is None:
         return None
     if type(seed) is not int:
-        raise InvalidRequest(f"seed is {json_type(seed)}; it must be a whole number",
-                             param="seed", code="invalid_type")
+        raise wrong_type("seed", seed, "a whole number")
     if not RANDOM_SEED <= seed <= MAX_SEED:
         raise InvalidRequest(f"seed is {shown(seed)}; allowed are 0 to {MAX_SEED}, and"
                              f" {RANDOM_SEED} to draw one", param="seed", code="invalid_seed")
@@ -3612,20 +3626,6 @@ def accepted_format(accept: str, form: str | None) -> str | None:
         elif kind in ("application/json", "application/*", "*/*"):
             json_best = max(json_best, weight)
     return found if best >= json_best else None
-
-
-def check_number(payload: Mapping[str, Any], field: str, low: float,
-                 high: float) -> float | None:
-    value = payload.get(field)
-    if value is None:
-        return None
-    if json_type(value) != "a number":
-        raise InvalidRequest(f"{field} is {json_type(value)}; it must be a number",
-                             param=field, code="invalid_type")
-    if not low <= value <= high:
-        raise InvalidRequest(f"{field} is {shown(value)}; allowed are {low:g} to {high:g}",
-                             param=field, code="invalid_value")
-    return float(value)
 
 
 class Part(NamedTuple):
@@ -3671,7 +3671,7 @@ class Delivery:
 
     def parts(self) -> Iterator[Part]:
         for part in lay_out(self.speech, self.request.results(), self.rate, self.speed):
-            self.length += len(part.audio)
+            self.length += len(part.samples) + len(part.silence)
             yield part
 
     @property
