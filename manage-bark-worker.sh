@@ -1,10 +1,20 @@
 #!/usr/bin/env bash
 # Rents a GPU on Vast.ai for the Bark worker, watches it and gives it back; or runs the worker on
 # this machine. Works under bash 3.2, as macOS has it. `source` it to use its functions.
+# shellcheck disable=SC2016    # programs of jq stand in single quotes
 set -euo pipefail
 
 # -----------------------------------------------------------------------------
 # Constants
+
+# What starts this file again from where it was called, for commands to copy.
+CALLED="${BASH_SOURCE[0]}"
+[[ "$CALLED" == */* ]] || CALLED="./$CALLED"
+if [[ "$CALLED" != "./${CALLED##*/}" ]]; then
+  CALLED="$(cd "${CALLED%/*}" && pwd)/${CALLED##*/}"
+fi
+printf -v CALLED '%q' "$CALLED"
+readonly AGAIN="${BARK_LABEL:+BARK_LABEL=$BARK_LABEL }$CALLED"
 
 # The folder of this file itself, wherever links to it lie. macOS has no readlink -f.
 ROOT="${BASH_SOURCE[0]}"
@@ -17,7 +27,6 @@ done
 ROOT="$(cd "${ROOT%/*}" && pwd -P)"
 readonly ROOT
 readonly PROGRAM='manage-bark-worker.sh'
-readonly AGAIN="${BARK_LABEL:+BARK_LABEL=$BARK_LABEL }./$PROGRAM"    # for commands to copy
 readonly WORKER="$ROOT/bark-worker.py"
 readonly BUILTIN_VOICE="$ROOT/builtin-voice"
 readonly VENV="$ROOT/.venv"
@@ -31,17 +40,25 @@ readonly LABEL="${BARK_LABEL:-bark-worker}"    # what makes an instance ours
 readonly POLL="${BARK_POLL:-5}"                # seconds between looks
 readonly DEFAULT_IMAGE='ghcr.io/darvondoom/libread-bark-tts:latest'
 readonly VASTAI_VERSION=1.9.1
+readonly CONSOLE_URL="${VAST_URL:-https://console.vast.ai}"
 readonly WORKER_PORT=8080
 readonly MODELS=/workspace/models              # on the instance's disk, which outlives a stop
 # From 8 GB on, cheap to rent, and run by the image's build of torch.
 readonly GPUS_OF_2020='RTX 3060,RTX 3060 Ti,RTX 3070,RTX 3070 Ti,RTX 3080,RTX 3080 Ti,RTX A4000'
 readonly GPUS_OF_2023='RTX 4060,RTX 4060 Ti,RTX 4070'
 readonly DEFAULT_GPUS="$GPUS_OF_2020,$GPUS_OF_2023"
-readonly MIN_DOWNLOAD=200         # Mb/s; image and model are some 10 GB: 7 minutes at that rate
+readonly FIRST_START_GB=10        # image and model, which the first start downloads
+readonly MIN_DOWNLOAD=200         # Mb/s; 10 GB take 7 minutes at that rate
 readonly ATTEMPTS=3               # instances that one start rents at most, one after the other
 readonly ORDERS=8                 # offers it asks for at most; some are gone when it does
 readonly SCHEDULING_SECONDS=60    # still scheduling then: the GPU is somebody else's
 readonly APPEAR_SECONDS=30        # that a new instance may take to show up in Vast's list
+readonly UNANSWERED_SECONDS=120   # that an order without an answer is looked for
+readonly GIVE_BACK_SECONDS=90     # that is tried to give back what was rented
+readonly CALL_SECONDS=120         # that a call of Vast's CLI may take
+readonly PORT_SECONDS=300         # of a running container without a port: there will be none
+readonly LOST_LOOKS=3             # so many say offline or unknown, LOST_APART s apart: it is
+readonly LOST_APART=4
 readonly DRAIN_SECONDS=60         # that `stop` gives running requests
 readonly STOP_SECONDS=120         # that Vast may take to stop an instance
 readonly AUDIBLE=300              # of 32768; a sound whose largest sample is below is silence
@@ -54,17 +71,15 @@ BARK_DETERMINISTIC BARK_EXPRESSION BARK_QUALITY BARK_RETRIES BARK_CACHE_MB BARK_
 # What the instance runs whenever its container starts. In SSH mode Vast replaces the image's own
 # entrypoint, so this starts the worker, and again after a crash; not after a clean end (0) or
 # settings that it refuses (2). `vastai logs` shows what process 1 prints, and no files.
-read -r -d '' ON_START <<'SH' || true
-(: >/proc/1/fd/1) 2>/dev/null && exec >/proc/1/fd/1 2>&1
+# No here-document holds it, as old shells write those to files: `stop` has to work on a full disk.
+readonly ON_START='(: >/proc/1/fd/1) 2>/dev/null && exec >/proc/1/fd/1 2>&1
 while :; do
   python -u /app/bark-worker.py
   status=$?
   echo "bark-worker ended with status $status"
   case $status in 0 | 2) break ;; esac
   sleep 5
-done &
-SH
-readonly ON_START
+done &'
 
 # -----------------------------------------------------------------------------
 # Help
@@ -99,6 +114,7 @@ readonly USAGE_SEARCH_OPTIONS="  --gpu NAMES            such as '3060,RTX 4060 T
                          $GPUS_OF_2023)
   --min-vram GB          (8)
   --max-price DOLLARS    per hour, storage included (0.20)
+  --max-traffic DOLLARS  per GB downloaded; the first start takes some $FIRST_START_GB GB (0.05)
   --min-reliability R    above this, 0 to 1 (0.95)
   --disk GB              (50)
   --region CODES         countries such as DE,FR, or EU (anywhere)
@@ -122,7 +138,10 @@ $USAGE_SEARCH_OPTIONS
   --yes                  do not ask, for scripts
 
 Settings of the worker in this environment go along:
-$PASSED_ON."
+$PASSED_ON.
+
+While an order is on its way, this machine's list of processes shows the worker's own key to others
+who use it, as Vast's CLI takes it no other way; the account's key never shows."
 
 readonly USAGE_SEARCH="usage: $PROGRAM search [OPTIONS]
 
@@ -134,7 +153,8 @@ readonly USAGE_STATUS="usage: $PROGRAM status [--json]
 
 Prints what is rented under the label '$LABEL'. Exit status 0 only if a worker is ready.
 
-  --json    one object: {\"label\", \"instances\": [...]}"
+  --json    one object: {\"label\", \"instances\": [...]}, and \"unreadable\": [ids] if Vast tells of
+            an instance in a way that cannot be read"
 
 readonly USAGE_TEST="usage: $PROGRAM test [TEXT] [OPTIONS]
 
@@ -268,16 +288,54 @@ say() {
   printf '%s\n' "$*" >&2 || true
 }
 
+# Prints the answer. A reader who has left has what he wanted: that is no failure.
+# In a shell of its own: a trap that runs in here would find stderr closed.
+tell() { (printf '%s\n' "$*") 2>/dev/null || reader_left=yes; }
+
+reader_left=''    # nobody reads stdout any more
+leaving=''        # the status that this script ends with is its own, and no tool's
+
+# usage: leave STATUS
+leave() {
+  leaving=yes
+  exit "$1"
+}
+
 # usage: die STATUS MESSAGE
 die() {
   say "$PROGRAM: $2"
-  exit "$1"
+  leave "$1"
 }
 
 # usage: usage_error MESSAGE COMMAND
 usage_error() {
   say "$(usage_of "$2")"
   die "$EX_USAGE" "$1"
+}
+
+# -----------------------------------------------------------------------------
+# Time
+
+readonly LONGEST_STEP=700    # seconds; a sentence may take 660
+now=0             # seconds since the start, as `tick` counts them: by it goes all that waits
+last_seconds=0
+
+# SECONDS follows the wall clock: set back, it would make every wait as long; set forward, end it.
+# So a step back, or one longer than anything here can take, counts as one second.
+tick() {
+  local step=$((SECONDS - last_seconds))
+  last_seconds=$SECONDS
+  if ((step < 0 || step > LONGEST_STEP)); then step=1; fi
+  now=$((now + step))
+}
+
+# usage: pause SECONDS    (in steps, since a trap runs only between commands)
+pause() {
+  local left
+  for ((left = $1; left > 0; left--)); do
+    sleep 1 || true
+    tick
+  done
 }
 
 # -----------------------------------------------------------------------------
@@ -359,13 +417,13 @@ gpu_names() {
     [[ "$name" =~ [[:lower:]] && "$name" =~ [[:upper:]] && "$name" != [RA][tn][xy]* ]] ||
       name="$(gpu_name "$name")"
     names="$names,$name"
-  done <<<"$(printf '%s\n' "$1" | tr ',_' '\n ' | sed -E 's/^ +//; s/ +$//')"
+  done < <(feed "$1" tr ',_' '\n ' | sed -E 's/^ +//; s/ +$//')
   printf '%s\n' "${names#,}"
 }
 
 # usage: gpu_name NAME    (rtx 3060 ti, 3060ti and RTX 3060 TI give RTX 3060 Ti)
 gpu_name() {
-  printf '%s\n' "$1" | tr '[:lower:]' '[:upper:]' | sed -E 's/^([2-5]0[0-9]{2})/RTX \1/
+  feed "$1" tr '[:lower:]' '[:upper:]' | sed -E 's/^([2-5]0[0-9]{2})/RTX \1/
     s/^(1[06][0-9]{2})/GTX \1/; s/^(A[2456][05]00)$/RTX \1/; s/([0-9]S?) ?TI$/\1 Ti/
     s/ ?LAPTOP$/ laptop/; s/^TESLA/Tesla/; s/^QUADRO/Quadro/; s/^TITAN (RTX|XP)$/Titan \1/'
 }
@@ -373,9 +431,9 @@ gpu_name() {
 # Prints country codes joined by commas; EU stands for its members.
 region_codes() {
   local codes
-  codes="$(printf '%s\n' "$1" | tr '[:lower:]' '[:upper:]' | tr -d ' ')"
+  codes="$(feed "$1" tr '[:lower:]' '[:upper:]' | tr -d ' ')"
   [[ "$codes" =~ ^[A-Z]{2}(,[A-Z]{2})*$ ]] || return 1
-  printf '%s\n' "$codes" | sed -E 's/(^|,)EU(,|$)/\1AT,BE,BG,HR,CY,CZ,DK,EE,FI,FR,DE,GR,HU,IE,IT,'\
+  feed "$codes" sed -E 's/(^|,)EU(,|$)/\1AT,BE,BG,HR,CY,CZ,DK,EE,FI,FR,DE,GR,HU,IE,IT,'\
 'LV,LT,LU,MT,NL,PL,PT,RO,SK,SI,ES,SE\2/'
 }
 
@@ -386,96 +444,124 @@ reply=''        # what the last question to Vast brought
 complaint=''    # why it brought nothing
 refused=''      # who said no: an HTTP status; `no` in an answer; `usage`, the CLI itself
 calling=''      # the call that is under way
+call_end=''     # how it ended: exit status, a blank, and what the CLI said on stderr
 scratch=''      # a folder that only this user can read
 VASTAI=''       # the CLI
+readonly RECORD=$'\036' LINE=$'\037'    # separate what a call printed
 
 # usage: vast WORDS...    (sets reply, complaint, refused; fails if there is a complaint)
-# The CLI's exit status is 0 also when Vast refuses. It runs beside this script and deaf to signals:
-# a trap here runs at once, and what is being ordered is not cut in the middle.
+# The CLI's exit status is 0 also when Vast refuses. What it prints comes through a pipe and never a
+# file: the disk may be full, or swept, just when something has to be given back.
 vast() {
-  local status=0
   space_calls "$1 $2"
-  reply='' complaint='' refused='' calling="$1 $2"
-  (
-    trap '' HUP INT TERM
-    exec "$VASTAI" "$@" --raw --retry 1 </dev/null >"$scratch/out" 2>"$scratch/err"
-  ) &
-  wait "$!" || status=$?
-  calling=''
-  note_call "$1 $2"
-  read_reply "$status"
+  reply='' complaint='' refused='' call_end='' calling="$1 $2"
+  exec 9< <(run_vast "$@" 2>/dev/null)
+  hear_vast
   [[ -z "$complaint" ]]
 }
 
-# Waits for a call that a signal broke in on, unless it only asked: two at once would mix up.
-finish_call() {
-  local pid
-  [[ -n "$calling" ]] || return 0
-  case "$calling" in
-    show\ * | search\ * | logs\ *)
-      for pid in $(jobs -p); do kill -KILL "$pid" 2>/dev/null || true; done ;;
-  esac
-  { wait || true; } 2>/dev/null    # where bash would tell of the kill
-  note_call "$calling"
-  calling=''
+# Runs the CLI beside this script and deaf to signals: a trap here runs at once, and what is being
+# ordered is not cut in the middle. Prints, when it has ended, a line as call_end, then its answer.
+run_vast() {
+  local said errors answer status=0
+  trap '' HUP INT TERM
+  said="$({
+    answer="$("$VASTAI" "$@" --raw --retry 1 </dev/null 2>&4)" || status=$?
+    printf '%s%s %s' "$RECORD" "$status" "$answer"
+  } 4>&1)"
+  errors="${said%%"$RECORD"*}"
+  said="${said#*"$RECORD"}"
+  printf '%s %s\n%s\n' "${said%% *}" "${errors//$'\n'/$LINE}" "${said#* }"
 }
 
+# Waits for the call to end. A signal may break in: then `finish_call` goes on where this stopped.
+hear_vast() {
+  local began
+  while [[ -z "$call_end" ]]; do
+    began=$SECONDS
+    if IFS= read -r -t 2 -u 9 call_end; then break; fi
+    # Bash 3.2 has one status for time that ran out and for an end: the CLI was killed.
+    if ((SECONDS == began)); then call_end='137 killed'; fi
+    tick
+  done
+  reply="$(trap '' HUP INT TERM; cat <&9)" calling=''    # one command: no signal splits it
+  exec 9</dev/null
+  tick
+  note_call
+  read_reply
+}
+
+# Waits for a call that a signal broke in on, unless it only asks.
+finish_call() {
+  case "$calling" in
+    '') ;;
+    show\ * | search\ * | logs\ *) calling=''; note_call ;;
+    *)
+      say "waiting for Vast's answer to '$calling', which is under way: $CALL_SECONDS s at most"
+      hear_vast ;;
+  esac
+}
+
+called=''                                               # the last call
 last_look=-99 last_change=-99 last_order=-99 last_destroy=-99    # when Vast was last asked, in s
 
 # usage: space_calls 'VERB OBJECT'    (keeps the least time between calls that Vast asks for)
-# SECONDS counts whole ones: a difference of n + 1 means that more than n have passed.
+# Whole seconds are counted: a difference of n + 1 means that more than n have passed.
 space_calls() {
+  called="$1"
   case "$1" in
-    'show instances') until ((SECONDS - last_look > 1)); do pause 1; done ;;
-    'create instance') until ((SECONDS - last_order > 5)); do pause 1; done ;;
-    'destroy instance') until ((SECONDS - last_destroy > 3)); do pause 1; done ;;
-    'start instance' | 'stop instance') until ((SECONDS - last_change > 1)); do pause 1; done ;;
+    'show instances') until tick && ((now - last_look > 1)); do pause 1; done ;;
+    'create instance') until tick && ((now - last_order > 5)); do pause 1; done ;;
+    'destroy instance') until tick && ((now - last_destroy > 3)); do pause 1; done ;;
+    'start instance' | 'stop instance') until tick && ((now - last_change > 1)); do pause 1; done ;;
   esac
 }
 
 note_call() {
-  case "$1" in
-    'show instances') last_look=$SECONDS ;;
-    'create instance') last_order=$SECONDS ;;
-    'destroy instance') last_destroy=$SECONDS ;;
-    'start instance' | 'stop instance') last_change=$SECONDS ;;
+  case "$called" in
+    'show instances') last_look=$now ;;
+    'create instance') last_order=$now ;;
+    'destroy instance') last_destroy=$now ;;
+    'start instance' | 'stop instance') last_change=$now ;;
   esac
 }
 
-# usage: read_reply EXIT_STATUS    (an error of Vast is a JSON object on stderr, under --raw)
-# 2 comes from the CLI itself: it does not know an option, as another version may not.
+# Sets complaint and refused; an error of Vast is a JSON object on stderr, under --raw. A wrong key
+# may come as 404. 2 comes from the CLI itself: it does not know an option, as another version may.
 read_reply() {
-  local said line
-  reply="$(<"$scratch/out")"
-  [[ -s "$scratch/err" || "$1" != 0 ]] || return 0
-  said="$(jq -Rr 'fromjson? | objects | select(.error == true) | "\(.status_code)|"
-    + (.msg // "no reason given" | tostring | gsub("\\s+"; " "))' "$scratch/err")"
+  local status="${call_end%% *}" errors="${call_end#* }" said line
+  complaint='' refused=''
+  [[ -n "$errors" || "$status" != 0 ]] || return 0
+  errors="${errors//$LINE/$'\n'}"
+  said="$(feed "$errors" jq -Rr 'fromjson? | objects | select(.error == true)
+    | (.msg // "no reason given" | tostring | gsub("\\s+"; " ")) as $msg
+    | (if .status_code == 404 and ($msg | test("auth|key|log in"; "i")) then 401
+       else .status_code end) as $means
+    | "\($means)|Vast says: \($msg) (HTTP \(.status_code))"' | tail -n 1)"
   if [[ -n "$said" ]]; then
-    said="${said##*$'\n'}"
-    refused="${said%%|*}"
-    complaint="Vast says: ${said#*|} (HTTP $refused)"
+    refused="${said%%|*}" complaint="${said#*|}"
     return 0
   fi
-  [[ "$1" != 0 ]] || return 0
-  refused=usage
-  [[ "$1" == 2 ]] || refused=''
-  line="$(grep -v '^ *$' "$scratch/err" | tail -n 1)" || true
+  [[ "$status" != 0 ]] || return 0
+  if [[ "$status" == 2 ]]; then refused=usage; fi
+  line="$(feed "$errors" grep -v '^ *$' | tail -n 1)" || true
   case "$line" in
     *InvalidHeader* | *UnicodeEncodeError*) line='the API key has characters that no key has' ;;
     *ConnectionError* | *Timeout*) line='no connection to Vast, or none that lasted' ;;
   esac
-  complaint="vastai failed ($1): ${line:0:200}"
+  complaint="vastai failed ($status): ${line:0:200}"
 }
 
-# usage: vast_json object|array WORDS...    (fails too unless the reply begins like one)
+# usage: vast_json object|array WORDS...    (fails too unless the reply is one)
 vast_json() {
-  local bracket='{'
-  [[ "$1" == object ]] || bracket='['
   vast "${@:2}" || return 1
-  [[ "$reply" == "$bracket"* ]] && return 0
-  complaint='Vast answered, but not what was asked for'
+  if [[ "$(feed "$reply" jq -r type 2>/dev/null)" == "$1" ]]; then return 0; fi
+  no_answer
   return 1
 }
+
+# An answer that is not what was asked for is none.
+no_answer() { complaint='Vast answered, but not what was asked for'; }
 
 # usage: persist QUESTION...    (a question changes nothing, so it is put up to three times)
 persist() {
@@ -515,7 +601,14 @@ authorized() {
 health_of() {
   local health
   health="$(curl -s --max-time 5 "$1/health")" && [[ -n "$health" ]] || return 1
-  jq -ce 'objects | select(.status | strings)' <<<"$health" 2>/dev/null
+  feed "$health" jq -ce 'objects | select(.status | strings)' 2>/dev/null
+}
+
+# Prints the names of GPUs that Vast knows, as JSON; fails if it does not tell. This needs no key.
+known_gpus() {
+  local names
+  names="$(curl -sS --max-time 15 "$CONSOLE_URL/api/v0/gpu_names/unique/" 2>/dev/null)" || return 1
+  feed "$names" jq -ce '.gpu_names | arrays | map(strings) | select(. != [])' 2>/dev/null
 }
 
 # Fails unless every tool is there; names each one that is not.
@@ -534,11 +627,12 @@ require_tools() {
 
 # Finds the account's key. The CLI reads VAST_API_KEY, and takes an empty one for a key.
 require_key() {
-  local stored="${XDG_CONFIG_HOME:-$HOME/.config}/vastai"
+  local home=~ stored    # without HOME, as for a timer of systemd, the one of this user
+  stored="${XDG_CONFIG_HOME:-$home/.config}/vastai"
   export VAST_API_KEY="${VASTAI_API_KEY:-${VAST_API_KEY:-}}"
   if [[ -z "$VAST_API_KEY" ]]; then
     unset VAST_API_KEY
-    [[ -s "$stored/vast_tfa_key" || -s "$stored/vast_api_key" || -s "$HOME/.vast_api_key" ]] ||
+    [[ -s "$stored/vast_tfa_key" || -s "$stored/vast_api_key" || -s "$home/.vast_api_key" ]] ||
       die "$EX_MISSING" 'no Vast API key: make one at https://cloud.vast.ai/manage-keys/, then
   export VASTAI_API_KEY=...   (or: vastai set api-key ...)'
   elif [[ ! "$VAST_API_KEY" =~ ^[A-Za-z0-9._~+/=-]+$ ]]; then
@@ -555,8 +649,13 @@ open_account() {
   require_tools
   require_key
   guard
+}
+
+# Makes the folder for what has to be a file: a sound, a request, a log that is followed.
+make_scratch() {
+  [[ -z "$scratch" ]] || return 0
   scratch="$(umask 077 && mktemp -d "${TMPDIR:-/tmp}/bark-worker.XXXXXX")" ||
-    die "$EX_MISSING" "no folder for passing things can be made in ${TMPDIR:-/tmp}"
+    die "$EX_MISSING" "no folder for files on their way can be made in ${TMPDIR:-/tmp}"
 }
 
 # usage: python_is_new_enough PYTHON    (numpy, scipy and transformers all ask for 3.11)
@@ -628,7 +727,7 @@ why_no_gpu() {
 # -----------------------------------------------------------------------------
 # Facts: what jq makes of Vast's rows. Prices are dollars per hour.
 
-read -r -d '' JQ_DEFS <<'JQ' || true
+readonly JQ_DEFS='
 def clean: (. // "") | tostring | gsub("[\\s|]+"; " ") | ltrimstr(" ") | rtrimstr(" ");
 def fixed($places): ((. * pow(10; $places)) | round | tostring) as $digits
   | (if ($digits | length) > $places then $digits
@@ -641,8 +740,18 @@ def environment: (.extra_env // []) | if type == "array"
   then map(select(type == "array") | {key: .[0], value: .[1]}) | from_entries else . end;
 def storage: .storage_total_cost //
   ((.storage_cost // 0) * (.disk_space // 0) / (env.month_hours | tonumber));
-def complains: (.status_msg | clean)
-  | test("error|fail|exception|traceback|denied|manifest unknown|not found"; "i");
+
+# What Vast or Docker says, without the name and tag of the image, in which any word may stand.
+def image_names: (.image_uuid | strings | split("@")[0]) as $image
+  | ($image | sub(":[^/:]*$"; "")) as $name
+  | [$image, $name, ($name | sub("^[^/]*[.:][^/]*/"; "")), ($name | split("/") | last),
+     ($image[($name | length) + 1:])] | map(select(. != ""));
+def said: reduce image_names[] as $name ((.status_msg | clean); gsub("(?<![A-Za-z0-9])"
+    + ($name | gsub("(?<c>[.])"; "[\(.c)]")) + "(?![A-Za-z0-9_])"; ""));
+def complains: said | test("(errors?|fail|failed|failures?|exceptions?|traceback|denied"
+  + "|unauthorized|manifest unknown|not found|no space left)([^a-z]|$)"; "i");
+# A message longer than this loses its middle: its end tells the cause.
+def shortened: if length > 400 then .[:100] + " ... " + .[-290:] else . end;
 def state: (.actual_status // "") as $actual
   | (.intended_status // .cur_state // "running") as $wanted
   | if $actual | is_one_of(["offline", "unknown"]) then $actual
@@ -657,7 +766,8 @@ def mapped($port): [(.ports | objects)[$port] | arrays | .[0].HostPort?] | .[0] 
 def blotted($key): if $key == "" then . else split($key) | join("[key]") end
   | gsub("(?<name>[A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)[^ ]+"; "\(.name)[key]");
 def instance: (environment.BARK_API_KEY // "") as $key
-  | {id, state: state, message: (.status_msg | clean | blotted($key) | .[:160]),
+  | {id, state: state, message: (.status_msg | clean | blotted($key) | shortened),
+    said: said,
     gpu: ("\(.num_gpus // 1)x \(.gpu_name | clean)" | ltrimstr("1x ")),
     region: (.geolocation | clean),
     price: (.dph_total // 0), storage: storage, interruptible: (.is_bid // false),
@@ -669,15 +779,31 @@ def instance: (environment.BARK_API_KEY // "") as $key
   + (mapped("22/tcp") as $port | if $port != "" and .public_ipaddr
       then {ssh_host: (.public_ipaddr | clean), ssh_port: $port}
       else {ssh_host: (.ssh_host | clean), ssh_port: (.ssh_port | clean)} end);
+
+# What of a row cannot be read, in words; nothing if all can. Values stay out: they may be secrets.
+def kinds: {id: "number", label: "string", actual_status: "string", intended_status: "string",
+  cur_state: "string", dph_total: "number", storage_total_cost: "number", storage_cost: "number",
+  disk_space: "number", num_gpus: "number", start_date: "number", is_bid: "boolean"};
+def is_environment: type == "object" or type == "null" or (type == "array"
+  and all(.[]; . == null or (type == "array" and length == 2 and (.[0] | type) == "string")));
+def oddity: if type != "object" then "it is no object" else . as $row
+  | [if .id == null then "it has no id" else empty end,
+     (kinds | to_entries[] | select($row[.key] != null and ($row[.key] | type) != .value)
+       | "its \(.key) is no \(.value)"),
+     if .extra_env | is_environment then empty else "its extra_env is no environment" end,
+     try (instance | empty) catch "it is of another shape"] | .[0] // "" end;
+def odd_row: {id: ([objects | .id | numbers][0]), why: oddity, state: "unreadable", known: false,
+  key: "", gpu: "unknown GPU", region: "", price: 0, storage: 0};
+def may_be_ours: (objects | .label | strings) // env.our_label | . == env.our_label;
 def is_before: "\(.id)" | is_one_of(env.before | split(" "));
 def state_is_live: .state | is_one_of(["running", "loading", "provisioning", "rebooting"]);
-# Another start's instance that came first.
+# The instance of another start that came first.
 def is_rival: .known and .key != env.key and .id < (env.rented | tonumber) and (is_before | not)
   and (state_is_live or .state == "scheduling");
 def hours: if .started then (now - .started) / 3600 else 0 end;
 def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
 
-# Of a row and its worker's health.
+# Of a row and the health of its worker.
 def visible: .[1] as $health | .[0] | {id, state, gpu, region, address, interruptible,
   price_per_hour: .price, storage_per_hour: .storage, hours: hours, cost_at_most: (hours * .price),
   message, health: $health};
@@ -701,10 +827,16 @@ def bid: if env.pricing != "bid" then null elif env.bid != "" then env.bid | ton
 def offer: bid as $bid | ($bid == null or $bid >= .min_bid) as $winning | {id,
     gpu: (.gpu_name | clean), vram: ((.gpu_ram // 0) / 1024), region: (.geolocation | clean),
     reliability: (.reliability2 // .reliability // 0), down: (.inet_down // 0),
-    traffic: (.inet_down_cost // 0), bid: $bid, min_bid: (.min_bid // 0), winning: $winning,
+    traffic: (.inet_down_cost // 0),
+    first: ((.inet_down_cost // 0) * (env.first_start | tonumber)),
+    bid: $bid, min_bid: (.min_bid // 0), winning: $winning,
     cost: (if $bid and $winning then .dph_total - .min_bid + $bid else .dph_total end),
     storage: ((.storage_cost // 0) * (env.disk | tonumber) / (env.month_hours | tonumber))};
-def offers: map(select(.dph_total and (env.pricing != "bid" or .min_bid)) | offer) | sort_by(.cost);
+# A row that is not as Vast has them is no offer. In the choice, the traffic of the first start
+# counts as if spread over a day.
+def offers: map(select((objects | .dph_total | numbers) and (env.pricing != "bid" or .min_bid))
+  | (try offer catch empty) | select([.id, .vram, .reliability, .down, .first, .cost, .storage]
+    | all(type == "number"))) | sort_by(.cost + .first / 24);
 def sentence: "\(.gpu), \(.vram | round) GB, \(.region): \(.cost | fixed(4)) $/h"
   + " (\(.cost * 24 | fixed(2)) $ a day)";
 
@@ -714,10 +846,12 @@ def widenings: . as $offer
   | [if .winning then empty else "--bid \(.min_bid)" end,
      if .cost > (env.max_price | tonumber) then "--max-price \(.cost * 100 | ceil / 100)"
      else empty end,
+     if .traffic > (env.max_traffic | tonumber)
+     then "--max-traffic \(.traffic * 1000 | ceil / 1000)" else empty end,
      if .vram < (env.min_vram | tonumber) * 1000 / 1024 then "--min-vram \(.vram | floor)"
      else empty end,
      if env.gpus != "" and (.gpu | is_one_of(env.gpus | split(",")) | not)
-     then "--gpu '\(.gpu)'" else empty end,
+     then "--gpu \(.gpu | @sh)" else empty end,
      if env.region != "" and (country | is_one_of(env.region | split(",")) | not)
      then "--region \(country)" else empty end,
      if .reliability <= (env.min_reliability | tonumber)
@@ -734,56 +868,113 @@ def wav_seconds($size):
   else number(40) / number(28) end;
 def speed($took; $seconds): "\($seconds | fixed(2)) s of speech in \($took | fixed(2)) s,"
   + " real-time factor \($took / $seconds | fixed(2))";
-JQ
-readonly JQ_DEFS
+
+# Of the names that Vast knows and those that a person typed, by commas: a line each, the name in
+# the spelling of Vast, or "?", the name and what comes nearest. Case, blanks, the family and how
+# "super" is written make no difference.
+def gpu_key: ascii_downcase | gsub("nvidia|geforce|[^a-z0-9]"; "") | gsub("super"; "s")
+  | sub("tis$"; "sti") | sub("^(rtx|gtx|qrtx|tesla|quadro|titan)(?=.)"; "");
+def shared($other): . as $one | [range(1; length + 1) | select($one[:.] == $other[:.])] | length;
+def near($key): map(select(gpu_key | shared($key) > 0))
+  | sort_by(gpu_key | [-shared($key), (length - ($key | length) | fabs)]) | .[:3];
+def matched($typed): . as $known | $typed | split(",")[] | . as $one | gpu_key as $key
+  | [$known[] | select(. == $one)] as $same | [$known[] | select(gpu_key == $key)] as $alike
+  | if $same != [] then $one elif $alike != [] then $alike | join(",")
+    else "?\($one)|" + ($known | near($key) | join(", ")) end;
+'
+
+# usage: feed TEXT COMMAND...    (on its stdin, by a pipe: old shells make a file of <<<)
+feed() { printf '%s\n' "$1" | "${@:2}"; }
 
 # usage: facts FILTER [JQ_OPTIONS]    (of the JSON on stdin)
 # Values go through the environment: what stands in argv, everybody on this machine may read.
 facts() {
   our_label="$LABEL" worker_port="$WORKER_PORT" month_hours="$HOURS_A_MONTH" gpus="$gpus" \
-    min_vram="$min_vram" max_price="$max_price" min_reliability="$min_reliability" \
-    region="$region" pricing="$pricing" bid="$bid" disk="$disk" jq -r "${@:2}" "$JQ_DEFS $1"
+    min_vram="$min_vram" max_price="$max_price" max_traffic="$max_traffic" \
+    first_start="$FIRST_START_GB" min_reliability="$min_reliability" region="$region" \
+    pricing="$pricing" bid="$bid" disk="$disk" jq -r "${@:2}" "$JQ_DEFS $1"
 }
 
 # usage: fact ROW FILTER    (of one instance or offer)
-fact() { facts "$2" <<<"$1"; }
+fact() { feed "$1" facts "$2"; }
 
 # -----------------------------------------------------------------------------
 # Instances: what Vast lists under our label
 
 instances='[]'    # as the last look found them, by id; it holds the workers' keys
+odd_rows='[]'     # those that cannot be read, of which one may be ours
+pages=''          # what Vast lists, a page a line
 
-# Fails, with a complaint, if Vast does not answer.
+# usage: list_instances OPTIONS...    (sets pages; fails, with a complaint, if Vast does not answer)
 # `--limit` because without it one row that is still being made breaks the whole list.
-look() {
-  local token='' found=''
+list_instances() {
+  local token='' last
+  pages=''
   while :; do
-    vast_json object show instances --label "$LABEL" --limit 25 \
-      ${token:+--next-token "$token"} || return 1
-    found="$found$(jq -c '.instances[]? | objects' <<<"$reply")"$'\n'
-    token="$(jq -r '.next_token // ""' <<<"$reply")"
-    [[ -n "$token" ]] || break
+    vast_json object show instances "$@" --limit 25 ${token:+--next-token "$token"} || return 1
+    last="$token"
+    token="$(reply_says 'select(.success != false and (.instances | type) == "array")
+      | "page \(.next_token // "")"')"
+    if [[ "$token" != page\ * || "$token" == "page ${last:-none}" ]]; then
+      no_answer
+      return 1
+    fi
+    token="${token#page }"
+    pages="$pages$(feed "$reply" jq -c .)"$'\n'
+    if [[ -z "$token" ]]; then return 0; fi
     pause 1
   done
-  found="$(facts 'map(select(.label == env.our_label) | instance) | sort_by(.id)' -cs \
-    <<<"$found" 2>/dev/null)" || { complaint='a row of Vast is not understood'; return 1; }
-  instances="$found"
 }
+
+# Fails, with a complaint, if Vast does not answer.
+look() {
+  local readable odd
+  list_instances --label "$LABEL" || return 1
+  if ! readable="$(listed_rows 'map(select(oddity == "" and .label == env.our_label) | instance)
+      | unique_by(.id)')" ||
+    ! odd="$(listed_rows 'map(select(oddity != "" and may_be_ours) | odd_row)')"; then
+    no_answer
+    return 1
+  fi
+  instances="$readable" odd_rows="$odd"
+}
+
+# usage: listed_rows FILTER    (of the rows in all pages, as one list)
+listed_rows() { printf '%s' "$pages" | facts "map(.instances[]) | $1" -cs; }
 
 look_or_die() { persist look || die_by_vast 'the instances cannot be listed'; }
 
-# usage: row_of ID    (prints its row; nothing if there is none)
-row_of() { facts ".[] | select(.id == $1) | tojson" <<<"$instances"; }
+# usage: row_of ID    (prints its row; nothing if there is none that can be read)
+row_of() { feed "$instances" facts ".[] | select(.id == $1) | tojson"; }
+
+# Prints the rows of the last look, also those that cannot be read.
+all_rows() { printf '%s\n' "$instances" "$odd_rows" | jq -cs add; }
+
+# usage: is_listed ID    (also in a row that cannot be read)
+is_listed() { [[ "$(all_rows | facts "any(.[]; .id == $1)")" == true ]]; }
+
+# Says of each row that cannot be read what ends it; fails if there is none.
+say_odd_rows() {
+  local id why
+  [[ "$odd_rows" != '[]' ]] || return 1
+  while IFS='|' read -r id why; do
+    say "instance ${id:-without an id} may be ours, but Vast's row of it cannot be read: $why;" \
+      "this ends it: $(by_hand destroy instance "${id:-ID}" -y)"
+  done < <(feed "$odd_rows" facts '.[] | "\(.id // "")|\(.why)"')
+}
 
 # Prints the row that start and the others mean: one that runs before one that sleeps.
 chosen_row() {
-  facts 'def rank: {running: 0, loading: 1, provisioning: 1, rebooting: 1, scheduling: 2,
-      stopped: 3, stopping: 3, outbid: 4}[.state] // 5;
-    if length == 0 then empty else min_by([rank, .id]) | tojson end' <<<"$instances"
+  feed "$instances" facts 'def rank: {running: 0, loading: 1, provisioning: 1,
+      rebooting: 1, scheduling: 2, stopped: 3, stopping: 3, outbid: 4}[.state] // 5;
+    if length == 0 then empty else min_by([rank, .id]) | tojson end'
 }
 
+# usage: no_instance [WHAT_ELSE]    (ends; `status` has looked what else may have that name)
 no_instance() {
-  die "$EX_NO_INSTANCE" "no instance labelled '$LABEL': nothing is billed under that label
+  if say_odd_rows; then die "$EX_UNHEALTHY" "no instance labelled '$LABEL' that can be read"; fi
+  die "$EX_NO_INSTANCE" "no instance labelled '$LABEL'; ${1:-an endpoint of that name was not looked \
+at: $AGAIN endpoint status}
 To rent one: $AGAIN start; whatever else the account has: $(by_hand show instances)"
 }
 
@@ -797,9 +988,13 @@ find_running() {
     + if .message == "" then "" else " (\(.message))" end'); run: $AGAIN start"
 }
 
-# usage: target_rows [ID]    (one row a line: the one with that id, else all)
+# usage: target_rows [ID]    (one row a line: the one with that id, else all that can be read)
 target_rows() {
-  if [[ -n "${1:-}" ]]; then row_of "$1"; else facts '.[] | tojson' <<<"$instances"; fi
+  if [[ -n "${1:-}" ]]; then
+    all_rows | facts ".[] | select(.id == $1) | tojson"
+  else
+    feed "$instances" facts '.[] | tojson'
+  fi
 }
 
 # -----------------------------------------------------------------------------
@@ -808,49 +1003,55 @@ target_rows() {
 run_key=''       # drawn by this run; every instance whose worker has it is this run's
 before=''        # the ids that were there before, by blanks
 rented_id=''     # the instance of the last order, until it is healthy or gone
-open_orders=0    # orders without a clear answer: each may have brought an instance
-order_time=0     # when the last one's call had ended, in SECONDS
+open_order=''    # yes while an order has no clear answer: it may have brought an instance
+order_time=0     # when the last one's call had ended
 ordering=''      # yes while one is on its way
 woken_id=''      # the stopped instance that this run started
 if_cut=''        # the last word if a signal ends the run
 
 # From here on, whatever ends this script ends its child and gives back.
 guard() {
-  trap finish EXIT
+  exec 9</dev/null    # what `hear_vast` reads, where a signal comes before there is a call
+  trap 'end_by_itself "$?"' EXIT
   trap 'end_by_signal 129' HUP
   trap 'end_by_signal 130' INT
   trap 'end_by_signal 143' TERM
-  trap '' PIPE    # a reader that leaves ends nothing that costs money
 }
 
 # Under a trap a bare `return` tells the status from before the trap (bash 4.4 and later), so that
 # every `return` in this file names its own.
 end_by_signal() {
   finish
-  [[ -z "$if_cut" ]] || say "$if_cut"
+  if [[ -n "$if_cut" ]]; then say "$if_cut"; fi
   trap - EXIT
   exit "$1"
 }
 
-# Begins by turning signals off: a second one must not cut what the first one, or the end, began.
-finish() {
-  trap '' HUP INT TERM
-  finish_child
-  give_back || true
-  [[ -z "$scratch" ]] || rm -rf "$scratch"
+# usage: end_by_itself STATUS    (if a command in this script failed that must not, it is a tool's)
+end_by_itself() {
+  finish
+  if [[ "$1" != 0 && -z "$leaving" ]]; then
+    say "$PROGRAM: broke off by a fault of its own (status $1)"
+    exit "$EX_UNHEALTHY"
+  fi
 }
 
-# usage: pause SECONDS    (in steps, since a trap runs only between commands)
-pause() {
-  local end=$((SECONDS + $1))
-  while ((SECONDS < end)); do sleep 1 || true; done
+# Begins by turning signals off: a second one must not cut what the first one, or the end, began.
+finish() {
+  local IFS=$' \t\n'    # a signal may have come while `read` had another
+  trap '' HUP INT TERM
+  set +e    # nothing that fails here may keep the rest from being done
+  finish_child
+  give_back || if_cut="${replaced_id:+instance $replaced_id is kept as it was, its storage billed}"
+  say_at_stake
+  if [[ -n "$scratch" ]]; then rm -rf "$scratch"; fi
 }
 
 # Fails if something may still be billed; then the last lines say what, and what ends it.
 give_back() {
   local failed=''
   finish_call
-  [[ -z "$ordering" ]] || read_order
+  if [[ -n "$ordering" ]]; then read_order; fi
   give_back_rented || failed=yes
   give_back_woken || failed=yes
   give_back_endpoint || failed=yes
@@ -859,55 +1060,62 @@ give_back() {
 
 # Prints the ids of this run's instances, one a line.
 own_ids() {
-  key="$run_key" rented="$rented_id" facts '.[]
-    | select((.key != "" and .key == env.key) or "\(.id)" == env.rented) | .id' <<<"$instances"
+  all_rows | key="$run_key" rented="$rented_id" facts '.[]
+    | select((.key != "" and .key == env.key) or "\(.id)" == env.rented) | .id'
 }
 
 # Prints the ids of new instances that do not tell yet whose they are.
 unclear_ids() {
-  before="$before" facts '.[] | select((.known | not) and (is_before | not)) | .id' <<<"$instances"
+  all_rows | before="$before" facts '.[] | select((.known | not) and (is_before | not)) | .id'
 }
 
 # Whether an order without an answer may still bring an instance.
-order_may_come() { ((open_orders && SECONDS - order_time < APPEAR_SECONDS)); }
+order_may_come() { [[ -n "$open_order" ]] && ((now - order_time < APPEAR_SECONDS)); }
 
 # Destroys what this run rented until Vast lists none of it.
 give_back_rented() {
-  local attempt=0 id ids sent='' what='what the last order may bring'
-  [[ -n "$rented_id" ]] || ((open_orders)) || return 0
-  [[ -z "$rented_id" ]] || what="instance $rented_id"
-  say "giving back $what"
-  while ((attempt < 8)) || order_may_come; do
-    attempt=$((attempt + 1))
+  local deadline=$((now + GIVE_BACK_SECONDS)) rounds=0 sent='' id
+  local what='what the last order may bring'
+  [[ -n "$rented_id$open_order" ]] || return 0
+  if [[ -n "$rented_id" ]]; then what="instance $rented_id"; fi
+  say "giving back $what: some seconds, and if Vast is slow, at most" \
+    "$(((GIVE_BACK_SECONDS + 2 * CALL_SECONDS) / 60)) minutes"
+  while ((rounds < 2 || now < deadline)); do
+    rounds=$((rounds + 1))
     # An instance that is not listed yet is not gone: Vast must have taken the order to destroy it.
-    [[ -z "$rented_id" || -n "$sent" ]] || ! destroy_once "$rented_id" || sent=yes
+    if [[ -n "$rented_id" && -z "$sent" ]] && destroy_once "$rented_id"; then sent=yes; fi
     if look; then
-      ids="$(own_ids)"
-      for id in $ids; do destroy_once "$id" || true; done
-      if [[ -z "$ids" && (-z "$rented_id" || -n "$sent") ]] && ! order_may_come &&
-        [[ "$open_orders" == 0 || -z "$(unclear_ids)" ]]; then
+      for id in $(own_ids); do destroy_once "$id"; done
+      if nothing_is_left "$sent"; then
         say "${rented_id:+instance $rented_id is destroyed: }this run has nothing rented any more"
-        rented_id='' open_orders=0
+        rented_id='' open_order=''
         return 0
       fi
     fi
-    pause "$((attempt < 4 ? 2 : 10))"
+    pause "$((rounds < 4 ? 2 : 10))"
   done
   say_still_billed destroy "$(own_ids)" "$rented_id"
-  rented_id='' open_orders=0    # enough was tried
+  rented_id='' open_order=''    # enough was tried
   return 1
+}
+
+# usage: nothing_is_left SENT    (as the last look found it)
+nothing_is_left() {
+  [[ -z "$(own_ids)" && (-z "$rented_id" || -n "$1") ]] && ! order_may_come &&
+    [[ -z "$open_order" || -z "$(unclear_ids)" ]]
 }
 
 # Fails unless Vast took the order, or has no such instance; that it is gone, only a look tells.
 destroy_once() {
-  vast destroy instance "$1" -y || [[ "$refused" == 404 ]] ||
-    { say "destroying $1: $complaint"; return 1; }
+  if vast destroy instance "$1" -y || [[ "$refused" == 404 ]]; then return 0; fi
+  say "destroying $1: $complaint"
+  return 1
 }
 
 give_back_woken() {
   local attempt
   [[ -n "$woken_id" ]] || return 0
-  say "stopping instance $woken_id again"
+  say "stopping instance $woken_id again: some seconds, and some minutes at most if Vast is slow"
   for attempt in 1 2 3 4 5 6; do
     vast stop instance "$woken_id" || say "stopping $woken_id: $complaint"
     pause 2
@@ -924,40 +1132,68 @@ give_back_woken() {
 }
 
 # Whether Vast means instance $1 to be stopped, or lists it no more.
-is_stopped() {
-  local row
-  row="$(row_of "$1")"
-  [[ -z "$row" || "$(fact "$row" .wanted)" == stopped ]]
-}
+is_stopped() { ! is_listed "$1" || [[ "$(fact "$(row_of "$1")" .wanted)" == stopped ]]; }
 
 # usage: by_hand WORDS...    (prints the command of vastai that a person can copy)
 by_hand() {
-  local prefix='' program=vastai
-  [[ -z "${VASTAI_API_KEY:-}" ]] || prefix="VAST_API_KEY=\$VASTAI_API_KEY "
+  local program=vastai
   command -v vastai >/dev/null 2>&1 || program="$VASTAI"
-  printf '%s\n' "$prefix$program $*"
+  printf '%s\n' "$(key_for VAST_API_KEY)$program $*"
+}
+
+# usage: rescue WORDS...    (prints the command of this script that ends what is billed)
+rescue() { printf '%s\n' "$(key_for VASTAI_API_KEY)$AGAIN $*"; }
+
+# usage: key_for VARIABLE    (prints what gives a copied command the key, which must not show; the
+# shell it is copied to may not have it, as it may have been set for one call)
+key_for() {
+  if [[ -n "${VASTAI_API_KEY:-}" ]]; then
+    printf '%s=${VASTAI_API_KEY:?your key of Vast} ' "$1"
+  elif [[ -n "${VAST_API_KEY:-}" ]]; then
+    printf '%s=${VAST_API_KEY:?your key of Vast} ' "$1"
+  fi
 }
 
 # usage: say_still_billed VERB IDS...    (says of each what ends it; without any, where to look)
 say_still_billed() {
   local id ids="${*:2}" said=' ' yes=''
-  [[ "$1" != destroy ]] || yes=' -y'
+  if [[ "$1" == destroy ]]; then yes=' -y'; fi
   for id in $ids; do
-    [[ "$said" != *" $id "* ]] || continue
+    if [[ "$said" == *" $id "* ]]; then continue; fi
     say "instance $id may still be billed; this ends it: $(by_hand "$1" instance "$id$yes")"
     said="$said$id "
   done
   [[ "$said" == ' ' ]] || return 0
-  say "an order went out and Vast does not tell what became of it: see whether" \
-    "$(by_hand show instances) lists a '$LABEL', and end it:" \
+  say "an order went out and Vast does not tell what became of it: it may be billed. See whether" \
+    "$(by_hand show instances) or https://cloud.vast.ai/instances/ lists a '$LABEL', and end it:" \
     "$(by_hand destroy instance ID -y)"
+}
+
+at_stake=' '    # VERB:ID of what this run is to stop or destroy and has not, between blanks
+
+# usage: stake VERB IDS...
+stake() {
+  local id ids="${*:2}"
+  for id in $ids; do at_stake="$at_stake$1:$id "; done
+}
+
+# usage: unstake VERB ID
+unstake() { at_stake="${at_stake/ $1:$2 / }"; }
+
+# Whatever ended this run, the last lines say what it was to end and may still be billed.
+say_at_stake() {
+  local one
+  for one in $at_stake; do say_still_billed "${one%%:*}" "${one#*:}"; done
+  at_stake=' '
 }
 
 # -----------------------------------------------------------------------------
 # Offers
 
 # The options of search.
-gpus="$DEFAULT_GPUS" min_vram=8 max_price=0.20 min_reliability=0.95 disk=50 region=''
+gpus="$DEFAULT_GPUS" min_vram=8 max_price=0.20 max_traffic=0.05 min_reliability=0.95
+disk=50 region=''
+gpus_typed=''       # yes, if a person named them
 rent_options=''    # names of what was said that only a new instance can have
 pricing='on-demand' bid='' image="${BARK_IMAGE:-$DEFAULT_IMAGE}"
 
@@ -968,15 +1204,18 @@ note_rent_option() { rent_options="${rent_options:+$rent_options, }$1"; }
 search_option() {
   case "$2" in
     --interruptible) note_rent_option "$2"; pricing=bid; return 0 ;;
-    --gpu | --min-vram | --max-price | --min-reliability | --disk | --region | --bid | --image) ;;
+    --gpu | --min-vram | --max-price | --max-traffic | --min-reliability | --disk | --region | \
+      --bid | --image) ;;
     *) return 1 ;;
   esac
   note_rent_option "$2"
   need_value "$1" "$2" "${3:-}"
   case "$2" in
-    --gpu) gpus="$(gpu_names "$3")"; [[ "$gpus" != ANY ]] || gpus='' ;;
+    --gpu) gpus="$(gpu_names "$3")" gpus_typed=yes
+      if [[ "$gpus" == ANY ]]; then gpus='' gpus_typed=''; fi ;;
     --min-vram) need_number "$1" "$2" "$3" 1 1000; min_vram="$3" ;;
     --max-price) need_number "$1" "$2" "$3" 0.001 128; max_price="$3" ;;
+    --max-traffic) need_number "$1" "$2" "$3" 0 10; max_traffic="$3" ;;
     --min-reliability) need_number "$1" "$2" "$3" 0 1; min_reliability="$3" ;;
     --disk) need_whole "$1" "$2" "$3" 8 2000; disk="$((10#$3))" ;;
     --region) region="$(region_codes "$3")" || usage_error \
@@ -1019,6 +1258,7 @@ hard_query() {
 
 soft_query() {
   local query="gpu_ram>=$min_vram reliability>$min_reliability dph_total<=$max_price"
+  query="$query inet_down_cost<=$max_traffic"
   [[ -z "$gpus" ]] || query="$query gpu_name in [${gpus// /_}]"
   [[ -z "$region" ]] || query="$query geolocation in [$region]"
   printf '%s\n' "$query"
@@ -1030,39 +1270,58 @@ offers='[]'    # the cheapest first
 search_offers() {
   persist vast_json array search offers "$1" --type "$pricing" --storage "$disk" \
     --order dph_total --limit "$2" || die_by_vast 'the offers cannot be searched'
-  offers="$(facts 'offers | tojson' <<<"$reply")"
+  offers="$(feed "$reply" facts 'offers | tojson')"
+}
+
+# Gives the GPUs that a person typed the names that Vast has; ends if it has none like that.
+check_gpus() {
+  local known line names=''
+  [[ -n "$gpus_typed" ]] || return 0
+  known="$(known_gpus)" || return 0
+  while IFS= read -r line; do
+    if [[ "$line" == \?* ]]; then
+      line="${line#\?}"
+      die "$EX_USAGE" "unknown GPU '${line%%|*}'; did you mean one of: ${line#*|}?"
+    fi
+    names="$names,$line"
+  done < <(typed="$gpus" feed "$known" facts 'matched(env.typed)')
+  gpus="${names#,}"
 }
 
 # Sets offers to those that start would take; ends with advice if there is none.
 # Vast's own filter is not the last word on what costs money.
 find_offers() {
+  check_gpus
   search_offers "$(hard_query) $(soft_query)" 64
-  offers="$(facts 'map(select(.winning and .cost <= (env.max_price | tonumber))) | tojson' \
-    <<<"$offers")"
+  offers="$(feed "$offers" facts 'map(select(.winning and .cost <= (env.max_price | tonumber)
+    and .traffic <= (env.max_traffic | tonumber))) | tojson')"
   [[ "$offers" == '[]' ]] || return 0
   pause 1
   search_offers "$(hard_query)" 500
-  say "no offer fits; Vast has $(facts length <<<"$offers") with one GPU, $disk GB of disk," \
+  say "no offer fits; Vast has $(feed "$offers" facts length) with one GPU, $disk GB of disk," \
     "a fast line and a driver for the image"
   advice >&2
-  die "$EX_REFUSED" "No suitable GPU found; widen --max-price, --min-vram, --gpu, --region or
---min-reliability, or ask for less --disk${bid:+ or a higher --bid}${renting:+; $(what_is_left)}"
+  die "$EX_REFUSED" "No suitable GPU found; widen --max-price, --min-vram, --gpu, --region,
+--max-traffic or --min-reliability, or ask for less --disk${bid:+ or a higher --bid}\
+${renting:+; $(what_is_left)}"
 }
 
 # Prints, for each option, what widening it alone would bring, then the nearest offer of all.
 advice() {
-  facts 'map(. + {wide: widenings} | select(.wide != []))
+  feed "$offers" facts 'map(. + {wide: widenings} | select(.wide != []))
     | if . == [] then empty else
       (map(select(.wide | length == 1)) | group_by(.wide[0] | split(" ")[0])
         | map(min_by(.cost)) | sort_by(.cost)[] | "  with \(.wide[0]): \(sentence)"),
       (min_by([(.wide | length), .cost]) | "the nearest: \(.wide | join(" ")): \(sentence)")
-      end' <<<"$offers"
+      end'
 }
 
 # usage: show_offer OFFER
 show_offer() {
   fact "$1" '"offer \(.id): \(sentence)
-  of it storage: \(.storage | fixed(4)) $/h, stopped too; traffic: \(.traffic | fixed(3)) $/GB
+  of it storage: \(.storage | fixed(4)) $/h, stopped too
+  the first start downloads some \(env.first_start) GB: \(.first | fixed(2)) $ (traffic: \(.traffic
+    | fixed(3)) $/GB)
   \(if .bid then "interruptible, bid \(.bid) $/h" else "on demand" end), "
     + "reliability \(.reliability * 100 | fixed(1)) %, download \(.down | round) Mb/s"'
 }
@@ -1070,7 +1329,6 @@ show_offer() {
 offer_line() { printf '%-10s %-16s %4s %8s %7s %-20s %6s %6s %8s\n' "$@"; }
 
 cmd_search() {
-  local cells=()
   split_words "$@"
   set -- ${words[@]+"${words[@]}"}
   while (($#)); do
@@ -1081,41 +1339,53 @@ cmd_search() {
   check_search search
   open_account
   find_offers
+  tell "$(offer_table)"
+}
+
+offer_table() {
+  local cells=()
   offer_line OFFER GPU GB '$/HOUR' '$/DAY' WHERE RELIAB 'Mb/s' '$/GB IN'
-  while IFS='|' read -r -a cells; do offer_line "${cells[@]}"; done <<<"$(facts '.[]
-    | [.id, .gpu, (.vram | round), (.cost | fixed(4)), (.cost * 24 | fixed(2)), .region[-20:],
-      (.reliability | fixed(3)), (.down | round), (.traffic | fixed(3))] | join("|")' <<<"$offers")"
+  while IFS='|' read -r -a cells; do
+    offer_line "${cells[@]}"
+  done < <(feed "$offers" facts '.[] | [.id, .gpu, (.vram | round), (.cost | fixed(4)),
+    (.cost * 24 | fixed(2)), .region[-20:], (.reliability | fixed(3)), (.down | round),
+    (.traffic | fixed(3))] | join("|")')
 }
 
 # -----------------------------------------------------------------------------
 # Waiting for a worker
 
-outcome=''    # how the wait ended: ready, failed, gone, image, taken, lost, late
+outcome=''    # how the wait ended: ready, failed, image, settings, dead, taken, lost, late; gone or
+              # stopped: by somebody else
 reason=''     # what to say of it
 row=''        # the instance as last seen
 address=''
 phase=''      # what it did when last seen
 shown=''      # the phase that was shown last
 rival=''      # the instance of another start that came first
-wait_began=0 running_since='' scheduling_since='' silent_since=0    # SECONDS
+wait_began=0 running_since='' scheduling_since='' silent_since=0    # in `now`
 gpu_price=0 storage_price=0                     # millionths of $/h
+traffic_cost=0                                  # of the first start, in millionths of $
 old_ends=''                                     # how often the worker had ended before
+seen='' meant_to_run=''                         # yes once Vast has listed it so
+absent_looks=0                                  # in a row, of one that was seen before
+lost_looks=0 lost_time=0                        # in a row, that say offline or unknown
 
 # usage: await_worker ID SECONDS    (fails unless outcome is ready)
 # Vast is asked only while the worker itself does not answer.
 await_worker() {
-  local deadline=$((SECONDS + $2))
-  outcome='' reason='' row='' address='' phase='waiting for Vast' rival=''
-  wait_began=$SECONDS running_since='' scheduling_since='' silent_since=$SECONDS old_ends=''
-  [[ "$1" != "$rented_id" ]] || old_ends=0
+  local deadline
+  tick
+  deadline=$((now + $2))
+  begin_wait "$1"
   while :; do
-    hear_worker || see_instance "$1"
-    [[ -n "$outcome" || -z "$address" || "$phase" != running* ]] || hear_worker || true
-    [[ -z "$outcome" ]] || break
+    hear_worker || see_instance "$1" || true
+    if [[ -z "$outcome" && -n "$address" && "$phase" == running* ]]; then hear_worker || true; fi
+    if [[ -n "$outcome" ]]; then break; fi
     show_phase
-    if ((SECONDS >= deadline)); then
+    if ((now >= deadline)); then
       outcome=late reason="instance $1 was not healthy within $2 s: $phase"
-      [[ "$phase" != scheduling* ]] || outcome=taken
+      if [[ "$phase" == scheduling* ]]; then outcome=taken; fi
       break
     fi
     pause "$POLL"
@@ -1123,10 +1393,22 @@ await_worker() {
   [[ "$outcome" == ready ]]
 }
 
+# usage: begin_wait ID
+begin_wait() {
+  outcome='' reason='' row='' address='' phase='waiting for Vast' rival=''
+  wait_began=$now running_since='' scheduling_since='' silent_since=$now old_ends=''
+  seen=yes meant_to_run=yes absent_looks=0 lost_looks=0 lost_time=-99
+  if [[ "$1" == "$rented_id" ]]; then
+    old_ends=0 seen=''
+  elif [[ "$1" == "$woken_id" ]]; then
+    meant_to_run=''
+  fi
+}
+
 # Shows what happens, for how long, and what it cost so far if that can be told.
 show_phase() {
-  local so_far="$((SECONDS - wait_began)) s"
-  [[ -z "$gpu_price" ]] || so_far="$so_far, $(cost_so_far) \$"
+  local so_far="$((now - wait_began)) s"
+  if [[ -n "$gpu_price" ]]; then so_far="$so_far, $(cost_so_far) \$"; fi
   if [[ -t 2 ]]; then
     printf '\r\033[K%s: %s' "$so_far" "${phase:0:55}" >&2 || true    # a wrapped line cannot go
     line_open=yes
@@ -1136,52 +1418,76 @@ show_phase() {
   shown="$phase"
 }
 
-# Prints it in dollars.
+# Prints it in dollars. The traffic of the first start counts in full, as it will come.
 cost_so_far() {
-  local cost=$(((SECONDS - wait_began) * storage_price / 3600))
-  [[ -z "$running_since" ]] || cost=$((cost + (SECONDS - running_since) * gpu_price / 3600))
+  local cost=$(((now - wait_began) * storage_price / 3600))
+  if [[ -n "$rented_id" ]]; then cost=$((cost + traffic_cost)); fi
+  if [[ -n "$running_since" ]]; then cost=$((cost + (now - running_since) * gpu_price / 3600)); fi
   decimal "$cost"
 }
 
-# Asks the worker; fails if there is no answer.
+# Asks the worker; fails if there is no answer. What ends with status 2 refuses its settings.
 hear_worker() {
-  local health
+  local health ends
   [[ -n "$address" ]] || return 1
   health="$(health_of "$address")" || return 1
-  silent_since=$SECONDS
-  phase="$(facts '.status + if .progress.bytes_total then (.progress
+  tick
+  silent_since=$now
+  phase="$(feed "$health" facts '.status + if .progress.bytes_total then (.progress
       | " \(100 * .bytes_done / .bytes_total | floor) % of \(.bytes_total / 1e9 | fixed(1)) GB")
-    elif .error then ": " + (.error | clean) else "" end' <<<"$health")"
+    elif .error then ": " + (.error | clean) else "" end')"
   case "$phase" in
     ready*) outcome=ready ;;
-    failed*) outcome=failed reason="the worker $phase" ;;
+    failed*)
+      outcome=failed reason="the worker $phase"
+      ends="$(feed "$health" facts '.exit_status // ""')"
+      if [[ "$ends" == 2 ]]; then outcome=settings; fi ;;
   esac
 }
 
 # usage: see_instance ID    (asks Vast, and decides if the instance can no longer get healthy)
+# Fails if Vast does not answer.
 see_instance() {
   if ! look; then
     phase="$complaint"
-    return 0
+    return 1
   fi
   row="$(row_of "$1")"
   if [[ -z "$row" ]]; then
-    phase='not in the list of Vast yet'
-    [[ "$1" == "$rented_id" ]] && ((SECONDS - wait_began < APPEAR_SECONDS)) && return 0
-    outcome=gone reason="Vast lists no instance $1 any more"
+    judge_absence "$1"
     return 0
   fi
-  IFS='|' read -r gpu_price storage_price address <<<"$(fact "$row" \
-    '"\([.price - .storage, 0] | max * 1e6 | round)|\(.storage * 1e6 | round)|\(.address)"')"
+  seen=yes absent_looks=0
+  IFS='|' read -r gpu_price storage_price address < <(fact "$row" \
+    '"\([.price - .storage, 0] | max * 1e6 | round)|\(.storage * 1e6 | round)|\(.address)"')
   if [[ "$1" == "$rented_id" ]]; then check_rented "$1"; fi
-  [[ -n "$outcome" ]] || judge_state "$1"
+  if [[ -z "$outcome" || "$outcome" == ready ]]; then judge_state "$1"; fi
+}
+
+# usage: judge_absence ID
+# A new instance may take a while to be listed; one that was listed is gone after two looks.
+judge_absence() {
+  if is_listed "$1"; then
+    phase="Vast's row of it cannot be read"
+  elif [[ -n "$seen" ]]; then
+    absent_looks=$((absent_looks + 1))
+    phase='not in the list of Vast any more'
+    if ((absent_looks > 1)); then
+      outcome=gone reason="instance $1 was destroyed meanwhile, and not by this run"
+    fi
+  else
+    phase='not in the list of Vast yet'
+    if ((now - wait_began >= APPEAR_SECONDS)); then
+      outcome=failed reason="Vast does not list instance $1"
+    fi
+  fi
 }
 
 # What concerns only an instance of this run: it is its only one, the first one, within the price.
 check_rented() {
   end_strays "$1"
-  rival="$(rented="$1" key="$run_key" before="$before" facts 'map(select(is_rival))
-    | .[0].id // ""' <<<"$instances")"
+  rival="$(rented="$1" key="$run_key" before="$before" \
+    feed "$instances" facts 'map(select(is_rival)) | .[0].id // ""')"
   if [[ -n "$rival" ]]; then
     outcome=lost reason="another start rented instance $rival at the same time"
   elif [[ "$(fact "$row" '.price > (env.max_price | tonumber) * 1.001')" == true ]]; then
@@ -1194,8 +1500,11 @@ check_rented() {
 end_strays() {
   local id
   for id in $(own_ids); do
-    [[ "$id" == "$1" ]] || { say "instance $id showed up late: destroying it"; destroy_once "$id"; }
-  done || true
+    if [[ "$id" != "$1" ]]; then
+      say "instance $id showed up late: destroying it"
+      destroy_once "$id" || true
+    fi
+  done
 }
 
 # Whether the last look leaves no doubt: nothing else of this run, and no lower id that is bare yet.
@@ -1207,15 +1516,13 @@ is_settled() {
 min_id() { printf '%s\n' "$@" | sort -n | grep -m 1 .; }
 
 # Before a healthy instance counts: another start's may have come first, an order without an answer
-# may have brought a second one. Fails if this run's has to go.
+# may have brought a second one. Fails if this run's has to go, or was ended by somebody.
 settle() {
-  local deadline=$((SECONDS + APPEAR_SECONDS))
-  while ((SECONDS < deadline)) || order_may_come; do
-    if look; then
-      row="$(row_of "$rented_id")"
-      [[ -z "$row" ]] || check_rented "$rented_id"
-      [[ "$outcome" == ready ]] || return 1
-      ! is_settled || return 0
+  local deadline=$((now + APPEAR_SECONDS))
+  while ((now < deadline)) || order_may_come; do
+    if see_instance "$rented_id"; then
+      if [[ "$outcome" != ready ]]; then return 1; fi
+      if [[ -n "$row" ]] && is_settled; then return 0; fi
     fi
     pause 1
   done
@@ -1223,29 +1530,65 @@ settle() {
 
 # usage: judge_state ID
 judge_state() {
-  local state message
-  IFS='|' read -r state message <<<"$(fact "$row" '"\(.state)|\(.message)"')"
+  local state message wanted
+  IFS='|' read -r state wanted message < <(fact "$row" '"\(.state)|\(.wanted)|\(.message)"')
+  if [[ "$wanted" == running ]]; then meant_to_run=yes; fi
+  if [[ "$wanted" == stopped && -n "$meant_to_run" ]]; then
+    outcome=stopped reason="instance $1 was stopped meanwhile, and not by this run"
+  fi
+  if [[ -n "$outcome" ]]; then return 0; fi
   phase="$state${message:+: $message}"
-  [[ "$1" != "$woken_id" || -n "$running_since" || ! "$state" =~ ^(exited|outbid|stopped)$ ]] ||
+  if [[ ! "$state" =~ ^(offline|unknown)$ ]]; then lost_looks=0; fi
+  if [[ "$1" == "$woken_id" && -z "$running_since" &&
+    "$state" =~ ^(exited|outbid|stopped|stopping)$ ]]; then
     state=scheduling    # it has not come up again yet
+  fi
   case "$state" in
-    running)
-      running_since="${running_since:-$SECONDS}" scheduling_since=''
-      phase='running; the worker does not answer yet'
-      ((SECONDS - silent_since < LOG_SECONDS)) || { silent_since=$SECONDS; read_log "$1"; } ;;
-    provisioning | loading | rebooting | stopping) ;;
+    running) judge_running "$1" ;;
+    provisioning | loading | rebooting) ;;
     scheduling) wait_for_gpu "$1" ;;
-    error) outcome=failed reason="instance $1: $message"
-      ! is_image_fault "$message" || outcome=image ;;
+    offline | unknown) count_lost_look "$1" "$state" ;;
+    error)
+      outcome=failed reason="instance $1: $message"
+      if is_image_fault "$(fact "$row" .said)"; then outcome=image; fi ;;
     *) outcome=failed reason="instance $1 is $state${message:+: $message}" ;;
   esac
 }
 
+# usage: judge_running ID
+judge_running() {
+  running_since="${running_since:-$now}" scheduling_since=''
+  phase='running; the worker does not answer yet'
+  if [[ -z "$address" ]]; then
+    phase="$phase: Vast tells no port of it"
+    if ((now - running_since >= PORT_SECONDS)); then
+      outcome=failed
+      reason="instance $1 runs, but Vast tells no port of it, so that nobody can ever reach it"
+      return 0
+    fi
+  fi
+  if ((now - silent_since >= LOG_SECONDS)); then
+    silent_since=$now
+    read_log "$1"
+  fi
+}
+
+# usage: count_lost_look ID STATE    (its host may only be away for a moment)
+count_lost_look() {
+  if ((now - lost_time >= LOST_APART)); then
+    lost_looks=$((lost_looks + 1)) lost_time=$now
+  fi
+  if ((lost_looks >= LOST_LOOKS)); then
+    outcome=dead reason="instance $1 is $2, in $LOST_LOOKS looks one after the other"
+  fi
+}
+
 wait_for_gpu() {
   phase="scheduling${phase#"${phase%%:*}"}"
-  scheduling_since="${scheduling_since:-$SECONDS}"
-  ((SECONDS - scheduling_since < SCHEDULING_SECONDS)) ||
+  scheduling_since="${scheduling_since:-$now}"
+  if ((now - scheduling_since >= SCHEDULING_SECONDS)); then
     outcome=taken reason="the GPU of instance $1 is taken, by somebody else in most cases"
+  fi
 }
 
 # Whether every host would fail like this.
@@ -1253,21 +1596,27 @@ is_image_fault() {
   local text pattern='manifest.*(unknown|not found)|(pull access|requested access|registry).*denied'
   pattern="$pattern|unauthorized|repository.*not exist|name unknown|invalid reference"
   pattern="$pattern|no matching manifest|manifests/.*denied"
-  text="$(tr '[:upper:]' '[:lower:]' <<<"$1")"
+  text="$(feed "$1" tr '[:upper:]' '[:lower:]')"
   [[ "$text" =~ $pattern ]]
 }
 
 # usage: read_log ID    (shows the log's last line; a worker that cannot start says so there)
+# The log outlives a stop, so what stands in it at first may be of an earlier run.
 read_log() {
-  local ends last pattern='bark-worker ended with status '
+  local ends last text pattern='bark-worker ended with status '
   vast logs "$1" --tail 1000 || return 0
-  reply="$(without_keys "$reply")"
-  ends="$(grep -c "$pattern" <<<"$reply" || true)"
-  old_ends="${old_ends:-$ends}"    # of a run before this one: the log outlives a stop
-  last="$(tail -n 1 <<<"$reply")"
+  text="$(without_keys "$reply")"
+  ends="$(feed "$text" grep -c "$pattern")" || true
+  old_ends="${old_ends:-$ends}"
+  last="${text##*$'\n'}"
   phase="running; its log says: ${last:0:150}"
-  if [[ "$last" == "${pattern}2" ]] || ((ends >= old_ends + 3)); then
-    outcome=failed reason="the worker does not start:"$'\n'"$(tail -n 8 <<<"$reply")"
+  if [[ "$last" == "${pattern}2" && ("$1" != "$woken_id" || "$ends" != "$old_ends") ]]; then
+    outcome=settings
+  elif ((ends >= old_ends + 3)); then
+    outcome=failed
+  fi
+  if [[ -n "$outcome" ]]; then
+    reason="the worker does not start:"$'\n'"$(feed "$text" tail -n 8)"
   fi
 }
 
@@ -1275,9 +1624,9 @@ read_log() {
 without_keys() {
   local text="$1" key
   while IFS= read -r key; do
-    [[ -z "$key" ]] || text="${text//"$key"/[key]}"
-  done <<<"$(facts '.[].key' <<<"$instances")"
-  printf '%s\n' "$text" | sed -E 's/([A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)'\
+    if [[ -n "$key" ]]; then text="${text//"$key"/[key]}"; fi
+  done < <(feed "$instances" facts '.[].key')
+  feed "$text" sed -E 's/([A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)'\
 '("[^"]*"|[^" ]+)/\1[key]/g'
 }
 
@@ -1347,16 +1696,20 @@ cmd_start() {
   open_account
   look_or_die
   chosen="$(chosen_row)"
-  [[ -n "$chosen" ]] || { rent; return 0; }
-  IFS='|' read -r id state <<<"$(fact "$chosen" '"\(.id)|\(.state)"')"
+  if [[ -z "$chosen" ]]; then
+    rent
+    return 0
+  fi
+  IFS='|' read -r id state < <(fact "$chosen" '"\(.id)|\(.state)"')
   if [[ -n "$dry_run" ]]; then
     say "instance $id is $state: start would use it"
-    describe "$(with_health "$chosen")"
+    tell "$(describe "$(with_health "$chosen")")"
     return 0
   fi
   case "$state" in
     stopped | stopping) wake "$id" ;;
-    running | provisioning | loading | rebooting | scheduling) join "$id" ;;
+    running | provisioning | loading | rebooting | scheduling | offline | unknown)
+      join "$id" "$state" ;;
     outbid) replace_or_die "$id" "$EX_REFUSED" "instance $id is outbid; it comes back by itself when
 nobody bids more, or at once for a higher bid: $(by_hand change bid "$id")" ;;
     *) replace_or_die "$id" "$EX_REFUSED" "instance $id is $state$(fact "$chosen" \
@@ -1369,18 +1722,37 @@ say_what_does_not_count() {
     "$rent_options, destroy it first: $AGAIN destroy"
 }
 
-# usage: join ID    (waits for an instance that is not this run's, and leaves it alone)
+# usage: join ID [STATE]    (waits for an instance that is not this run's, and leaves it alone)
 join() {
   say "instance $1 is there already"
   if_cut="instance $1 is left as it is, and billed"
   say_what_does_not_count
   if await_worker "$1" "$timeout"; then announce "$1"; return 0; fi
-  [[ "$outcome" == gone ]] ||
-    say "instance $1 is left as it is, and billed; to end it: $AGAIN destroy $1"
+  if [[ "$outcome" == dead && "${2:-}" =~ ^(offline|unknown)$ ]]; then
+    replace_or_die "$1" "$EX_REFUSED" "$reason"
+    return 0
+  fi
+  respect_others "$1"
+  say "instance $1 is left as it is, and billed; to end it: $(rescue destroy "$1")"
   case "$outcome" in
     late) die "$EX_LATE" "$reason" ;;
-    failed) die "$EX_UNHEALTHY" "$reason" ;;
+    failed | settings | dead) die "$EX_UNHEALTHY" "$reason" ;;
     *) die "$EX_REFUSED" "$reason" ;;
+  esac
+}
+
+# usage: respect_others ID    (ends if somebody else ended the instance, and leaves all as it is)
+respect_others() {
+  local kept=''
+  if [[ -n "$replaced_id" || "$outcome" == gone ]]; then kept="; $(what_is_left)"; fi
+  case "$outcome" in
+    gone)
+      rented_id='' woken_id='' if_cut=''
+      die "$EX_NO_INSTANCE" "$reason$kept" ;;
+    stopped)
+      rented_id='' woken_id='' if_cut=''
+      die "$EX_REFUSED" "$reason: it is left as it is, and $(storage_cost "$row")$kept
+To wake it: $AGAIN start; to end that, too: $(rescue destroy "$1")" ;;
   esac
 }
 
@@ -1397,12 +1769,13 @@ wake() {
     announce "$1"
     return 0
   fi
+  respect_others "$1"
   case "$outcome" in
     late) status="$EX_LATE" ;;
-    failed) status="$EX_UNHEALTHY" ;;
+    failed | settings) status="$EX_UNHEALTHY" ;;
     *) status="$EX_REFUSED" ;;
   esac
-  give_back || exit "$EX_REFUSED"
+  give_back || leave "$EX_REFUSED"
   replace_or_die "$1" "$status" "$reason"
 }
 
@@ -1410,7 +1783,7 @@ wake() {
 ask_to_start() {
   local attempt
   for attempt in 1 2 3; do
-    ! vast start instance "$1" || break
+    if vast start instance "$1"; then break; fi
     case "$refused" in
       429) pause "$((attempt * 10))" ;;
       4* | usage) die_by_vast "instance $1 cannot be started" ;;
@@ -1424,45 +1797,52 @@ ask_to_start() {
 
 # usage: replace_or_die ID STATUS MESSAGE
 replace_or_die() {
-  [[ -n "$replace" ]] || die "$2" "$3
+  if [[ -z "$replace" ]]; then
+    die "$2" "$3
 To rent another and destroy this one then: $AGAIN start --replace
-While Vast lists it, its storage is billed; to end that: $AGAIN destroy $1"
+While Vast lists it, its storage is billed; to end that: $(rescue destroy "$1")"
+  fi
   say "$3: renting another"
-  replaced_id="$1"
+  replaced_id="$1" if_cut="$(what_is_left)"
   rent
+  stake destroy "$1"
   replaced_id=''
   look_or_die
   if [[ "$(fact "$(row_of "$1")" 'state_is_live')" == true ]]; then
+    unstake destroy "$1"
     say "instance $1, which was to be replaced, runs again: it is left alone, and billed"
     return 0
   fi
   say "destroying instance $1, which it replaces"
-  destroy_confirmed "$1" || { say_still_billed destroy "$1"; exit "$EX_REFUSED"; }
+  destroy_confirmed "$1" || leave "$EX_REFUSED"
 }
 
 # Rents the cheapest offer whose worker gets healthy.
 rent() {
   local place=0 orders=0 rented=0 offer
   renting=yes
+  if say_odd_rows; then
+    die "$EX_REFUSED" "nothing is rented beside an instance that may be ours and cannot be read"
+  fi
   find_offers
-  offer="$(facts '.[0] | tojson' <<<"$offers")"
+  offer="$(offer_at 0)"
   if [[ -n "$dry_run" ]]; then
-    show_offer "$offer"
+    tell "$(show_offer "$offer")"
     say 'dry run: nothing is rented'
     return 0
   fi
   show_offer "$offer" >&2
   agree "Rent it (if it fails, the next, up to $max_price \$/h)?" renting rented    # asked once
   run_key="$(od -An -N 24 -tx1 /dev/urandom | tr -d ' \n')"
-  before="$(facts 'map(.id | tostring) | join(" ")' <<<"$instances")"
+  before="$(feed "$instances" facts 'map(.id | tostring) | join(" ")')"
   while ((rented < ATTEMPTS && orders < ORDERS)); do
-    offer="$(facts ".[$place] | select(.) | tojson" <<<"$offers")"
-    [[ -n "$offer" ]] || break
-    ((orders == 0)) || show_offer "$offer" >&2
+    offer="$(offer_at "$place")"
+    if [[ -z "$offer" ]]; then break; fi
+    if ((orders > 0)); then show_offer "$offer" >&2; fi
     orders=$((orders + 1))
     if order_instance "$offer"; then
       rented=$((rented + 1))
-      ! try_rented || return 0
+      if try_rented; then return 0; fi
     elif [[ "$refused" == 429 ]]; then
       pause 15
       continue
@@ -1472,19 +1852,24 @@ rent() {
   rent_failed "$rented"
 }
 
+# usage: offer_at PLACE    (prints the offer; nothing after the last)
+offer_at() { feed "$offers" facts ".[$1] | select(.) | tojson"; }
+
 # usage: rent_failed RENTED
 rent_failed() {
-  give_back || exit "$EX_REFUSED"    # of orders without an answer
-  (($1)) || die "$EX_REFUSED" "no offer could be had; the last: $reason; $(what_is_left)"
-  [[ "$outcome" != late ]] || die "$EX_LATE" "$reason; $(what_is_left)"
-  die "$EX_REFUSED" "$1 tried, none got healthy; the last: $reason; $(what_is_left)"
+  local last="${reason%%$'\n'*}"    # the rest was said
+  last="$last; $(what_is_left)"
+  if (($1 == 0)); then die "$EX_REFUSED" "no offer could be had; the last: $last"; fi
+  if [[ "$outcome" == late ]]; then die "$EX_LATE" "$last"; fi
+  die "$EX_REFUSED" "$1 tried, none got healthy; the last: $last"
 }
 
 what_is_left() {
   if [[ -z "$replaced_id" ]]; then
     printf 'nothing is rented\n'
   else
-    printf 'nothing new is rented, and instance %s is kept as it was\n' "$replaced_id"
+    printf 'nothing new is rented, and instance %s is kept as it was, its storage billed\n' \
+      "$replaced_id"
   fi
 }
 
@@ -1504,22 +1889,25 @@ container_env() {
 # As root, whatever user the image names: Vast sets up SSH inside before it runs what is to start.
 order_instance() {
   local offer_id offer_bid
-  IFS='|' read -r offer_id offer_bid <<<"$(fact "$1" '"\(.id)|\(.bid // "")"')"
+  IFS='|' read -r offer_id offer_bid traffic_cost < <(fact "$1" \
+    '"\(.id)|\(.bid // "")|\(.first * 1e6 | round)"')
   space_calls 'create instance'    # here, so that a signal meanwhile finds no order
   reason='Vast tells no instance' if_cut=''
-  rented_id='' ordering=yes open_orders=$((open_orders + 1))    # one command: no signal splits it
+  if [[ -n "$replaced_id" ]]; then if_cut="$(what_is_left)"; fi
+  rented_id='' ordering=yes open_order=yes    # one command: no signal splits it
   vast_json object create instance "$offer_id" --image "$image" --disk "$disk" --label "$LABEL" \
     --ssh --direct --user root --cancel-unavail ${offer_bid:+--bid_price "$offer_bid"} \
     --env "$(container_env)" --onstart-cmd "$ON_START" || reason="$complaint"
   read_order
-  [[ -z "$rented_id" ]] || return 0
+  if [[ -n "$rented_id" ]]; then return 0; fi
   case "$refused" in
     404 | 410) reason="offer $offer_id is gone" ;;
     429) reason='Vast wants fewer orders' ;;
     no) reason="Vast does not rent offer $offer_id: $complaint" ;;
-    *) ! is_clear_no || die_by_vast "offer $offer_id cannot be rented"
-      say "no clear answer to the order ($reason): looking for what it brought"
-      ! find_order || return 0
+    *)
+      if is_clear_no; then die_by_vast "offer $offer_id cannot be rented"; fi
+      find_order
+      if [[ -n "$rented_id" ]]; then return 0; fi
       reason="no answer to the order of offer $offer_id, and nothing came of it" ;;
   esac
   say "$reason"
@@ -1530,36 +1918,45 @@ order_instance() {
 is_clear_no() { [[ "$refused" =~ ^(no|usage|4[0-9]{2})$ && "$refused" != 408 ]]; }
 
 # usage: reply_says FILTER    (prints nothing if the reply is no JSON object)
-reply_says() { jq -r "objects | $1" <<<"$reply" 2>/dev/null || true; }
+reply_says() { feed "$reply" jq -r "objects | $1" 2>/dev/null || true; }
 
-# Closes the last order if its answer, in $scratch, is clear: an instance, a refusal or "no". It may
-# have come while a signal was being handled, or that may break in here: so the last line is one.
+# Closes the last order if its answer is clear: an instance, a refusal or "no". That may have come
+# while a signal was being handled, or one may break in here: so the last line is one command.
 # The answer holds a secret of the instance's.
 read_order() {
-  local known closed=0
-  order_time=$SECONDS
-  [[ -n "$refused" ]] || read_reply 0
-  known="$(reply_says 'select(.success) | .new_contract // ""')"
+  local known left="$open_order"
+  order_time=$now
+  read_reply
+  known="$(reply_says 'select(.success == true) | .new_contract // "" | tostring
+    | select(test("^[0-9]+$"))')"
   if [[ "$(reply_says .success)" == false ]]; then
     refused=no complaint="$(reply_says '.msg // .error // "no reason given"')"
   fi
-  if [[ -n "$known" ]] || is_clear_no; then closed=1; fi
-  rented_id="$known" open_orders=$((open_orders - closed)) ordering=''
+  if [[ -n "$known" ]] || is_clear_no; then left=''; fi
+  rented_id="$known" open_order="$left" ordering=''
 }
 
-# Sets rented_id if an instance of this run shows up that no answer told of.
+# After an order without a clear answer: sets rented_id to what came of it; or to nothing, once that
+# is certain. Until then nothing else is ordered: where no look settles it, this run ends.
 find_order() {
-  local attempt
-  for attempt in 1 2 3; do
+  local deadline=$((now + UNANSWERED_SECONDS)) found
+  say "no clear answer to the order ($reason): looking for what it brought, for up to" \
+    "$UNANSWERED_SECONDS s, and ordering nothing else"
+  while ((now < deadline)); do
     pause 2
     if look; then
-      rented_id="$(own_ids)"
-      rented_id="${rented_id%%$'\n'*}"
-      [[ -z "$rented_id" ]] || { open_orders=$((open_orders - 1)); return 0; }
+      found="$(own_ids)"
+      if [[ -n "$found" ]]; then
+        rented_id="${found%%$'\n'*}" open_order=''
+        return 0
+      fi
+      if ! order_may_come && [[ -z "$(unclear_ids)" ]]; then
+        open_order=''
+        return 0
+      fi
     fi
   done
-  say 'it brought no instance so far'
-  return 1
+  die "$EX_REFUSED" "Vast does not tell what came of the order; nothing else is rented"
 }
 
 # Brings the instance just rented to health, or gives it back; fails if the next may be tried.
@@ -1570,11 +1967,16 @@ try_rented() {
     keep_rented
     return 0
   fi
+  respect_others "$rented_id"
   say "$reason"
-  [[ -z "$running_since" || "$outcome" == lost ]] || show_last_words "$rented_id"
-  give_back || exit "$EX_REFUSED"
+  if [[ -n "$running_since" && "$reason" != *$'\n'* && "$outcome" != lost ]]; then
+    show_last_words "$rented_id"
+  fi
+  give_back || leave "$EX_REFUSED"
   case "$outcome" in
     image) die "$EX_REFUSED" "the image $image cannot be pulled; $(what_is_left)" ;;
+    settings) die "$EX_REFUSED" "the worker refuses its settings, as it would on every machine;\
+ $(what_is_left)" ;;
     lost) join "$rival" ;;
     *) return 1 ;;
   esac
@@ -1585,26 +1987,31 @@ keep_rented() {
   local id kept="$rented_id" strays
   rented_id=''
   strays="$(own_ids | grep -vx "$kept")" || true
-  open_orders=0
+  open_order=''
   for id in $(unclear_ids | grep -vx "$kept"); do
     say "instance $id came up meanwhile and does not tell whose it is; if it is nobody's," \
       "this ends it: $(by_hand destroy instance "$id" -y)"
   done
-  [[ -z "$strays" ]] || { say_still_billed destroy "$strays"; exit "$EX_REFUSED"; }
+  if [[ -n "$strays" ]]; then
+    say_still_billed destroy "$strays"
+    leave "$EX_REFUSED"
+  fi
 }
 
 # usage: show_last_words ID
 show_last_words() {
-  vast logs "$1" --tail 8 && [[ -n "$reply" ]] || return 0
-  say "its log ends so:"$'\n'"$(without_keys "$reply" | tail -n 8)"
+  if vast logs "$1" --tail 8 && [[ -n "$reply" ]]; then
+    say "its log ends so:"$'\n'"$(without_keys "$reply" | tail -n 8)"
+  fi
 }
 
 # usage: announce ID    (prints the address)
 announce() {
   local facts_line
   facts_line="$(fact "$(row_of "$1")" '"\(.gpu), \(.price | fixed(4)) $/h"' 2>/dev/null)" || true
-  say "ready after $((SECONDS - wait_began)) s: instance $1${facts_line:+, $facts_line}"
-  printf '%s\n' "$address" || say "nobody reads the answer, which is $address"
+  say "ready after $((now - wait_began)) s: instance $1${facts_line:+, $facts_line}"
+  tell "$address"
+  if [[ -n "$reader_left" ]]; then say "nobody reads the answer, which is $address"; fi
   say "its key: $AGAIN env; try it: $AGAIN test; end the rent: $AGAIN stop, or destroy"
 }
 
@@ -1615,7 +2022,7 @@ announce() {
 with_health() {
   local health='' url
   url="$(fact "$1" .address)"
-  [[ -z "$url" ]] || health="$(health_of "$url")" || true
+  if [[ -n "$url" ]]; then health="$(health_of "$url")" || true; fi
   printf '%s\n%s\n' "$1" "${health:-null}" | facts 'visible | tojson' -s
 }
 
@@ -1637,16 +2044,34 @@ cmd_status() {
   done
   open_account
   look_or_die
-  [[ "$instances" != '[]' || -n "$json" ]] || no_instance
+  if [[ "$instances" == '[]' && -z "$json" ]]; then no_instance "$(endpoint_of_this_name)"; fi
   while IFS= read -r row; do
-    [[ -n "$row" ]] || continue
     row="$(with_health "$row")"
-    [[ "$(fact "$row" .health.ready)" != true ]] || ready=yes
-    if [[ -n "$json" ]]; then found="$found$row"$'\n'; else describe "$row"; fi
-  done <<<"$(target_rows)"
-  [[ -z "$json" ]] || facts '{"label": env.our_label, instances: .}' -s <<<"$found"
-  [[ "$instances" != '[]' ]] || exit "$EX_NO_INSTANCE"
-  [[ -n "$ready" ]] || exit "$EX_UNHEALTHY"
+    if [[ "$(fact "$row" .health.ready)" == true ]]; then ready=yes; fi
+    if [[ -n "$json" ]]; then found="$found$row"$'\n'; else tell "$(describe "$row")"; fi
+  done < <(target_rows)
+  if [[ -n "$json" ]]; then
+    tell "$(printf '%s' "$found" | odd="$odd_rows" facts '(env.odd | fromjson | map(.id)) as $odd
+      | {label: env.our_label, instances: .} + if $odd == [] then {} else {unreadable: $odd} end' -s)"
+  fi
+  say_odd_rows || true
+  if [[ "$instances$odd_rows" == '[][]' ]]; then leave "$EX_NO_INSTANCE"; fi
+  if [[ -z "$ready" ]]; then leave "$EX_UNHEALTHY"; fi
+}
+
+# Prints whether an endpoint has our name, and so bills too.
+endpoint_of_this_name() {
+  local ids
+  if ! list_rows endpoints; then
+    printf 'whether an endpoint has that name is not known: %s\n' "$complaint"
+    return 0
+  fi
+  ids="$(feed "$reply" facts 'map(select(.endpoint_name == env.our_label) | "\(.id)") | join(", ")')"
+  if [[ -n "$ids" ]]; then
+    printf 'but endpoint %s has that name, and may bill: %s\n' "$ids" "$AGAIN endpoint status"
+  else
+    printf 'no endpoint has that name either: nothing is billed under it\n'
+  fi
 }
 
 took=''    # seconds that the last request took
@@ -1708,17 +2133,18 @@ cmd_test() {
   open_account
   look_or_die
   find_running
+  make_scratch
   speak
   keep_sound
-  [[ -z "$play" ]] || play_sound "$out"
+  if [[ -n "$play" ]]; then play_sound "$out"; fi
 }
 
 # usage: keep_sound [REMARK]    (checks what was spoken, copies it to --out and tells the speed)
 keep_sound() {
   local seconds
   seconds="$(check_sound "$scratch/sound")" || die "$EX_UNHEALTHY" "the sound is no good: $seconds"
-  cp -- "$scratch/sound" "$out"
-  printf '%s: %s%s\n' "$out" "$(facts "speed($took; $seconds)" <<<null)" "${1:-}"
+  cp -- "$scratch/sound" "$out" || die "$EX_MISSING" "$out cannot be written; cp says why above"
+  tell "$out: $(printf 'null\n' | facts "speed($took; $seconds)")${1:-}"
 }
 
 # Has the worker at address say text; leaves the answer in $scratch/sound.
@@ -1794,21 +2220,20 @@ cmd_logs() {
 
 # usage: show_log ID TAIL DAEMON FOLLOW
 show_log() {
-  local failures=0 asked="$2" shown="$2"
-  : >"$scratch/seen"
-  [[ -z "$4" || "$2" -ge 1000 ]] || asked=1000    # between two looks more than $2 lines may come
+  local failures=0 asked="$2" shown="$2" seen_lines='' text fresh
+  if [[ -n "$4" ]] && (($2 < 1000)); then asked=1000; fi    # between two looks many may come
   while :; do
     if vast logs "$1" --tail "$asked" ${3:+--daemon-logs}; then
       failures=0
-      without_keys "$reply" >"$scratch/log"
-      new_lines "$scratch/seen" "$scratch/log" | tail -n "$shown"
-      mv "$scratch/log" "$scratch/seen"
-      shown="$asked"
+      text="$(without_keys "$reply")"
+      fresh="$(new_lines <(printf '%s' "$seen_lines") <(printf '%s\n' "$text") | tail -n "$shown")"
+      if [[ -n "$fresh" ]]; then tell "$fresh"; fi
+      seen_lines="$text"$'\n' shown="$asked"
     else
       failures=$((failures + 1))
       ((failures < 3)) && [[ ! "$refused" =~ ^40[0-9]$ ]] || die_by_vast 'the log cannot be had'
     fi
-    [[ -n "$4" || "$failures" != 0 ]] || return 0
+    if [[ -n "$reader_left" || (-z "$4" && "$failures" == 0) ]]; then return 0; fi
     pause "$POLL"
   done
 }
@@ -1853,41 +2278,48 @@ targets=''    # a row a line
 find_targets() {
   open_account
   look_or_die
-  [[ "$instances" != '[]' ]] || no_instance
   targets="$(target_rows "$target_id")"
-  [[ -n "$targets" ]] || die "$EX_NO_INSTANCE" "no instance $target_id is labelled '$LABEL'; those\
- that are: $(facts 'map(.id | tostring) | join(", ")' <<<"$instances")"
+  [[ -z "$targets" ]] || return 0
+  [[ "$instances" != '[]' ]] || no_instance
+  die "$EX_NO_INSTANCE" "no instance $target_id is labelled '$LABEL'; those that are: $(all_rows |
+    facts 'map(.id // empty | tostring) | join(", ")')"
 }
 
 cmd_stop() {
   local row failed=''
   parse_target stop --now "$@"
   find_targets
+  if [[ "$(fact "$targets" .state)" == unreadable ]]; then
+    say_odd_rows
+    leave "$EX_REFUSED"
+  fi
+  stake stop "$(feed "$targets" facts .id)"
   while IFS= read -r row; do
     stop_one "$row" || failed=$?
-  done <<<"$targets"
-  [[ -z "$failed" ]] || exit "$failed"
+  done < <(printf '%s\n' "$targets")
+  if say_odd_rows; then failed="${failed:-$EX_REFUSED}"; fi
+  if [[ -n "$failed" ]]; then leave "$failed"; fi
 }
 
 # usage: stop_one ROW
 stop_one() {
   local id state url
-  IFS='|' read -r id state url <<<"$(fact "$1" '"\(.id)|\(.state)|\(.address)"')"
+  IFS='|' read -r id state url < <(fact "$1" '"\(.id)|\(.state)|\(.address)"')
   if [[ "$state" == stopped ]]; then
+    unstake stop "$id"
     say "instance $id is stopped already; $(storage_cost "$1")"
     return 0
   fi
-  if_cut="instance $id is not stopped, and billed"
   if [[ -n "$url" && -n "$agreed" ]]; then
     say_what_is_cut "$url"
   elif [[ -n "$url" ]]; then
     drain "$url" "$DRAIN_SECONDS"
   fi
-  if_cut="it is not sure that instance $id is stopped; see: $AGAIN status"
-  vast stop instance "$id" || [[ ! "$refused" =~ ^40[13]$ ]] ||
+  if ! vast stop instance "$id" && [[ "$refused" =~ ^40[13]$ ]]; then
     die_by_vast "instance $id is not stopped"
+  fi
   confirm_stopped "$id" || return "$?"
-  if_cut=''
+  unstake stop "$id"
   say_stopped "$id"
 }
 
@@ -1911,24 +2343,24 @@ storage_cost() {
 work_of() {
   local health
   health="$(health_of "$1")" || return 1
-  facts '"\(.queue.running // 0) running, \(.queue.waiting // 0) waiting"' <<<"$health"
+  fact "$health" '"\(.queue.running // 0) running, \(.queue.waiting // 0) waiting"'
 }
 
 say_what_is_cut() {
   local work
   work="$(work_of "$1")" || return 0
-  [[ "$work" == '0 running, 0 waiting' ]] || say "this cuts requests: $work"
+  if [[ "$work" != '0 running, 0 waiting' ]]; then say "this cuts requests: $work"; fi
 }
 
 # usage: drain ADDRESS SECONDS    (returns when the worker has nothing to do, or time is up)
 drain() {
-  local work deadline=$((SECONDS + $2)) said=''
+  local work deadline=$((now + $2)) said=''
   while work="$(work_of "$1")" && [[ "$work" != '0 running, 0 waiting' ]]; do
-    if ((SECONDS >= deadline)); then
+    if ((now >= deadline)); then
       say "after $2 s still $work: stopping all the same, which cuts them"
       return 0
     fi
-    [[ "$work" == "$said" ]] || say "waiting for requests: $work"
+    if [[ "$work" != "$said" ]]; then say "waiting for requests: $work"; fi
     said="$work"
     pause 1
   done
@@ -1936,32 +2368,37 @@ drain() {
 
 # Waits until Vast itself tells that instance $1 is stopped; asks for it again if it is not.
 confirm_stopped() {
-  local deadline=$((SECONDS + STOP_SECONDS)) state='' wanted row
-  while ((SECONDS < deadline)); do
+  local deadline=$((now + STOP_SECONDS)) state='' wanted row
+  while ((now < deadline)); do
     if look; then
       row="$(row_of "$1")"
-      [[ -n "$row" ]] || return 0
-      IFS='|' read -r wanted state <<<"$(fact "$row" '"\(.wanted)|\(.state)"')"
-      [[ "$wanted" == stopped ]] || vast stop instance "$1" || say "$complaint"
-      [[ "$wanted" != stopped || "$state" == stopping ]] || return 0
+      if [[ -n "$row" ]]; then
+        IFS='|' read -r wanted state < <(fact "$row" '"\(.wanted)|\(.state)"')
+        if [[ "$wanted" != stopped ]]; then vast stop instance "$1" || say "$complaint"; fi
+        if [[ "$wanted" == stopped && "$state" != stopping ]]; then return 0; fi
+      elif ! is_listed "$1"; then
+        return 0
+      fi
     fi
     pause "$((POLL < 5 ? POLL : 5))"
   done
   say "Vast was told to stop instance $1, and still lists it as ${state:-unknown}"
-  say_still_billed stop "$1"
   return "$EX_LATE"
 }
 
 cmd_destroy() {
-  local id left=''
+  local id failed=''
   parse_target destroy --yes "$@"
   find_targets
-  facts '"instance \(.id): \(.state), \(.gpu), \(.price | fixed(4)) $/h"' <<<"$targets" >&2
+  feed "$targets" facts '"instance \(.id): \(.state), \(.gpu), "
+    + (.why // "\(.price | fixed(4)) $/h")' >&2
   agree 'Destroy it, with its disk?' destroying destroyed
-  for id in $(facts .id <<<"$targets"); do
-    destroy_confirmed "$id" || left="$left $id"
+  stake destroy "$(feed "$targets" facts .id)"
+  for id in $(feed "$targets" facts .id); do
+    destroy_confirmed "$id" || failed="$EX_REFUSED"
   done
-  [[ -z "$left" ]] || { say_still_billed destroy "$left"; exit "$EX_REFUSED"; }
+  if [[ -z "$target_id" ]] && say_odd_rows; then failed="$EX_REFUSED"; fi
+  if [[ -n "$failed" ]]; then leave "$failed"; fi
 }
 
 # Destroys instance $1 and looks until Vast lists it no more; fails if it goes on listing it.
@@ -1969,7 +2406,8 @@ destroy_confirmed() {
   local attempt
   for attempt in 1 2 3 4 5; do
     destroy_once "$1" || true
-    if look && [[ -z "$(row_of "$1")" ]]; then
+    if look && ! is_listed "$1"; then
+      unstake destroy "$1"
       say "instance $1 is destroyed; it costs nothing any more"
       return 0
     fi
@@ -1990,17 +2428,17 @@ find_ssh() {
   look_or_die
   row="$(chosen_row)"
   [[ -n "$row" ]] || no_instance
-  IFS='|' read -r state ssh_host ssh_port <<<"$(fact "$row" \
-    '"\(.state)|\(.ssh_host)|\(.ssh_port)"')"
+  IFS='|' read -r state ssh_host ssh_port < <(fact "$row" \
+    '"\(.state)|\(.ssh_host)|\(.ssh_port)"')
   [[ "$state" == running && -n "$ssh_host" && -n "$ssh_port" ]] ||
     die "$EX_UNHEALTHY" "the instance is $state, and Vast tells no SSH address of it (yet)"
   command -v ssh >/dev/null 2>&1 ||
     die "$EX_MISSING" 'ssh is missing: sudo apt install openssh-client'
-  rm -rf "$scratch"    # exec leaves no one to do it
 }
 
 cmd_ssh() {
   find_ssh
+  trap - PIPE
   exec ssh -p "$ssh_port" "root@$ssh_host" "$@"
 }
 
@@ -2019,6 +2457,7 @@ cmd_tunnel() {
   say 'open until Ctrl-C once the address shows: your SSH key must have been in the Vast account' \
     'when the instance was rented, and a new instance may need a minute'
   # The local command runs when the tunnel is open.
+  trap - PIPE
   exec ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15 -o PermitLocalCommand=yes \
     -o "LocalCommand=echo http://127.0.0.1:$port" \
     -L "127.0.0.1:$port:127.0.0.1:$WORKER_PORT" -p "$ssh_port" "root@$ssh_host"
@@ -2029,14 +2468,14 @@ cmd_env() {
   open_account
   look_or_die
   find_running
-  endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '"
+  tell "$(endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '"
 # instance \(.id) on Vast; its address changes when it is stopped and started
 BARK_URL=\(.address | quoted)
 BARK_API_KEY=\(.key | quoted)
 # from this environment: the number of an endpoint, as printed by: endpoint up
 VASTAI_ENDPOINT_ID=\(env.endpoint_number | quoted)
 # VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"
-    | .[1:]'
+    | .[1:]')"
 }
 
 # -----------------------------------------------------------------------------
@@ -2045,7 +2484,6 @@ VASTAI_ENDPOINT_ID=\(env.endpoint_number | quoted)
 readonly PYWORKER_PORT=3000
 readonly INACTIVE_SECONDS=600    # without a request; then Vast lets every worker go
 readonly SHOW_UP_LOOKS=5         # in which what was made has to stand in Vast's lists
-readonly CONSOLE_URL="${VAST_URL:-https://console.vast.ai}"
 RUN_URL="$CONSOLE_URL"           # as the CLI has it: one address, unless it is Vast's own
 [[ "$CONSOLE_URL" != 'https://console.vast.ai' ]] || RUN_URL='https://run.vast.ai'
 readonly RUN_URL
@@ -2063,22 +2501,23 @@ template_name=''              # drawn by this run
 made_hash='' made_endpoint=''
 endpoints_before=''           # ids, by blanks
 
-read -r -d '' JQ_ENDPOINT <<'JQ' || true
+readonly JQ_ENDPOINT='
 def listed($ids): "\(.id)" as $id | any($ids | split(" ")[]; . == $id);
 def is_meant: if env.wanted_endpoint != "" then "\(.id)" == env.wanted_endpoint
   else .endpoint_name == env.our_label end;
 def limit: (.search_params // .search_query // "") | tostring
   | capture("dph_total ?<= ?(?<dollars>[0-9.]+)").dollars // null;
 def member: instance + {marker: (environment.BARK_LABEL // ""), plain: ((.label // "") == "")};
+def may_be_anyones: (objects | .label | strings) // "" | . == "";
 def is_member: listed(env.workers) or (.marker != "" and .marker == env.marker);
 def now_costs: if .state == "running" or .state == "frozen" then .price else .storage end;
-# What stands in the environment of that endpoint's workers alone: its name, unless two share it.
+# What only the workers of that endpoint have in their environment: its name, unless two share it.
 def marker($id): (map(select("\(.id)" == $id))[0].endpoint_name // env.our_label) as $name
   | if any(.[]; .endpoint_name == $name and "\(.id)" != $id) then "" else $name end;
 def is_group_left: ({id: .endpoint_id} | listed(env.ids))
   or (.template_hash as $hash | any(env.hashes | split(" ")[]; . == $hash));
 def worker_status($list): "\(.id)" as $id | [$list[] | select("\(.id)" == $id)][0] // {};
-# Of an endpoint, its worker groups, the autoscaler's list and the instances.
+# Of an endpoint, its worker groups, the list of the autoscaler and the instances.
 def endpoint_status: . as [$endpoint, $groups, $list, $instances]
   | ($instances | map(select(.sure))) as $instances
   | {id: $endpoint.id, name: ($endpoint.endpoint_name // env.our_label),
@@ -2090,8 +2529,7 @@ def endpoint_status: . as [$endpoint, $groups, $list, $instances]
        status: ($told.status // "unknown"), characters_per_second: $told.measured_perf,
        price_per_hour: .price, costs_now: now_costs})),
      cost_per_hour: ($instances | map(now_costs) | add // 0)};
-JQ
-readonly JQ_ENDPOINT
+'
 
 # usage: endpoint_facts FILTER [JQ_OPTIONS]
 endpoint_facts() {
@@ -2100,55 +2538,76 @@ endpoint_facts() {
 
 # Prints the account's key, wherever the CLI takes it from.
 account_key() {
-  local stored="${XDG_CONFIG_HOME:-$HOME/.config}/vastai" file
+  local home=~ stored file
+  stored="${XDG_CONFIG_HOME:-$home/.config}/vastai"
   if [[ -n "${VAST_API_KEY:-}" ]]; then printf '%s\n' "$VAST_API_KEY"; return 0; fi
-  for file in "$stored/vast_tfa_key" "$stored/vast_api_key" "$HOME/.vast_api_key"; do
+  for file in "$stored/vast_tfa_key" "$stored/vast_api_key" "$home/.vast_api_key"; do
     [[ ! -s "$file" ]] || { tr -d ' \r\n' <"$file"; return 0; }
   done
   return 1
 }
 
-# usage: web KEY URL [FILE]    (GET, or POST of a file of JSON; as `vast`, sets reply and complaint)
-# For what the CLI hides, an endpoint's key, or has no command for. Neither key nor URL, which may
-# hold one, stands in a list of processes.
+# usage: web KEY URL [BODY]    (GET, or POST of JSON; as `vast`, sets reply and complaint)
+# For what the CLI hides, an endpoint's key, or has no command for. Neither key, URL nor body, each
+# of which may hold one, stands in a list of processes or in a file.
 web() {
-  local status
+  local said status
   reply='' complaint='' refused=''
-  status="$(printf 'header = "Authorization: Bearer %s"\nurl = "%s"\n' "$1" "$2" |
-    curl -sS -K - --max-time 60 -o "$scratch/web" -w '%{http_code}' \
-      ${3:+-H 'Content-Type: application/json' --data-binary "@$3"} 2>"$scratch/err")" ||
-    { complaint="no answer from ${2%%\?*}: $(tail -n 1 "$scratch/err")"; return 1; }
-  reply="$(<"$scratch/web")"
-  [[ "$status" != 2?? ]] || return 0
-  refused="$status"
-  complaint="Vast says: $(jq -r '.msg // .error // .error_msg' "$scratch/web" 2>/dev/null ||
-    head -c 200 "$scratch/web") (HTTP $status)"
+  said="$(web_config "$@" | curl -sS -K - --max-time 60 -w '\n%{http_code}' 2>&1)" || {
+    complaint="no answer from ${2%%\?*}: $(feed "$said" grep '^curl:')"
+    return 1
+  }
+  tick
+  status="${said##*$'\n'}" reply="${said%$'\n'*}"
+  if [[ "$status" == 2?? ]]; then return 0; fi
+  refused="$status" complaint="$(reply_says '.msg // .error // .error_msg // ""')"
+  complaint="Vast says: ${complaint:-${reply:0:200}} (HTTP $status)"
   return 1
 }
 
-# usage: web_json array|object KEY URL [FILE]
+# usage: web_config KEY URL [BODY]    (prints it as curl reads it)
+web_config() {
+  printf 'header = "Authorization: Bearer %s"\nurl = "%s"\n' "$1" "$2"
+  if [[ -n "${3:-}" ]]; then
+    printf 'header = "Content-Type: application/json"\ndata-binary = %s\n' "$(feed "$3" jq -R .)"
+  fi
+}
+
+# usage: web_json array|object KEY URL [BODY]
 web_json() {
   web "${@:2}" || return 1
-  [[ "$(jq -r type <<<"$reply" 2>/dev/null)" != "$1" ]] || return 0
-  complaint="Vast answered, but not what was asked for: $(jq -r '.error_msg // ""' <<<"$reply" \
-    2>/dev/null || true)"
+  if [[ "$(feed "$reply" jq -r type 2>/dev/null)" == "$1" ]]; then return 0; fi
+  no_answer
+  complaint="$complaint$(reply_says '": \(.error_msg // empty)"')"
   return 1
 }
 
 # Fails, with a complaint, if Vast does not answer.
 look_endpoints() {
-  vast_json array show endpoints || return 1
-  endpoints="$(jq -c 'sort_by(.id)' <<<"$reply")"
-  vast_json array show workergroups || return 1
-  groups="$(jq -c 'sort_by(.id)' <<<"$reply")"
+  list_rows endpoints || return 1
+  endpoints="$(feed "$reply" jq -c 'sort_by(.id)')"
+  list_rows workergroups || return 1
+  groups="$(feed "$reply" jq -c 'sort_by(.id)')"
 }
+
+# usage: list_rows endpoints|workergroups    (sets reply)
+list_rows() {
+  vast_json array show "$1" || return 1
+  if [[ "$(feed "$reply" jq 'all(type == "object" and .id)')" == true ]]; then return 0; fi
+  no_answer
+  return 1
+}
+
+# usage: ids_of ROWS    (prints them, by blanks)
+ids_of() { feed "$1" jq -r 'map("\(.id)") | join(" ")'; }
 
 # Sets endpoint_row to the endpoint that is meant, or to nothing.
 find_endpoint() {
   [[ "${VASTAI_ENDPOINT_ID:-0}" =~ ^[0-9]{1,18}$ ]] || die "$EX_USAGE" \
     "VASTAI_ENDPOINT_ID is '$VASTAI_ENDPOINT_ID'; it must be the number of an endpoint"
   persist look_endpoints || die_by_vast 'the endpoints cannot be listed'
-  endpoint_row="$(endpoint_facts 'map(select(is_meant)) | .[0] // empty | tojson' <<<"$endpoints")"
+  endpoint_row="$(feed "$endpoints" endpoint_facts 'map(select(is_meant)) | .[0] // empty
+    | tojson')"
   [[ -n "$endpoint_row" || -z "${VASTAI_ENDPOINT_ID:-}" ]] || die "$EX_NO_INSTANCE" \
     "VASTAI_ENDPOINT_ID is $VASTAI_ENDPOINT_ID, and the account has no such endpoint; it has:
 $(endpoint_names)
@@ -2157,8 +2616,8 @@ Set it to one of these numbers, or unset it for the endpoint called '$LABEL'"
 
 # Prints those of the account, for people.
 endpoint_names() {
-  jq -r 'map("\(.id) (\(.endpoint_name))") | join(", ") | if . == "" then "none" else . end' \
-    <<<"$endpoints"
+  feed "$endpoints" jq -r 'map("\(.id) (\(.endpoint_name))") | join(", ")
+    | if . == "" then "none" else . end'
 }
 
 no_endpoint() {
@@ -2172,45 +2631,44 @@ need_endpoint() {
 }
 
 # usage: endpoint_fact FILTER    (of the endpoint that is meant)
-endpoint_fact() { endpoint_facts "$1" <<<"$endpoint_row"; }
+endpoint_fact() { feed "$endpoint_row" endpoint_facts "$1"; }
 
 # usage: groups_of ENDPOINT_ID [TEMPLATE_HASH]    (its worker groups, or a template's)
 groups_of() {
-  id="$1" hash="${2:-}" endpoint_facts 'map(select("\(.endpoint_id)" == env.id
-    or (env.hash != "" and .template_hash == env.hash))) | tojson' <<<"$groups"
+  id="$1" hash="${2:-}" feed "$groups" endpoint_facts 'map(select("\(.endpoint_id)" == env.id
+    or (env.hash != "" and .template_hash == env.hash))) | tojson'
 }
 
 # usage: autoscaler_body ENDPOINT_ID [TAIL]    (what the CLI and the SDK send; the key, too)
 autoscaler_body() {
-  id="$1" tail="${2:-}" key="$(account_key)" jq -n '{id: (env.id | tonumber), api_key: env.key}
-    + if env.tail == "" then {} else {tail: (env.tail | tonumber)} end' >"$scratch/body"
+  id="$1" tail="${2:-}" key="$(account_key)" jq -cn '{id: (env.id | tonumber), api_key: env.key}
+    + if env.tail == "" then {} else {tail: (env.tail | tonumber)} end'
 }
 
 # usage: look_workers ENDPOINT_ID    (sets worker_list)
 look_workers() {
-  autoscaler_body "$1"
-  web_json array "$(account_key)" "$RUN_URL/get_endpoint_workers/" "$scratch/body" || return 1
-  worker_list="$(jq -c 'map(objects)' <<<"$reply")"
+  web_json array "$(account_key)" "$RUN_URL/get_endpoint_workers/" "$(autoscaler_body "$1")" ||
+    return 1
+  worker_list="$(feed "$reply" jq -c 'map(objects)')"
 }
 
 # usage: look_members IDS MARKER    (sets members: of those ids, or that the marker stands in, or
 # that do not tell yet)
 look_members() {
-  local token='' found=''
-  while :; do
-    vast_json object show instances --limit 25 ${token:+--next-token "$token"} || return 1
-    found="$found$(jq -c '.instances[]? | objects' <<<"$reply")"$'\n'
-    token="$(jq -r '.next_token // ""' <<<"$reply")"
-    [[ -n "$token" ]] || break
-    pause 1
-  done
-  members="$(workers="$1" marker="$2" endpoint_facts 'map(member | .sure = is_member
-    | select(.sure or ((.known | not) and .plain))) | sort_by(.id) | tojson' -cs <<<"$found" \
-    2>/dev/null)" || { complaint='a row of Vast is not understood'; return 1; }
+  local found
+  list_instances || return 1
+  if ! found="$(workers="$1" marker="$2" feed "$pages" endpoint_facts 'map(.instances[]
+      | if oddity == "" then member | .sure = is_member
+        else odd_row + {plain: may_be_anyones, sure: listed(env.workers)} end
+      | select(.sure or ((.known | not) and .plain))) | sort_by(.id) | tojson' -cs)"; then
+    no_answer
+    return 1
+  fi
+  members="$found"
 }
 
 # usage: marker_of ENDPOINT_ID
-marker_of() { id="$1" endpoint_facts 'marker(env.id)' <<<"$endpoints"; }
+marker_of() { id="$1" feed "$endpoints" endpoint_facts 'marker(env.id)'; }
 
 # up
 
@@ -2269,10 +2727,10 @@ endpoint_up() {
     return 0
   fi
   find_offers
-  say "the cheapest of today: $(facts '.[0] | sentence' <<<"$offers")"
+  say "the cheapest of today: $(feed "$offers" facts '.[0] | sentence')"
   say_cost_at_most
   agree 'Make the endpoint?' 'making an endpoint' made
-  endpoints_before="$(jq -r 'map(.id | tostring) | join(" ")' <<<"$endpoints")"
+  endpoints_before="$(feed "$endpoints" jq -r 'map(.id | tostring) | join(" ")')"
   make_template
   [[ -n "$id" ]] || { make_endpoint; id="$made_endpoint"; }
   make_group "$id"
@@ -2281,8 +2739,8 @@ endpoint_up() {
 
 say_cost_at_most() {
   local most
-  most="$(workers="$max_workers" facts '(env.workers | tonumber) * (env.max_price | tonumber)
-    | "\(fixed(2)) $/h (\(. * 24 | fixed(2)) $ a day)"' <<<null)"
+  most="$(workers="$max_workers" feed null facts '(env.workers | tonumber)
+    * (env.max_price | tonumber) | "\(fixed(2)) $/h (\(. * 24 | fixed(2)) $ a day)"')"
   say "at most $max_workers workers of at most $max_price \$/h: $most, and traffic, while requests
 come; none after $((INACTIVE_SECONDS / 60)) minutes without one. Loading is billed, too, and at
 first Vast may try workers without a request"
@@ -2316,8 +2774,8 @@ why; has the key the permission user_write (https://cloud.vast.ai/manage-keys/)?
 # Sets made_hash to the template of this run's name, if Vast lists it; fails if it does not answer.
 find_template() {
   vast_json array search templates "name=$template_name" || return 1
-  made_hash="$(name="$template_name" facts 'map(select(.name == env.name)) | .[0].hash_id // ""' \
-    <<<"$reply")"
+  made_hash="$(name="$template_name" feed "$reply" facts 'map(select(.name == env.name))
+    | .[0].hash_id // ""')"
 }
 
 # Sets made_endpoint to one that has the limits that were asked for.
@@ -2345,17 +2803,17 @@ make_endpoint() {
 
 # Prints the ids of endpoints of our name that were not there before.
 new_endpoints() {
-  before="$endpoints_before" endpoint_facts '.[]
-    | select(.endpoint_name == env.our_label and (listed(env.before) | not)) | .id' <<<"$endpoints"
+  before="$endpoints_before" feed "$endpoints" endpoint_facts '.[]
+    | select(.endpoint_name == env.our_label and (listed(env.before) | not)) | .id'
 }
 
 # usage: limits_hold ENDPOINT_ID    (as the last look found it)
 limits_hold() {
-  [[ "$(id="$1" most="$max_workers" idle="$INACTIVE_SECONDS" endpoint_facts 'any(.[];
-    "\(.id)" == env.id and .max_workers == (env.most | tonumber) and .cold_workers == 0
+  [[ "$(id="$1" most="$max_workers" idle="$INACTIVE_SECONDS" feed "$endpoints" \
+    endpoint_facts 'any(.[]; "\(.id)" == env.id and .max_workers == (env.most | tonumber)
+    and .cold_workers == 0
     and (.min_load // 0) == 0
-    and (.inactivity_timeout // (env.idle | tonumber)) == (env.idle | tonumber))' \
-    <<<"$endpoints")" == true ]]
+    and (.inactivity_timeout // (env.idle | tonumber)) == (env.idle | tonumber))')" == true ]]
 }
 
 # usage: make_group ENDPOINT_ID
@@ -2376,11 +2834,11 @@ make_group() {
 # usage: use_the_first ENDPOINT_ID    (another `up` at the same time may have made one before)
 use_the_first() {
   local first
-  first="$(id="$1" endpoint_facts 'map(select(.endpoint_name == env.our_label
-    or "\(.id)" == env.id) | .id) | min' <<<"$endpoints")"
+  first="$(id="$1" feed "$endpoints" endpoint_facts 'map(select(.endpoint_name == env.our_label
+    or "\(.id)" == env.id) | .id) | min')"
   if [[ -n "$made_endpoint" && "$first" != "$1" ]]; then
     say "another run made endpoint $first before: this one goes"
-    give_back_endpoint || exit "$EX_REFUSED"
+    give_back_endpoint || leave "$EX_REFUSED"
   fi
   making='' made_hash='' made_endpoint=''
   announce_endpoint "$first"
@@ -2388,7 +2846,8 @@ use_the_first() {
 
 # usage: announce_endpoint ID
 announce_endpoint() {
-  printf 'VASTAI_ENDPOINT_ID=%s\n' "$1" || say "nobody reads the answer, which is endpoint $1"
+  tell "VASTAI_ENDPOINT_ID=$1"
+  if [[ -n "$reader_left" ]]; then say "nobody reads the answer, which is endpoint $1"; fi
   say "try it: $AGAIN endpoint test; end it: $AGAIN endpoint down"
 }
 
@@ -2445,15 +2904,15 @@ see_what_is_left() {
   local id
   look_endpoints || return 1
   for id in $1; do
-    ! look_workers "$id" || known_workers="$known_workers $(jq -r 'map("\(.id)") | join(" ")' \
-      <<<"$worker_list")"
+    if look_workers "$id"; then known_workers="$known_workers $(ids_of "$worker_list")"; fi
   done
   look_members "${known_workers# }" "$3" || return 1
-  left_endpoints="$(ids="$1" endpoint_facts '.[] | select(listed(env.ids)) | .id' <<<"$endpoints")"
-  left_groups="$(ids="$1" hashes="$2" endpoint_facts '.[] | select(is_group_left) | .id' \
-    <<<"$groups")"
-  left_members="$(facts '.[] | select(.sure) | .id' <<<"$members")"
-  left_unclear="$(facts '.[] | select(.sure | not) | .id' <<<"$members")"
+  left_endpoints="$(ids="$1" feed "$endpoints" endpoint_facts '.[] | select(listed(env.ids))
+    | .id')"
+  left_groups="$(ids="$1" hashes="$2" feed "$groups" endpoint_facts '.[]
+    | select(is_group_left) | .id')"
+  left_members="$(feed "$members" facts '.[] | select(.sure) | .id')"
+  left_unclear="$(feed "$members" facts '.[] | select(.sure | not) | .id')"
 }
 
 delete_what_is_left() {
@@ -2501,19 +2960,21 @@ endpoint_down() {
   done
   open_account
   find_endpoint
-  ids="$(endpoint_facts 'map(select(is_meant) | "\(.id)") | join(" ")' <<<"$endpoints")"
-  hashes="$(ids="$ids" endpoint_facts 'map(select(({id: .endpoint_id} | listed(env.ids))
+  ids="$(feed "$endpoints" endpoint_facts 'map(select(is_meant) | "\(.id)") | join(" ")')"
+  hashes="$(ids="$ids" feed "$groups" endpoint_facts 'map(select(
+    ({id: .endpoint_id} | listed(env.ids))
     or (env.wanted_endpoint == "" and .endpoint_name == env.our_label))
-    | .template_hash // empty) | unique | join(" ")' <<<"$groups")"
+    | .template_hash // empty) | unique | join(" ")')"
   [[ -z "${VASTAI_ENDPOINT_ID:-}" ]] || marker="$(marker_of "$VASTAI_ENDPOINT_ID")"
   persist see_what_is_left "$ids" "$hashes" "$marker" || die_by_vast 'nothing is deleted'
   [[ -n "$left_endpoints$left_groups$left_members" ]] || no_endpoint
-  endpoint_facts '.[] | select(is_meant) | "endpoint \(.id): \(.endpoint_name)"' <<<"$endpoints" >&2
-  facts '.[] | select(.sure) | "worker \(.id): \(.state), \(.gpu), \(.price | fixed(4)) $/h"' \
-    <<<"$members" >&2
+  feed "$endpoints" endpoint_facts '.[] | select(is_meant)
+    | "endpoint \(.id): \(.endpoint_name)"' >&2
+  feed "$members" facts '.[] | select(.sure)
+    | "worker \(.id): \(.state), \(.gpu), \(.price | fixed(4)) $/h"' >&2
   agree 'Delete it, with its workers?' 'deleting an endpoint' deleted
   if_cut="it is not sure that the endpoint is gone; again: $AGAIN endpoint down"
-  remove_endpoint "$ids" "$hashes" "$marker" || exit "$EX_REFUSED"
+  remove_endpoint "$ids" "$hashes" "$marker" || leave "$EX_REFUSED"
   if_cut=''
   say "the endpoint is gone, with its worker groups and workers: nothing of it is billed any more"
 }
@@ -2531,18 +2992,18 @@ endpoint_status() {
   find_endpoint
   id="$(endpoint_fact .id)"
   [[ -z "$id" ]] || persist look_workers "$id" || die_by_vast 'the workers cannot be listed'
-  persist look_members "$(jq -r 'map("\(.id)") | join(" ")' <<<"$worker_list")" \
+  persist look_members "$(ids_of "$worker_list")" \
     "$(marker_of "$id")" || die_by_vast 'the instances cannot be listed'
   found="$(status_of_endpoint "$id")"
-  verdict="$(jq -r 'if .state == "active" and .worker_groups != [] then "serves"
-    elif .id == null and .workers == [] then "absent" else "broken" end' <<<"$found")"
-  if [[ -n "$json" ]]; then printf '%s\n' "$found"
+  verdict="$(feed "$found" jq -r 'if .state == "active" and .worker_groups != [] then "serves"
+    elif .id == null and .workers == [] then "absent" else "broken" end')"
+  if [[ -n "$json" ]]; then tell "$found"
   elif [[ "$verdict" == absent ]]; then no_endpoint
-  else describe_endpoint "$found"
+  else tell "$(describe_endpoint "$found")"
   fi
   case "$verdict" in
-    absent) exit "$EX_NO_INSTANCE" ;;
-    broken) exit "$EX_UNHEALTHY" ;;
+    absent) leave "$EX_NO_INSTANCE" ;;
+    broken) leave "$EX_UNHEALTHY" ;;
   esac
 }
 
@@ -2554,8 +3015,9 @@ status_of_endpoint() {
 
 # usage: describe_endpoint STATUS
 describe_endpoint() {
-  again="$AGAIN" facts '(if .id == null then "no endpoint is called \(.name), and workers of one"
-      + " that was are still there; to end them: \(env.again) endpoint down"
+  again="$AGAIN" feed "$1" facts '(if .id == null
+    then "no endpoint is called \(.name), and workers of one that was are still there; to end them:"
+      + " \(env.again) endpoint down"
     else "endpoint \(.id), \(.name): \(.state), at most \(.max_workers) workers"
     + (if (.cold_workers // 0) > 0 then " (\(.cold_workers) kept asleep, which cost storage)"
        else "" end)
@@ -2567,7 +3029,7 @@ describe_endpoint() {
     (.workers[] | "  worker \(.id): \(.status), instance \(.instance), \(.gpu), \(.region),"
       + " \(.costs_now | fixed(4)) $/h"
       + if .characters_per_second then ", \(.characters_per_second | fixed(1)) characters/s"
-        else "" end)' <<<"$1"
+        else "" end)'
 }
 
 endpoint_logs() {
@@ -2584,15 +3046,15 @@ endpoint_logs() {
   open_account
   need_endpoint
   id="$(endpoint_fact .id)"
-  autoscaler_body "$id" "$tail"
-  persist web_json object "$(account_key)" "$RUN_URL/get_endpoint_logs/" "$scratch/body" ||
+  persist web_json object "$(account_key)" "$RUN_URL/get_endpoint_logs/" \
+    "$(autoscaler_body "$id" "$tail")" ||
     die_by_vast "the endpoint's log cannot be had"
-  without_keys "$(jq -r '.info0 // "", .info1 // "" | select(. != "")' <<<"$reply")" |
-    tail -n "$tail"
+  tell "$(without_keys "$(feed "$reply" jq -r '.info0 // "", .info1 // "" | select(. != "")')" |
+    tail -n "$tail")"
   persist look_workers "$id" || die_by_vast 'the workers cannot be listed'
-  for id in $(jq -r '.[].id' <<<"$worker_list"); do
-    printf -- '-- worker %s\n' "$id"
-    if vast logs "$id" --tail "$tail"; then without_keys "$reply"; else say "$complaint"; fi
+  for id in $(feed "$worker_list" jq -r '.[].id'); do
+    tell "-- worker $id"
+    if vast logs "$id" --tail "$tail"; then tell "$(without_keys "$reply")"; else say "$complaint"; fi
   done
 }
 
@@ -2608,12 +3070,13 @@ endpoint_test() {
   parse_test 'endpoint test' "$@"
   open_account
   need_endpoint
+  make_scratch
   need_recruits
   find_endpoint_key
   # A queue that cannot be seen counts as a cold one.
   persist look_workers "$(endpoint_fact .id)" || worker_list='[]'
-  [[ "$(jq 'any(.[]; (.status // "") | test("^(idle|ready|working|busy|active)$"; "i"))' \
-    <<<"$worker_list")" != true ]] || ready_before=yes
+  if [[ "$(feed "$worker_list" jq 'any(.[]; (.status // "")
+    | test("^(idle|ready|working|busy|active)$"; "i"))')" == true ]]; then ready_before=yes; fi
   if_cut="Vast may have started a worker, and ends it when idle; see: $AGAIN endpoint status"
   speak_along_route
   [[ -n "$ready_before" ]] || cold="cold start $queued_seconds s"
@@ -2623,7 +3086,7 @@ endpoint_test() {
 # Ends if a request would wait for a worker that cannot come.
 need_recruits() {
   local id state
-  IFS='|' read -r id state <<<"$(endpoint_fact '"\(.id)|\(.endpoint_state // "active")"')"
+  IFS='|' read -r id state < <(endpoint_fact '"\(.id)|\(.endpoint_state // "active")"')
   [[ "$state" == active ]] || die "$EX_UNHEALTHY" "endpoint $id is $state, and starts no worker; \
 to change that: $(by_hand update endpoint "$id" --endpoint_state active)"
   [[ "$(groups_of "$id")" != '[]' ]] || die "$EX_UNHEALTHY" \
@@ -2634,23 +3097,23 @@ to change that: $(by_hand update endpoint "$id" --endpoint_state active)"
 find_endpoint_key() {
   persist web_json object "$(account_key)" "$CONSOLE_URL/api/v0/endptjobs/?client_id=me" ||
     die_by_vast "the endpoint's key cannot be had"
-  endpoint_key="$(id="$(endpoint_fact .id)" facts '.results[]? | select("\(.id)" == env.id)
-    | .api_key // ""' <<<"$reply")"
+  endpoint_key="$(id="$(endpoint_fact .id)" feed "$reply" facts '.results[]?
+    | select("\(.id)" == env.id) | .api_key // ""')"
   [[ "$endpoint_key" =~ ^[A-Za-z0-9._~-]+$ ]] ||
     die "$EX_REFUSED" "Vast tells no key of endpoint $(endpoint_fact .id)"
 }
 
 # Asks for a worker until one has spoken, the time is up, or the worker says no.
 speak_along_route() {
-  local deadline=$((SECONDS + timeout)) status
-  queue_began=$SECONDS
+  local deadline=$((now + timeout)) status
+  queue_began=$now
   while :; do
     await_route "$deadline"
     status="$(ask_worker)"
     case "$status" in
       '200 '*) break ;;
       '000'* | '408 '* | '429 '* | '5'*)    # it is gone or full: the next one may do
-        ((SECONDS < deadline)) || die "$EX_LATE" "no worker spoke within $timeout s; the last said \
+        ((now < deadline)) || die "$EX_LATE" "no worker spoke within $timeout s; the last said \
 HTTP ${status%% *}"
         say "the worker says HTTP ${status%% *}: asking for another"
         request_index=0
@@ -2667,26 +3130,26 @@ HTTP ${status%% *}"
 
 # usage: await_route DEADLINE    (sets route_reply and queued_seconds)
 await_route() {
-  local url="$RUN_URL/route/?api_key=$endpoint_key"
-  phase='no worker is ready; Vast starts one' wait_began=$SECONDS gpu_price=''
+  local url="$RUN_URL/route/?api_key=$endpoint_key" body
+  phase='no worker is ready; Vast starts one' wait_began=$now gpu_price=''
   while :; do
-    key="$endpoint_key" cost="${#text}" index="$request_index" name="$(endpoint_fact \
-      .endpoint_name)" jq -n '{endpoint: env.name, api_key: env.key, cost: (env.cost | tonumber),
-        request_idx: (env.index | tonumber), replay_timeout: 60}' >"$scratch/body"
-    if persist web_json object "$endpoint_key" "$url" "$scratch/body"; then
+    body="$(key="$endpoint_key" cost="${#text}" index="$request_index" name="$(endpoint_fact \
+      .endpoint_name)" jq -cn '{endpoint: env.name, api_key: env.key, cost: (env.cost | tonumber),
+        request_idx: (env.index | tonumber), replay_timeout: 60}')"
+    if persist web_json object "$endpoint_key" "$url" "$body"; then
       route_reply="$reply"
-      request_index="$(facts '.request_idx // 0' <<<"$reply")"
-      [[ ! "$(facts '.url // ""' <<<"$reply")" =~ ^https?://[^/] ]] || break
+      request_index="$(feed "$reply" facts '.request_idx // 0')"
+      [[ ! "$(feed "$reply" facts '.url // ""')" =~ ^https?://[^/] ]] || break
     elif [[ "$refused" == 4* ]]; then
       die_by_vast 'Vast routes no request of this endpoint'
     fi
-    ((SECONDS < $1)) ||
+    ((now < $1)) ||
       die "$EX_LATE" "no worker was ready within $timeout s${complaint:+: $complaint}; what Vast \
 does: $AGAIN endpoint logs; what it costs: $AGAIN endpoint status"
     show_phase
     pause "$((POLL < 5 ? POLL : 5))"
   done
-  queued_seconds=$((SECONDS - queue_began))
+  queued_seconds=$((now - queue_began))
 }
 
 # Sends the text to the worker that Vast named; prints HTTP status and seconds.
@@ -2696,7 +3159,7 @@ ask_worker() {
     "$JQ_SPOKEN"' {auth_data: $auth[0], session_id: null, payload: spoken}' >"$scratch/request"
   curl -sS --max-time 660 -o "$scratch/answer" -w '%{http_code} %{time_total}' \
     -H 'Content-Type: application/json' --data-binary "@$scratch/request" \
-    "$(facts .url <<<"$route_reply")/synthesize" 2>"$scratch/err" || true
+    "$(fact "$route_reply" .url)/synthesize" 2>"$scratch/err" || true
 }
 
 cmd_endpoint() {
@@ -2784,7 +3247,7 @@ venv_works() {
 
 make_venv() {
   local python
-  python="$(find_python)" || exit
+  python="$(find_python)" || leave "$?"
   say "making .venv with $python"
   run_child "$python" -m venv --clear "$VENV" ||
     die "$EX_MISSING" "$python -m venv could not make $VENV; its own message stands above"
@@ -3040,20 +3503,32 @@ cmd_completion() {
   local command cases='' text="$COMPLETION"
   case "${1:-}" in
     bash) ;;
-    zsh) printf 'autoload -U +X %s && %s\n' compinit compinit bashcompinit bashcompinit ;;
+    zsh) text="autoload -U +X compinit && compinit
+autoload -U +X bashcompinit && bashcompinit
+$text" ;;
     *) usage_error "completion is for bash or zsh, not '${1:-}'" completion ;;
   esac
   for command in $(commands); do
     cases="$cases"$'\n'"    *\ $command) words='$(options_of "$command")' ;;"
   done
   text="${text/@COMMANDS@/$(commands)}"
-  printf '%s\n' "${text/@OPTIONS@/${cases#$'\n'}}"
+  tell "${text/@OPTIONS@/${cases#$'\n'}}"
 }
 
 cmd_help() {
   (($# <= 1)) || usage_error 'help takes one command' help
-  if [[ -z "${1:-}" ]]; then printf '%s\n' "$USAGE"; return 0; fi
-  usage_of "$1" || misused "unknown command '$1'"
+  if [[ -z "${1:-}" ]]; then
+    tell "$USAGE"
+  else
+    show_help "$1"
+  fi
+}
+
+# usage: show_help COMMAND
+show_help() {
+  local usage
+  usage="$(usage_of "$1")" || misused "unknown command '$1'"
+  tell "$usage"
 }
 
 # usage: misused MESSAGE    (the message last, where a terminal shows it)
@@ -3064,13 +3539,14 @@ misused() {
 
 main() {
   local command="${1:-}" word
+  trap '' PIPE    # a reader that leaves ends nothing that costs money
   case "$command" in
-    -h | --help) printf '%s\n' "$USAGE"; return 0 ;;
+    -h | --help) tell "$USAGE"; return 0 ;;
     '') misused 'a command is needed' ;;
   esac
   usage_of "$command" >/dev/null || misused "unknown command '$command'"
   for word in "${@:2}"; do
-    case "$word" in -h | --help) usage_of "$command"; return 0 ;; esac
+    case "$word" in -h | --help) show_help "$command"; return 0 ;; esac
     [[ "$command" != ssh && "$word" != -- ]] || break    # ssh's other words are for the instance
   done
   "cmd_$command" "${@:2}"
@@ -3078,5 +3554,5 @@ main() {
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
   main "$@"
-  exit    # without reading on: a new version may have replaced this file meanwhile
+  leave 0    # without reading on: a new version may have replaced this file meanwhile
 fi

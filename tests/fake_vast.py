@@ -940,7 +940,8 @@ class FakeVast:
         if not request.authorized and not request.path.startswith(OPEN_PATHS):
             raise ApiError(401, "auth_error", "Invalid user key")
         for method, pattern, name in ROUTES:
-            if method == request.method and (match := pattern.fullmatch(request.path)):
+            if method == request.method and hasattr(self, name) and (
+                    match := pattern.fullmatch(request.path)):
                 return getattr(self, name)(request, *match.groups())
         raise ApiError(404, "not_found", f"no such path: {request.method} {request.path}")
 

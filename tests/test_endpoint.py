@@ -15,7 +15,7 @@ import pytest
 from conftest import wait_until
 from fake_serverless import ServerlessVast, docker_options
 from fake_vast import Request
-from manager import Run
+from manager import SCRIPT, Run
 from renting import Act, Acts, Scene, acts_of, drawn_out, ids_named, plays
 from test_rented import CommandLines
 
@@ -108,8 +108,7 @@ def story(stage: Scene) -> None:
         again = endpoint(stage, *UP)
         assert (again.status, again.stdout) == (0, f"VASTAI_ENDPOINT_ID={number}\n")
         assert (f"endpoint {number} is there already, active, with at most 2 workers, and stays as"
-                " it is; for another, end it first: ./manage-bark-worker.sh endpoint down\n"
-                in again.stderr)
+                f" it is; for another, end it first: {SCRIPT} endpoint down\n" in again.stderr)
         assert list(stage.vast.endpoints) == [number]
         gone = endpoint(stage, "down", "--yes")
         ended(gone, 0, "nothing of it is billed any more")

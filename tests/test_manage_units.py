@@ -223,16 +223,29 @@ def test_the_worker_knows_every_variable_of_the_manager(bark: ModuleType) -> Non
 # An order's answer
 
 
-@pytest.mark.parametrize(("refused", "left"), [
-    *[(one, 0) for one in ("400", "401", "403", "404", "410", "429", "no", "usage")],
-    *[(one, 1) for one in ("408", "500", "502", "504", "")],
+def http_error(status: int) -> tuple[str, str]:
+    """How the CLI's call ends, and its answer."""
+    return f'0 {{"error": true, "status_code": {status}, "msg": "sorry"}}', ""
+
+
+@pytest.mark.parametrize(("call_end", "reply", "left"), [
+    *[(*http_error(status), "") for status in (400, 401, 403, 404, 410, 429)],
+    *[(*http_error(status), "yes") for status in (408, 500, 502, 504)],
+    ("0 ", '{"success": false, "msg": "not now"}', ""),
+    ("0 ", '{"success": true, "new_contract": 7}', ""),
+    ("0 ", '{"success": true, "new_contract": "7"}', ""),
+    ("2 vastai: error: unrecognized arguments", "", ""),
+    ("1 requests.exceptions.ConnectionError", "", "yes"),
+    ("137 killed", "", "yes"),
+    ("0 ", "", "yes"),
+    *[("0 ", reply, "yes") for reply in ("null", "[]", "{}", "Started.", '{"success": true}',
+                                         '{"success": true, "new_contract": null}',
+                                         '{"success": true, "new_contract": "soon"}',
+                                         '{"success": null, "new_contract": 7}')],
 ])
-def test_an_order_is_open_unless_the_answer_is_no_for_certain(refused: str, left: int,
-                                                              tmp_path: Path) -> None:
-    for name in ("out", "err"):
-        (tmp_path / name).touch()
-    code = 'scratch="$1" refused="$2" open_orders=1; read_order; echo "$open_orders"'
-    assert answer(code, str(tmp_path), refused) == f"{left}\n"
+def test_an_order_is_open_unless_the_answer_is_clear(call_end: str, reply: str, left: str) -> None:
+    code = 'call_end="$1" reply="$2" open_order=yes; read_order; echo "$open_order"'
+    assert answer(code, call_end, reply) == f"{left}\n"
 
 
 # The on-start command
@@ -1042,7 +1055,8 @@ def completion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     (["st"], ["start", "status", "stop"]),
     (["x"], []),
     (["help", "l"], ["logs", "local"]),
-    (["start", "--m"], ["--min-vram", "--max-price", "--min-reliability", "--model"]),
+    (["start", "--m"], ["--min-vram", "--max-price", "--max-traffic",
+                         "--min-reliability", "--model"]),
     (["start", "--yes", "--dr"], ["--dry-run"]),
     (["logs", "-"], ["-f", "--follow", "--tail", "--daemon"]),
     (["stop", "--"], ["--now"]),
@@ -1050,7 +1064,7 @@ def completion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     (["test", "--"], ["--voice", "--out", "--play"]),
     (["local", "--"], ["--model"]),
     (["endpoint", ""], ["up", "status", "test", "logs", "down"]),
-    (["endpoint", "up", "--max"], ["--max-workers", "--max-price"]),
+    (["endpoint", "up", "--max"], ["--max-workers", "--max-price", "--max-traffic"]),
     (["fly", "--"], []),
 ])
 def test_tab_completes_commands_and_options(

@@ -128,7 +128,7 @@ def signals_while_giving_back(stage: Scene) -> None:
     """The first one is served to the end, and tells the exit status."""
     stage.workers_say("loading")
     stage.vast.add_offer()
-    run = start_and_wait_for(stage, "s, 0.0000 $: loading")
+    run = start_and_wait_for(stage, " $: loading")
     for number in (TERM, INT, HUP):
         stage.vast.on("DELETE", ANY_ID, strike(stage, number, group=True))
     stage.vast.on("DELETE", ANY_ID, strike(stage, INT, group=True), when="after")
@@ -164,7 +164,7 @@ def int_while_one_is_woken(stage: Scene) -> None:
 def hup_while_the_woken_one_loads(stage: Scene) -> None:
     old = stage.vast.add_instance(state="stopped")
     stage.workers_say("loading")
-    run = start_and_wait_for(stage, "s, 0.0000 $: loading")
+    run = start_and_wait_for(stage, " $: loading")
     stage.vast.fault("PUT", f"/{old.id}/", drop="before")
     strike(stage, HUP)(None)
     assert_ended(stage, run.wait(), HUP, {old.id: "stopped"})
@@ -173,7 +173,7 @@ def hup_while_the_woken_one_loads(stage: Scene) -> None:
 def term_while_a_running_one_loads(stage: Scene) -> None:
     old = stage.vast.add_instance()
     stage.workers_say("loading")
-    run = start_and_wait_for(stage, "s, 0.0000 $: loading")
+    run = start_and_wait_for(stage, " $: loading")
     strike(stage, TERM, group=True)(None)
     assert_ended(stage, run.wait(), TERM, {old.id: "running"})
     assert stage.changes() == []
@@ -183,7 +183,7 @@ def int_while_a_replacement_loads(stage: Scene) -> None:
     old = stage.vast.add_instance(state="stopped", fate="gpu_taken")
     stage.vast.add_offer()
     stage.workers_say("loading")
-    run = start_and_wait_for(stage, "s, 0.0000 $: loading", "--replace", "--timeout", "6")
+    run = start_and_wait_for(stage, " $: loading", "--replace", "--timeout", "6")
     strike(stage, INT)(None)
     assert_ended(stage, run.wait(), INT, {old.id: "stopped"})
 
@@ -370,7 +370,7 @@ def lost_order_and_a_signal(stage: Scene) -> None:
 def giving_back_fails_after_a_signal(stage: Scene) -> None:
     stage.workers_say("loading")
     stage.vast.add_offer(fate="refuses_destroy")
-    run = start_and_wait_for(stage, "s, 0.0000 $: loading")
+    run = start_and_wait_for(stage, " $: loading")
     strike(stage, INT, group=True)(None)
     run.wait(300)
     assert (run.status, stage.billed()) == (130, {stage.only().id: "running"})
