@@ -94,6 +94,7 @@ class WorkerError(Exception):
 
     kind = "server_error"
     permanent = False  # the same request would fail again
+    exit_status = 1  # of a worker that cannot go on
 
     def __init__(self, message: str, *, code: str, param: str | None = None):
         super().__init__(message)
@@ -101,7 +102,9 @@ class WorkerError(Exception):
 
 
 class ConfigError(WorkerError):
-    """A setting is wrong; the worker does not start."""
+    """A setting is wrong; the worker does not start, here or anywhere."""
+
+    exit_status = 2
 
     def __init__(self, message: str):
         super().__init__(message, code="invalid_configuration")
@@ -4108,7 +4111,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         if progress := state.progress:
             body["progress"] = progress()
         if state.error:
-            body["error"] = str(state.error)
+            body.update(error=str(state.error), exit_status=state.error.exit_status)
         self.send_json(body)
 
     def get_ready(self) -> None:
@@ -4446,7 +4449,6 @@ PROGRESS_SECONDS = 5.0  # between two log lines about a download
 POLL_SECONDS = 0.1
 FIXED_SLOTS = 4  # with BARK_DETERMINISTIC: the same whatever memory happens to be free
 SPARE_FILES = 128  # open files that are no connections: weights, libraries, logs
-EXIT_FAILED, EXIT_USAGE = 1, 2
 BUILTIN_VOICE = Path(__file__).resolve().parent / "builtin-voice"
 
 
@@ -4583,7 +4585,7 @@ def serve(config: Config, warnings: list[str]) -> int:
         device = resolve_device(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return EXIT_USAGE
+        return error.exit_status
     model_id = config.model or default_model(device)
     notice = cpu_notice(config, device, model_id)
     if notice:  # before all else, as a person who paid for a GPU must not miss it
@@ -4602,7 +4604,7 @@ def serve(config: Config, warnings: list[str]) -> int:
         pyworker = start_pyworker(config, server) if config.worker_port else None
     except ConfigError as error:
         log.error("%s", error)
-        return EXIT_USAGE
+        return error.exit_status
     signals = Signals()
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     log.info("listening on %s", server.url)
@@ -4675,7 +4677,7 @@ def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals:
     server.shutdown()
     server.server_close()
     if state.error:
-        return EXIT_USAGE if isinstance(state.error, ConfigError) else EXIT_FAILED
+        return state.error.exit_status
     return 0 if signals.received == signal.SIGTERM else 128 + signals.received
 
 
@@ -4689,7 +4691,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = Config.from_env(os.environ, options.serverless)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return EXIT_USAGE
+        return error.exit_status
     warnings = [f"{name} is set, but there is no such setting; --help lists them"
                 for name in unknown_variables(os.environ)]
     if options.serverless and config.api_key:

@@ -153,8 +153,8 @@ readonly USAGE_STATUS="usage: $PROGRAM status [--json]
 
 Prints what is rented under the label '$LABEL'. Exit status 0 only if a worker is ready.
 
-  --json    one object: {\"label\", \"instances\": [...]}, and \"unreadable\": [ids] if Vast tells of
-            an instance in a way that cannot be read"
+  --json    one object: {\"label\", \"instances\": [...]}, and \"unreadable\": [ids] of rows
+            that cannot be read, if Vast has any"
 
 readonly USAGE_TEST="usage: $PROGRAM test [TEXT] [OPTIONS]
 
@@ -391,7 +391,7 @@ agree() {
   [[ -z "$agreed" ]] || return 0
   [[ -t 0 ]] ||
     die "$EX_USAGE" "not $2 without being told to: this is no terminal, so say --yes"
-  printf '%s [y/N] ' "$1" >&2
+  printf '%s [y/N] ' "$1" >&2 || true
   read -r answer || true
   [[ "$answer" == [yY] || "$answer" == [yY]es ]] || die "$EX_UNHEALTHY" "nothing is $3"
 }
@@ -444,6 +444,8 @@ reply=''        # what the last question to Vast brought
 complaint=''    # why it brought nothing
 refused=''      # who said no: an HTTP status; `no` in an answer; `usage`, the CLI itself
 calling=''      # the call that is under way
+cut=''          # the status of a signal that came while a call began
+ending=''       # yes once `finish` has begun
 call_end=''     # how it ended: exit status, a blank, and what the CLI said on stderr
 scratch=''      # a folder that only this user can read
 VASTAI=''       # the CLI
@@ -455,9 +457,25 @@ readonly RECORD=$'\036' LINE=$'\037'    # separate what a call printed
 vast() {
   space_calls "$1 $2"
   reply='' complaint='' refused='' call_end='' calling="$1 $2"
-  exec 9< <(run_vast "$@" 2>/dev/null)
+  begin_call "$@"
   hear_vast
   [[ -z "$complaint" ]]
+}
+
+# A signal that comes while the child is being made is served afterwards: the child would serve it,
+# too, with all that this script knows of what is to be given back.
+begin_call() {
+  cut=''
+  trap 'cut=129' HUP
+  trap 'cut=130' INT
+  trap 'cut=143' TERM
+  exec 9< <(run_vast "$@" 2>/dev/null)
+  if [[ -n "$ending" ]]; then
+    trap '' HUP INT TERM
+  else
+    trap_signals
+    if [[ -n "$cut" ]]; then end_by_signal "$cut"; fi
+  fi
 }
 
 # Runs the CLI beside this script and deaf to signals: a trap here runs at once, and what is being
@@ -869,22 +887,33 @@ def wav_seconds($size):
 def speed($took; $seconds): "\($seconds | fixed(2)) s of speech in \($took | fixed(2)) s,"
   + " real-time factor \($took / $seconds | fixed(2))";
 
-# Of the names that Vast knows and those that a person typed, by commas: a line each, the name in
-# the spelling of Vast, or "?", the name and what comes nearest. Case, blanks, the family and how
-# "super" is written make no difference.
+# How Vast, which knows these names, spells those that a person typed, by commas; and the first
+# that it does not know, with what comes nearest. Case, blanks, the family and how "super" is
+# written make no difference.
 def gpu_key: ascii_downcase | gsub("nvidia|geforce|[^a-z0-9]"; "") | gsub("super"; "s")
   | sub("tis$"; "sti") | sub("^(rtx|gtx|qrtx|tesla|quadro|titan)(?=.)"; "");
 def shared($other): . as $one | [range(1; length + 1) | select($one[:.] == $other[:.])] | length;
 def near($key): map(select(gpu_key | shared($key) > 0))
   | sort_by(gpu_key | [-shared($key), (length - ($key | length) | fabs)]) | .[:3];
-def matched($typed): . as $known | $typed | split(",")[] | . as $one | gpu_key as $key
-  | [$known[] | select(. == $one)] as $same | [$known[] | select(gpu_key == $key)] as $alike
-  | if $same != [] then $one elif $alike != [] then $alike | join(",")
-    else "?\($one)|" + ($known | near($key) | join(", ")) end;
+def alike($one): if any(.[]; . == $one) then $one
+  else ($one | gpu_key) as $key | map(select(gpu_key == $key)) | join(",") end;
+def matched($typed): [alike($typed | split(",")[])] | join(",");
+def unmatched($typed): . as $known | first($typed | split(",")[] | select(. as $one
+    | $known | alike($one) == "")) | "\(.)|" + (gpu_key as $key | $known | near($key) | join(", "));
 '
 
 # usage: feed TEXT COMMAND...    (on its stdin, by a pipe: old shells make a file of <<<)
 feed() { printf '%s\n' "$1" | "${@:2}"; }
+
+# usage: unpack LINE NAMES...    (sets each variable to the next of the line's parts between bars)
+# Not `read`: from a process substitution it would hand a signal that is being served to a child.
+unpack() {
+  local unpacked="$1|" name
+  for name in "${@:2}"; do
+    printf -v "$name" '%s' "${unpacked%%|*}"
+    unpacked="${unpacked#*|}"
+  done
+}
 
 # usage: facts FILTER [JQ_OPTIONS]    (of the JSON on stdin)
 # Values go through the environment: what stands in argv, everybody on this machine may read.
@@ -955,12 +984,10 @@ is_listed() { [[ "$(all_rows | facts "any(.[]; .id == $1)")" == true ]]; }
 
 # Says of each row that cannot be read what ends it; fails if there is none.
 say_odd_rows() {
-  local id why
   [[ "$odd_rows" != '[]' ]] || return 1
-  while IFS='|' read -r id why; do
-    say "instance ${id:-without an id} may be ours, but Vast's row of it cannot be read: $why;" \
-      "this ends it: $(by_hand destroy instance "${id:-ID}" -y)"
-  done < <(feed "$odd_rows" facts '.[] | "\(.id // "")|\(.why)"')
+  say "$(destroy="$(by_hand destroy instance)" feed "$odd_rows" facts '.[]
+    | "instance \(.id // "without an id") may be ours, but Vast\u0027s row of it cannot be read:"
+      + " \(.why); this ends it: \(env.destroy) \(.id // "ID") -y"')"
 }
 
 # Prints the row that start and the others mean: one that runs before one that sleeps.
@@ -973,8 +1000,8 @@ chosen_row() {
 # usage: no_instance [WHAT_ELSE]    (ends; `status` has looked what else may have that name)
 no_instance() {
   if say_odd_rows; then die "$EX_UNHEALTHY" "no instance labelled '$LABEL' that can be read"; fi
-  die "$EX_NO_INSTANCE" "no instance labelled '$LABEL'; ${1:-an endpoint of that name was not looked \
-at: $AGAIN endpoint status}
+  die "$EX_NO_INSTANCE" "no instance labelled '$LABEL'; ${1:-an endpoint of that name was not\
+ looked at: $AGAIN endpoint status}
 To rent one: $AGAIN start; whatever else the account has: $(by_hand show instances)"
 }
 
@@ -1013,6 +1040,10 @@ if_cut=''        # the last word if a signal ends the run
 guard() {
   exec 9</dev/null    # what `hear_vast` reads, where a signal comes before there is a call
   trap 'end_by_itself "$?"' EXIT
+  trap_signals
+}
+
+trap_signals() {
   trap 'end_by_signal 129' HUP
   trap 'end_by_signal 130' INT
   trap 'end_by_signal 143' TERM
@@ -1040,6 +1071,7 @@ end_by_itself() {
 finish() {
   local IFS=$' \t\n'    # a signal may have come while `read` had another
   trap '' HUP INT TERM
+  ending=yes
   set +e    # nothing that fails here may keep the rest from being done
   finish_child
   give_back || if_cut="${replaced_id:+instance $replaced_id is kept as it was, its storage billed}"
@@ -1069,6 +1101,17 @@ unclear_ids() {
   all_rows | before="$before" facts '.[] | select((.known | not) and (is_before | not)) | .id'
 }
 
+# usage: say_unclear_ids [BUT_FOR_ID]
+say_unclear_ids() {
+  local id
+  for id in $(unclear_ids); do
+    if [[ "$id" != "${1:-}" && "$id" != null ]]; then
+      say "instance $id came up meanwhile and does not tell whose it is; if it is nobody's, this" \
+        "ends it: $(by_hand destroy instance "$id" -y)"
+    fi
+  done
+}
+
 # Whether an order without an answer may still bring an instance.
 order_may_come() { [[ -n "$open_order" ]] && ((now - order_time < APPEAR_SECONDS)); }
 
@@ -1094,6 +1137,7 @@ give_back_rented() {
     fi
     pause "$((rounds < 4 ? 2 : 10))"
   done
+  say_unclear_ids
   say_still_billed destroy "$(own_ids)" "$rented_id"
   rented_id='' open_order=''    # enough was tried
   return 1
@@ -1275,22 +1319,20 @@ search_offers() {
 
 # Gives the GPUs that a person typed the names that Vast has; ends if it has none like that.
 check_gpus() {
-  local known line names=''
+  local known unknown near
   [[ -n "$gpus_typed" ]] || return 0
   known="$(known_gpus)" || return 0
-  while IFS= read -r line; do
-    if [[ "$line" == \?* ]]; then
-      line="${line#\?}"
-      die "$EX_USAGE" "unknown GPU '${line%%|*}'; did you mean one of: ${line#*|}?"
-    fi
-    names="$names,$line"
-  done < <(typed="$gpus" feed "$known" facts 'matched(env.typed)')
-  gpus="${names#,}"
+  unpack "$(typed="$gpus" feed "$known" facts 'unmatched(env.typed)')" unknown near
+  if [[ -n "$unknown" ]]; then
+    die "$EX_USAGE" "unknown GPU '$unknown'; did you mean one of: $near?"
+  fi
+  gpus="$(typed="$gpus" feed "$known" facts 'matched(env.typed)')"
 }
 
 # Sets offers to those that start would take; ends with advice if there is none.
 # Vast's own filter is not the last word on what costs money.
 find_offers() {
+  local advice
   check_gpus
   search_offers "$(hard_query) $(soft_query)" 64
   offers="$(feed "$offers" facts 'map(select(.winning and .cost <= (env.max_price | tonumber)
@@ -1300,7 +1342,8 @@ find_offers() {
   search_offers "$(hard_query)" 500
   say "no offer fits; Vast has $(feed "$offers" facts length) with one GPU, $disk GB of disk," \
     "a fast line and a driver for the image"
-  advice >&2
+  advice="$(advice)"
+  if [[ -n "$advice" ]]; then say "$advice"; fi
   die "$EX_REFUSED" "No suitable GPU found; widen --max-price, --min-vram, --gpu, --region,
 --max-traffic or --min-reliability, or ask for less --disk${bid:+ or a higher --bid}\
 ${renting:+; $(what_is_left)}"
@@ -1458,8 +1501,9 @@ see_instance() {
     return 0
   fi
   seen=yes absent_looks=0
-  IFS='|' read -r gpu_price storage_price address < <(fact "$row" \
-    '"\([.price - .storage, 0] | max * 1e6 | round)|\(.storage * 1e6 | round)|\(.address)"')
+  unpack "$(fact "$row" '[.price - .storage, .storage] | map([., 0] | max * 1e6 | round)
+    | join("|")')" gpu_price storage_price
+  address="$(fact "$row" .address)"
   if [[ "$1" == "$rented_id" ]]; then check_rented "$1"; fi
   if [[ -z "$outcome" || "$outcome" == ready ]]; then judge_state "$1"; fi
 }
@@ -1531,7 +1575,7 @@ settle() {
 # usage: judge_state ID
 judge_state() {
   local state message wanted
-  IFS='|' read -r state wanted message < <(fact "$row" '"\(.state)|\(.wanted)|\(.message)"')
+  unpack "$(fact "$row" '"\(.state)|\(.wanted)|\(.message)"')" state wanted message
   if [[ "$wanted" == running ]]; then meant_to_run=yes; fi
   if [[ "$wanted" == stopped && -n "$meant_to_run" ]]; then
     outcome=stopped reason="instance $1 was stopped meanwhile, and not by this run"
@@ -1700,7 +1744,7 @@ cmd_start() {
     rent
     return 0
   fi
-  IFS='|' read -r id state < <(fact "$chosen" '"\(.id)|\(.state)"')
+  unpack "$(fact "$chosen" '"\(.id)|\(.state)"')" id state
   if [[ -n "$dry_run" ]]; then
     say "instance $id is $state: start would use it"
     tell "$(describe "$(with_health "$chosen")")"
@@ -1790,7 +1834,7 @@ ask_to_start() {
       *) pause "$((attempt * 2))" ;;
     esac
   done
-  if [[ -z "$complaint" && "$reply" != starting* ]]; then
+  if [[ -z "$complaint" && -n "$reply" && "$reply" != starting* ]]; then
     outcome=taken reason="instance $1 does not start; Vast says: $reply"
   fi
 }
@@ -1831,14 +1875,14 @@ rent() {
     say 'dry run: nothing is rented'
     return 0
   fi
-  show_offer "$offer" >&2
+  say "$(show_offer "$offer")"
   agree "Rent it (if it fails, the next, up to $max_price \$/h)?" renting rented    # asked once
   run_key="$(od -An -N 24 -tx1 /dev/urandom | tr -d ' \n')"
   before="$(feed "$instances" facts 'map(.id | tostring) | join(" ")')"
   while ((rented < ATTEMPTS && orders < ORDERS)); do
     offer="$(offer_at "$place")"
     if [[ -z "$offer" ]]; then break; fi
-    if ((orders > 0)); then show_offer "$offer" >&2; fi
+    if ((orders > 0)); then say "$(show_offer "$offer")"; fi
     orders=$((orders + 1))
     if order_instance "$offer"; then
       rented=$((rented + 1))
@@ -1889,8 +1933,8 @@ container_env() {
 # As root, whatever user the image names: Vast sets up SSH inside before it runs what is to start.
 order_instance() {
   local offer_id offer_bid
-  IFS='|' read -r offer_id offer_bid traffic_cost < <(fact "$1" \
-    '"\(.id)|\(.bid // "")|\(.first * 1e6 | round)"')
+  unpack "$(fact "$1" \
+    '"\(.id)|\(.bid // "")|\(.first * 1e6 | round)"')" offer_id offer_bid traffic_cost
   space_calls 'create instance'    # here, so that a signal meanwhile finds no order
   reason='Vast tells no instance' if_cut=''
   if [[ -n "$replaced_id" ]]; then if_cut="$(what_is_left)"; fi
@@ -1984,14 +2028,11 @@ try_rented() {
 
 # From here on the healthy instance stays; strays that could not be destroyed are named.
 keep_rented() {
-  local id kept="$rented_id" strays
+  local kept="$rented_id" strays
   rented_id=''
   strays="$(own_ids | grep -vx "$kept")" || true
   open_order=''
-  for id in $(unclear_ids | grep -vx "$kept"); do
-    say "instance $id came up meanwhile and does not tell whose it is; if it is nobody's," \
-      "this ends it: $(by_hand destroy instance "$id" -y)"
-  done
+  say_unclear_ids "$kept"
   if [[ -n "$strays" ]]; then
     say_still_billed destroy "$strays"
     leave "$EX_REFUSED"
@@ -2036,7 +2077,7 @@ describe() {
 }
 
 cmd_status() {
-  local json='' row found='' ready=''
+  local json='' id row found='' ready=''
   while (($#)); do
     [[ "$1" == --json ]] || usage_error "status knows no '$1'" status
     json=yes
@@ -2044,34 +2085,34 @@ cmd_status() {
   done
   open_account
   look_or_die
-  if [[ "$instances" == '[]' && -z "$json" ]]; then no_instance "$(endpoint_of_this_name)"; fi
-  while IFS= read -r row; do
-    row="$(with_health "$row")"
+  if [[ "$instances" == '[]' && -z "$json" ]]; then no_instance_but_perhaps_an_endpoint; fi
+  for id in $(feed "$instances" facts '.[].id'); do
+    row="$(with_health "$(row_of "$id")")"
     if [[ "$(fact "$row" .health.ready)" == true ]]; then ready=yes; fi
     if [[ -n "$json" ]]; then found="$found$row"$'\n'; else tell "$(describe "$row")"; fi
-  done < <(target_rows)
+  done
   if [[ -n "$json" ]]; then
     tell "$(printf '%s' "$found" | odd="$odd_rows" facts '(env.odd | fromjson | map(.id)) as $odd
-      | {label: env.our_label, instances: .} + if $odd == [] then {} else {unreadable: $odd} end' -s)"
+      | {label: env.our_label, instances: .}
+        + if $odd == [] then {} else {unreadable: $odd} end' -s)"
   fi
   say_odd_rows || true
   if [[ "$instances$odd_rows" == '[][]' ]]; then leave "$EX_NO_INSTANCE"; fi
   if [[ -z "$ready" ]]; then leave "$EX_UNHEALTHY"; fi
 }
 
-# Prints whether an endpoint has our name, and so bills too.
-endpoint_of_this_name() {
-  local ids
-  if ! list_rows endpoints; then
-    printf 'whether an endpoint has that name is not known: %s\n' "$complaint"
-    return 0
-  fi
-  ids="$(feed "$reply" facts 'map(select(.endpoint_name == env.our_label) | "\(.id)") | join(", ")')"
-  if [[ -n "$ids" ]]; then
-    printf 'but endpoint %s has that name, and may bill: %s\n' "$ids" "$AGAIN endpoint status"
+# Ends as no_instance, but says whether an endpoint has our name, and so bills too.
+no_instance_but_perhaps_an_endpoint() {
+  local what="whether an endpoint has that name is not known"
+  if list_rows endpoints; then
+    what="$(again="$AGAIN" feed "$reply" facts 'map(select(.endpoint_name == env.our_label).id)
+      | if . == [] then "no endpoint has that name either: nothing is billed under it"
+        else "but endpoint \(map(tostring) | join(", ")) has that name, and may bill:"
+          + " \(env.again) endpoint status" end')"
   else
-    printf 'no endpoint has that name either: nothing is billed under it\n'
+    what="$what: $complaint"
   fi
+  no_instance "$what"
 }
 
 took=''    # seconds that the last request took
@@ -2286,7 +2327,7 @@ find_targets() {
 }
 
 cmd_stop() {
-  local row failed=''
+  local id failed=''
   parse_target stop --now "$@"
   find_targets
   if [[ "$(fact "$targets" .state)" == unreadable ]]; then
@@ -2294,9 +2335,9 @@ cmd_stop() {
     leave "$EX_REFUSED"
   fi
   stake stop "$(feed "$targets" facts .id)"
-  while IFS= read -r row; do
-    stop_one "$row" || failed=$?
-  done < <(printf '%s\n' "$targets")
+  for id in $(feed "$targets" facts .id); do
+    stop_one "$(row_of "$id")" || failed=$?
+  done
   if say_odd_rows; then failed="${failed:-$EX_REFUSED}"; fi
   if [[ -n "$failed" ]]; then leave "$failed"; fi
 }
@@ -2304,7 +2345,7 @@ cmd_stop() {
 # usage: stop_one ROW
 stop_one() {
   local id state url
-  IFS='|' read -r id state url < <(fact "$1" '"\(.id)|\(.state)|\(.address)"')
+  unpack "$(fact "$1" '"\(.id)|\(.state)|\(.address)"')" id state url
   if [[ "$state" == stopped ]]; then
     unstake stop "$id"
     say "instance $id is stopped already; $(storage_cost "$1")"
@@ -2373,7 +2414,7 @@ confirm_stopped() {
     if look; then
       row="$(row_of "$1")"
       if [[ -n "$row" ]]; then
-        IFS='|' read -r wanted state < <(fact "$row" '"\(.wanted)|\(.state)"')
+        unpack "$(fact "$row" '"\(.wanted)|\(.state)"')" wanted state
         if [[ "$wanted" != stopped ]]; then vast stop instance "$1" || say "$complaint"; fi
         if [[ "$wanted" == stopped && "$state" != stopping ]]; then return 0; fi
       elif ! is_listed "$1"; then
@@ -2390,8 +2431,8 @@ cmd_destroy() {
   local id failed=''
   parse_target destroy --yes "$@"
   find_targets
-  feed "$targets" facts '"instance \(.id): \(.state), \(.gpu), "
-    + (.why // "\(.price | fixed(4)) $/h")' >&2
+  say "$(feed "$targets" facts '"instance \(.id): \(.state), \(.gpu), "
+    + (.why // "\(.price | fixed(4)) $/h")')"
   agree 'Destroy it, with its disk?' destroying destroyed
   stake destroy "$(feed "$targets" facts .id)"
   for id in $(feed "$targets" facts .id); do
@@ -2428,8 +2469,8 @@ find_ssh() {
   look_or_die
   row="$(chosen_row)"
   [[ -n "$row" ]] || no_instance
-  IFS='|' read -r state ssh_host ssh_port < <(fact "$row" \
-    '"\(.state)|\(.ssh_host)|\(.ssh_port)"')
+  unpack "$(fact "$row" \
+    '"\(.state)|\(.ssh_host)|\(.ssh_port)"')" state ssh_host ssh_port
   [[ "$state" == running && -n "$ssh_host" && -n "$ssh_port" ]] ||
     die "$EX_UNHEALTHY" "the instance is $state, and Vast tells no SSH address of it (yet)"
   command -v ssh >/dev/null 2>&1 ||
@@ -2866,7 +2907,7 @@ give_back_endpoint() {
   remove_endpoint "$ids" "$made_hash" "$marker" || failed=yes
   making='' made_hash='' made_endpoint=''
   [[ -z "$failed" ]] && { say 'no endpoint was made'; return 0; }
-  say "see what is there, and end it: $AGAIN endpoint status, then $AGAIN endpoint down"
+  say "see what is there, and end it: $(rescue endpoint status), then $(rescue endpoint down)"
   return 1
 }
 
@@ -2968,12 +3009,12 @@ endpoint_down() {
   [[ -z "${VASTAI_ENDPOINT_ID:-}" ]] || marker="$(marker_of "$VASTAI_ENDPOINT_ID")"
   persist see_what_is_left "$ids" "$hashes" "$marker" || die_by_vast 'nothing is deleted'
   [[ -n "$left_endpoints$left_groups$left_members" ]] || no_endpoint
-  feed "$endpoints" endpoint_facts '.[] | select(is_meant)
-    | "endpoint \(.id): \(.endpoint_name)"' >&2
-  feed "$members" facts '.[] | select(.sure)
-    | "worker \(.id): \(.state), \(.gpu), \(.price | fixed(4)) $/h"' >&2
+  say "$(feed "$endpoints" endpoint_facts '.[] | select(is_meant)
+    | "endpoint \(.id): \(.endpoint_name)"'
+    feed "$members" facts '.[] | select(.sure)
+    | "worker \(.id): \(.state), \(.gpu), \(.price | fixed(4)) $/h"')"
   agree 'Delete it, with its workers?' 'deleting an endpoint' deleted
-  if_cut="it is not sure that the endpoint is gone; again: $AGAIN endpoint down"
+  if_cut="the endpoint and its workers may still be billed; this ends it: $(rescue endpoint down)"
   remove_endpoint "$ids" "$hashes" "$marker" || leave "$EX_REFUSED"
   if_cut=''
   say "the endpoint is gone, with its worker groups and workers: nothing of it is billed any more"
@@ -3054,7 +3095,11 @@ endpoint_logs() {
   persist look_workers "$id" || die_by_vast 'the workers cannot be listed'
   for id in $(feed "$worker_list" jq -r '.[].id'); do
     tell "-- worker $id"
-    if vast logs "$id" --tail "$tail"; then tell "$(without_keys "$reply")"; else say "$complaint"; fi
+    if vast logs "$id" --tail "$tail"; then
+      tell "$(without_keys "$reply")"
+    else
+      say "$complaint"
+    fi
   done
 }
 
@@ -3086,7 +3131,7 @@ endpoint_test() {
 # Ends if a request would wait for a worker that cannot come.
 need_recruits() {
   local id state
-  IFS='|' read -r id state < <(endpoint_fact '"\(.id)|\(.endpoint_state // "active")"')
+  unpack "$(endpoint_fact '"\(.id)|\(.endpoint_state // "active")"')" id state
   [[ "$state" == active ]] || die "$EX_UNHEALTHY" "endpoint $id is $state, and starts no worker; \
 to change that: $(by_hand update endpoint "$id" --endpoint_state active)"
   [[ "$(groups_of "$id")" != '[]' ]] || die "$EX_UNHEALTHY" \

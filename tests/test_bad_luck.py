@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -499,8 +500,9 @@ def destroy_cut_in_a_slow_call(stage: Scene) -> None:
     stage.vast.on("DELETE", ANY_ID, cut(stage))
     stage.vast.fault("DELETE", ANY_ID, delay=6.0, status=500)
     cutting = stage.launch("--yes", command="destroy")
-    wait_until(lambda: "waiting for Vast's answer to 'destroy instance'" in cutting.stderr, "words",
-               5.0)
+    asked = stage.vast.wait_for_call("DELETE", ANY_ID).time
+    wait_until(lambda: "waiting for Vast's answer to 'destroy instance'" in cutting.stderr, "words")
+    assert time.monotonic() < asked + 5.0
     assert cutting.wait().status == 130 and ids_named(cutting) == {instance.id}
 
 

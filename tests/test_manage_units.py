@@ -95,13 +95,48 @@ def test_gpu_names_are_spelled_as_vast_does(given: str, names: str) -> None:
     assert answer('gpu_names "$1"', given) == f"{names}\n"
 
 
+def cli_gpu_names() -> list[str]:
+    """Those of NVIDIA that the CLI itself lists."""
+    values = vars(cli_module("data.query")).values()
+    return sorted({name for name in values if isinstance(name, str) and NVIDIA.fullmatch(name)})
+
+
+@pytest.mark.parametrize(("typed", "name"), [
+    ("rtx4090", "RTX 4090"), ("RTX 4060ti", "RTX 4060 Ti"), ("3080Ti", "RTX 3080 Ti"),
+    ("4070 super", "RTX 4070S"), ("RTX 4070 Super", "RTX 4070S"), ("4070 ti SUPER", "RTX 4070S Ti"),
+    ("GeForce RTX 3060", "RTX 3060"), ("nvidia-rtx-3090", "RTX 3090"), ("a4000", "RTX A4000"),
+    ("GTX1660", "GTX 1660"), ("1660 super", "GTX 1660 S"), ("tesla v100", "Tesla V100"),
+    ("T4", "Tesla T4"), ("rtx 3060", "RTX 3060"), ("titan-xp", "Titan Xp"),
+])
+def test_a_gpu_is_known_however_it_is_typed(typed: str, name: str) -> None:
+    known = json.dumps(cli_gpu_names())
+    code = 'listed="$2"; known_gpus() { printf "%s\\n" "$listed"; }; ' \
+        'search_option search --gpu "$1"; check_gpus; echo "$gpus"'
+    assert answer(code, typed, known) == f"{name}\n"
+
+
+@pytest.mark.parametrize(("typed", "near"), [
+    ("RTX 4091", "RTX 4090"), ("h100", "H100 PCIE"), ("3060 super", "RTX 3060"), ("A1000", "A100"),
+])
+def test_a_gpu_that_cannot_match_is_told_with_what_is_near(typed: str, near: str) -> None:
+    code = 'listed="$2"; known_gpus() { printf "%s\\n" "$listed"; }; ' \
+        'search_option search --gpu "$1"; check_gpus'
+    done = shell(code, typed, json.dumps(cli_gpu_names()))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "unknown GPU '" in done.stderr and near in done.stderr.split("did you mean")[1]
+
+
+def test_without_vasts_list_a_gpu_is_taken_as_it_is() -> None:
+    code = 'known_gpus() { return 1; }; search_option search --gpu "$1"; check_gpus; echo "$gpus"'
+    assert answer(code, "RTX 9999") == "RTX 9999\n"
+
+
 NVIDIA = re.compile(r"(RTX|GTX|Q RTX|Tesla|Quadro|Titan|[ABLH]\d+)\b.*|GH200 SXM")
 
 
 def test_a_gpu_named_as_vast_does_keeps_its_name() -> None:
     """Those that the CLI itself lists; the advice after a search names GPUs like that, too."""
-    values = vars(cli_module("data.query")).values()
-    names = sorted({name for name in values if isinstance(name, str) and NVIDIA.fullmatch(name)})
+    names = cli_gpu_names()
     assert len(names) > 90
     assert answer('gpu_names "$1"', ",".join(names).replace(" ", "_")) == f"{','.join(names)}\n"
 
@@ -168,6 +203,21 @@ def test_other_numbers_are_refused_with_what_is_allowed(function: str, given: st
     assert (done.returncode, done.stdout) == (2, "")
     assert f"--some is '{given}'; it must be a" in done.stderr and "from 1 to 10" in done.stderr
     assert "usage: manage-bark-worker.sh start" in done.stderr
+
+
+# Time
+
+
+@pytest.mark.parametrize(("step", "counted"), [(0, 0), (1, 1), (90, 90), (-3600, 1), (-1, 1),
+                                               (86_400, 1)])
+def test_a_clock_that_is_set_counts_as_a_second(step: int, counted: int) -> None:
+    code = 'SECONDS=1000; tick; now=5; SECONDS=$((SECONDS + $1)); tick; echo "$now"'
+    assert answer(code, str(step)) == f"{5 + counted}\n"
+
+
+def test_help_says_what_the_list_of_processes_shows(tmp_path: Path) -> None:
+    told = " ".join(help_of("start", tmp_path).split())
+    assert "list of processes shows the worker's own key" in told
 
 
 # What the rented worker is given
@@ -504,6 +554,54 @@ def test_ssh_goes_straight_to_the_instance_where_it_can(fields: dict[str, object
 def test_an_odd_row_does_not_break_the_list() -> None:
     assert facts("map(instance.state)", [{"id": 1}, row(), row(status_msg=3, extra_env={})]) \
         == ["provisioning", "running", "running"]
+
+
+@pytest.mark.parametrize(("fields", "oddity"), [
+    ({}, ""), ({"extra_env": None}, ""), ({"extra_env": {"A": 1}}, ""), ({"ports": "none"}, ""),
+    ({"extra_env": [["A", "b"], None]}, ""), ({"status_msg": 7}, ""), ({"ports": [1]}, ""),
+    ({"id": None}, "it has no id"), ({"id": "7"}, "its id is no number"),
+    ({"label": 7}, "its label is no string"), ({"dph_total": "0.07"}, "its dph_total is no number"),
+    ({"is_bid": "yes"}, "its is_bid is no boolean"),
+    ({"start_date": []}, "its start_date is no number"),
+    *[({"extra_env": value}, "its extra_env is no environment")
+      for value in ("A=b", 7, [7], ["A=b"], [["A"]], [[1, 2]], [{"A": "b"}])],
+    ({"extra_env": [["BARK_API_KEY", 7]]}, "it is of another shape"),
+])
+def test_what_of_a_row_cannot_be_read_is_told_without_its_value(fields: dict[str, object],
+                                                                oddity: str) -> None:
+    assert facts("oddity", row(**fields)) == oddity
+
+
+@pytest.mark.parametrize("odd", [None, 7, "row", ["id", 7]])
+def test_what_is_no_row_at_all_is_told(odd: object) -> None:
+    assert facts("oddity", odd) == "it is no object"
+
+
+@pytest.mark.parametrize(("image", "message", "state"), [
+    ("acme/failover-bark:latest", "Pulling from acme/failover-bark", "loading"),
+    ("acme/fail:error", "error: Pulling from acme/fail", "loading"),
+    ("ghcr.io/acme/error:1", "1: Pulling from acme/error", "loading"),
+    ("ghcr.io/acme/denied-bark", "Status: Downloaded newer image for ghcr.io/acme/denied-bark",
+     "loading"),
+    ("localhost:5000/not-found@sha256:00", "Pulling from not-found", "loading"),
+    ("acme/bark", "loading failover modules", "loading"),
+    ("acme/failover-bark", "failed to pull acme/failover-bark", "error"),
+    ("acme/error", "error pulling image acme/error: no space left on device", "error"),
+    ("acme/bark", "RuntimeError: out of memory", "error"),
+    ("acme/bark", "write /var/lib/docker/x: no space left on device", "error"),
+    (None, "Error response from daemon", "error"),
+])
+def test_a_word_in_the_images_name_is_no_error(image: str | None, message: str,
+                                               state: str) -> None:
+    one = row(actual_status="loading", image_uuid=image, status_msg=message)
+    assert facts("instance.state", one) == state
+
+
+def test_a_long_message_keeps_its_end_where_the_cause_stands() -> None:
+    message = "OCI runtime create failed: " + "hook " * 200 + "cause: driver too old"
+    told = facts("instance.message", row(status_msg=message))
+    assert len(told) < 420 and told.startswith("OCI runtime create failed")
+    assert told.endswith("cause: driver too old")
 
 
 CHOICES = [

@@ -329,14 +329,26 @@ def lose_order(stage: Scene, seconds: float,
 
 
 def late_fruit_of_a_lost_order(stage: Scene) -> None:
-    """It comes when the second one's worker is healthy already."""
-    offers = [stage.vast.add_offer(), stage.vast.add_offer(dph_base=0.07)]
-    lose_order(stage, 25.0)
+    """It is waited for, and used."""
+    offer = stage.vast.add_offer()
+    stage.vast.add_offer(dph_base=0.07)
+    lose_order(stage, 20.0)
     run = stage.start("--yes")
-    assert (run.status, stage.orders()) == (0, offers)
+    assert (run.status, stage.orders()) == (0, [offer])
+    assert stage.billed() == {stage.only().id: "running"}
+
+
+def fruit_that_comes_when_nobody_waits_for_it(stage: Scene) -> None:
+    """The next one was rented, and is still loading."""
+    offers = [stage.vast.add_offer(), stage.vast.add_offer(dph_base=0.07)]
+    stage.workers_say("loading")
+    lose_order(stage, 50.0)
+    run = stage.launch("--yes")
+    wait_until(lambda: len(stage.vast.instances) == 2, "late one", 90)
+    stage.workers_say("ready")
+    assert (run.wait().status, stage.orders()) == (0, offers)
     assert stage.only().offer["id"] == offers[1]
     assert stage.billed() == {stage.only().id: "running"}
-    assert len(stage.vast.destroyed) == 1
 
 
 def late_fruit_after_a_signal(stage: Scene) -> None:
@@ -348,15 +360,16 @@ def late_fruit_after_a_signal(stage: Scene) -> None:
 
 
 def lost_reply_and_a_list_that_lags(stage: Scene) -> None:
-    """Three looks do not find it, the next offer is rented, and then there are two."""
-    offers = [stage.vast.add_offer(), stage.vast.add_offer(dph_base=0.07)]
+    """Four looks do not find it; nothing else is rented meanwhile."""
+    offer = stage.vast.add_offer()
+    stage.vast.add_offer(dph_base=0.07)
     nothing = {"success": True, "instances": [], "next_token": None}
     stage.vast.fault("PUT", ORDER, drop="after")
     stage.vast.fault("GET", LIST, skip=1, times=4, status=200, body=nothing)
     run = stage.start("--yes")
-    assert (run.status, stage.orders()) == (0, offers)
+    assert (run.status, stage.orders()) == (0, [offer])
     assert run.stdout == f"{stage.only().worker_url}\n"
-    assert (stage.billed(), len(stage.vast.destroyed)) == ({stage.only().id: "running"}, 1)
+    assert (stage.billed(), stage.vast.destroyed) == ({stage.only().id: "running"}, [])
 
 
 def lost_order_and_a_signal(stage: Scene) -> None:
@@ -379,7 +392,8 @@ def giving_back_fails_after_a_signal(stage: Scene) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@plays(late_fruit_of_a_lost_order, late_fruit_after_a_signal, lost_reply_and_a_list_that_lags,
+@plays(fruit_that_comes_when_nobody_waits_for_it, late_fruit_of_a_lost_order,
+       late_fruit_after_a_signal, lost_reply_and_a_list_that_lags,
        lost_order_and_a_signal, giving_back_fails_after_a_signal)
 def test_what_comes_late_is_found_and_what_stays_is_named(act: Act, acts: Acts) -> None:
     acts.end_of(act)
