@@ -444,7 +444,8 @@ reply=''        # what the last question to Vast brought
 complaint=''    # why it brought nothing
 refused=''      # who said no: an HTTP status; `no` in an answer; `usage`, the CLI itself
 calling=''      # the call that is under way
-cut=''          # the status of a signal that came while a call began
+deferring=''    # yes while a signal has to wait; then
+cut=''          # the exit status that it asks for
 ending=''       # yes once `finish` has begun
 call_end=''     # how it ended: exit status, a blank, and what the CLI said on stderr
 scratch=''      # a folder that only this user can read
@@ -457,25 +458,12 @@ readonly RECORD=$'\036' LINE=$'\037'    # separate what a call printed
 vast() {
   space_calls "$1 $2"
   reply='' complaint='' refused='' call_end='' calling="$1 $2"
-  begin_call "$@"
-  hear_vast
-  [[ -z "$complaint" ]]
-}
-
-# A signal that comes while the child is being made is served afterwards: the child would serve it,
-# too, with all that this script knows of what is to be given back.
-begin_call() {
-  cut=''
-  trap 'cut=129' HUP
-  trap 'cut=130' INT
-  trap 'cut=143' TERM
+  deferring=yes
   exec 9< <(run_vast "$@" 2>/dev/null)
-  if [[ -n "$ending" ]]; then
-    trap '' HUP INT TERM
-  else
-    trap_signals
-    if [[ -n "$cut" ]]; then end_by_signal "$cut"; fi
-  fi
+  hear_vast
+  deferring=''
+  heed_signal
+  [[ -z "$complaint" ]]
 }
 
 # Runs the CLI beside this script and deaf to signals: a trap here runs at once, and what is being
@@ -492,15 +480,20 @@ run_vast() {
   printf '%s %s\n%s\n' "${said%% *}" "${errors//$'\n'/$LINE}" "${said#* }"
 }
 
-# Waits for the call to end. A signal may break in: then `finish_call` goes on where this stopped.
+# Waits for the call to end, or for a signal: then `finish_call` goes on where this stopped. Until
+# it is heeded here, a signal waits: served inside `read`, or by the child just made, it would fork
+# this script, with all that it knows of what is to be given back.
 hear_vast() {
-  local began
+  local began misses=0
   while [[ -z "$call_end" ]]; do
     began=$SECONDS
-    if IFS= read -r -t 2 -u 9 call_end; then break; fi
-    # Bash 3.2 has one status for time that ran out and for an end: the CLI was killed.
-    if ((SECONDS == began)); then call_end='137 killed'; fi
+    if IFS= read -r -t 1 -u 9 call_end; then break; fi
+    # Bash 3.2 has one status for time that ran out and for an end, which comes at once: the CLI was
+    # killed. A signal may end `read` early, too.
+    misses=$((SECONDS == began ? misses + 1 : 0))
+    if ((misses == 3)); then call_end='137 killed'; fi
     tick
+    heed_signal
   done
   reply="$(trap '' HUP INT TERM; cat <&9)" calling=''    # one command: no signal splits it
   exec 9</dev/null
@@ -1040,13 +1033,18 @@ if_cut=''        # the last word if a signal ends the run
 guard() {
   exec 9</dev/null    # what `hear_vast` reads, where a signal comes before there is a call
   trap 'end_by_itself "$?"' EXIT
-  trap_signals
+  trap 'on_signal 129' HUP
+  trap 'on_signal 130' INT
+  trap 'on_signal 143' TERM
 }
 
-trap_signals() {
-  trap 'end_by_signal 129' HUP
-  trap 'end_by_signal 130' INT
-  trap 'end_by_signal 143' TERM
+# usage: on_signal STATUS
+on_signal() {
+  if [[ -n "$deferring" ]]; then cut="$1"; else end_by_signal "$1"; fi
+}
+
+heed_signal() {
+  if [[ -n "$cut" && -z "$ending" ]]; then end_by_signal "$cut"; fi
 }
 
 # Under a trap a bare `return` tells the status from before the trap (bash 4.4 and later), so that
