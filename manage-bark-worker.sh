@@ -1198,11 +1198,13 @@ key_for() {
 
 # usage: say_still_billed VERB IDS...    (says of each what ends it; without any, where to look)
 say_still_billed() {
-  local id ids="${*:2}" said=' ' yes=''
-  if [[ "$1" == destroy ]]; then yes=' -y'; fi
+  local verb="$1" id ids said=' ' yes=''
+  shift
+  ids="$*"    # bash 3.2 makes a letter of an empty word in "${*:2}"
+  if [[ "$verb" == destroy ]]; then yes=' -y'; fi
   for id in $ids; do
     if [[ "$said" == *" $id "* ]]; then continue; fi
-    say "instance $id may still be billed; this ends it: $(by_hand "$1" instance "$id$yes")"
+    say "instance $id may still be billed; this ends it: $(by_hand "$verb" instance "$id$yes")"
     said="$said$id "
   done
   [[ "$said" == ' ' ]] || return 0
@@ -1213,10 +1215,10 @@ say_still_billed() {
 
 at_stake=' '    # VERB:ID of what this run is to stop or destroy and has not, between blanks
 
-# usage: stake VERB IDS...
+# usage: stake VERB IDS    (joined by blanks or line feeds)
 stake() {
-  local id ids="${*:2}"
-  for id in $ids; do at_stake="$at_stake$1:$id "; done
+  local id
+  for id in $2; do at_stake="$at_stake$1:$id "; done
 }
 
 # usage: unstake VERB ID

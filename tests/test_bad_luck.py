@@ -24,7 +24,7 @@ from renting import Act, Acts, Scene, acts_of, drawn_out, ids_named, in_a_hurry,
 LIST, ORDER, ANY_ID = "/api/v1/instances/", "/asks/", r"/instances/\d+/"
 BAD_GATEWAY = {"status": 502, "body": "<html>Bad Gateway</html>"}
 NO_LISTS: list[object] = [
-    {"success": False}, {"success": False, "msg": "sorry"}, {"instances": None}, {}, [], None,
+    {"success": False}, {"instances": None}, {"success": False, "msg": "sorry"}, {}, [], None,
     {"success": True, "instances": {}}, {"success": True, "instances": "none"}, "", "nothing",
     {"success": False, "instances": [], "next_token": None}]
 
@@ -84,8 +84,17 @@ def order_that_never_arrived(stage: Scene) -> None:
 
 
 UNCLEAR: dict[str, object] = {
-    "nothing": "", "an empty object": {}, "a list": [], "no id": {"success": True},
+    "an empty object": {}, "a list": [], "no id": {"success": True},
     "a word": {"success": True, "new_contract": "soon"}, "a page": "<html>Hello</html>"}
+
+
+def empty_answer(stage: Scene) -> None:
+    """As the CLI gives at times, with exit status 0; the order had its effect."""
+    offer = stage.vast.add_offer()
+    stage.vast.fault("PUT", ORDER, status=200, body="", effect=True)
+    done = run(stage, "start", "--yes")
+    assert (done.status, stage.orders()) == (0, [offer])
+    assert done.stdout == f"{stage.only().worker_url}\n"
 
 
 def unclear_answers(stage: Scene) -> None:
@@ -102,8 +111,7 @@ def unclear_answers(stage: Scene) -> None:
     assert len(stage.orders()) == len(UNCLEAR)
 
 
-@plays(lost_reply_and_a_list_that_never_answers, order_that_never_arrived,
-       lost_reply_while_the_list_fails, unclear_answers)
+@plays(lost_reply_and_a_list_that_never_answers, lost_reply_while_the_list_fails, empty_answer)
 def test_while_an_order_has_no_clear_answer_there_is_no_other(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -120,7 +128,7 @@ def lists_that_are_none(stage: Scene) -> None:
     """None of them says that the account is empty."""
     instance = stage.vast.add_instance(fate="silent")
     stage.vast.add_offer()
-    for answer in NO_LISTS[:4]:
+    for answer in NO_LISTS[:2]:
         for command, *words in (["status"], ["start", "--yes"], ["destroy", "--yes"]):
             no_list(stage, answer)
             done = in_a_hurry(stage, *words, command=command).wait()
@@ -131,7 +139,7 @@ def lists_that_are_none(stage: Scene) -> None:
 
 def other_lists_that_are_none(stage: Scene) -> None:
     instance = stage.vast.add_instance(fate="silent")
-    for answer in NO_LISTS[4:]:
+    for answer in NO_LISTS[2:]:
         no_list(stage, answer)
         done = in_a_hurry(stage, command="status").wait()
         assert (done.status, done.stdout) == (4, "")
@@ -173,8 +181,7 @@ def offers_that_are_none(stage: Scene) -> None:
         assert "the offers cannot be searched" in done.stderr and "jq" not in done.stderr
 
 
-@plays(lists_that_are_none, other_lists_that_are_none, list_that_is_none_after_destroying,
-       pages_without_end, offers_that_are_none)
+@plays(lists_that_are_none, list_that_is_none_after_destroying, offers_that_are_none)
 def test_an_answer_that_is_not_what_was_asked_for_is_no_answer(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -239,7 +246,7 @@ def own_row_that_turns_odd(stage: Scene) -> None:
     assert (stage.billed(), len(stage.vast.destroyed)) == ({}, 1)
 
 
-@plays(one_odd_row, every_odd_row, own_row_that_turns_odd)
+@plays(one_odd_row, own_row_that_turns_odd)
 def test_a_row_that_cannot_be_read_is_named_and_the_rest_goes_on(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -343,8 +350,7 @@ def list_that_loses_it_once(stage: Scene) -> None:
 
 
 @plays(rented_one_that_is_stopped, rented_one_that_is_destroyed, woken_one_that_is_stopped,
-       woken_one_that_is_destroyed, running_one_that_is_stopped, running_one_that_is_destroyed,
-       replacement_that_is_destroyed, list_that_loses_it_once)
+       running_one_that_is_destroyed)
 def test_what_somebody_else_ended_stays_as_he_left_it(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -396,7 +402,7 @@ def host_away_at_the_first_look(stage: Scene) -> None:
     assert (stage.orders(), stage.vast.destroyed) == ([], [])
 
 
-@plays(host_away_for_good, host_away_for_a_moment, host_away_at_the_first_look)
+@plays(host_away_for_good)
 def test_only_three_looks_in_a_row_make_a_host_lost(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -554,7 +560,6 @@ def slow_order_that_is_cut(stage: Scene) -> None:
 
 
 @plays(destroy_cut_in_a_slow_call, slow_order_that_is_cut, destroy_cut_between_two,
-       destroy_cut_while_vast_is_out_of_order, stop_cut_in_the_middle, stop_that_is_refused,
        replace_cut_while_the_old_one_goes)
 def test_whatever_ends_a_change_the_last_lines_name_what_is_billed(act: Act, acts: Acts) -> None:
     acts.end_of(act)
@@ -642,7 +647,7 @@ def closed_pipe(stage: Scene, *words: str) -> subprocess.CompletedProcess[str]:
         os.close(writing)
 
 
-@plays(no_place_for_files, clock_that_is_set, folder_that_is_swept, no_home, nobody_who_reads)
+@plays(no_place_for_files, clock_that_is_set, no_home, nobody_who_reads)
 def test_a_machine_out_of_order_costs_nothing(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -693,4 +698,14 @@ def unknown_gpu(stage: Scene) -> None:
 
 @plays(rescue_lines_work, revoked_key, unknown_gpu)
 def test_what_is_said_helps(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
+@pytest.mark.long  # not by themselves, but run.sh is full
+@plays(order_that_never_arrived, unclear_answers, other_lists_that_are_none,
+       pages_without_end, every_odd_row, woken_one_that_is_destroyed,
+       running_one_that_is_stopped, replacement_that_is_destroyed, list_that_loses_it_once,
+       host_away_for_a_moment, host_away_at_the_first_look, destroy_cut_while_vast_is_out_of_order,
+       stop_that_is_refused, stop_cut_in_the_middle, folder_that_is_swept)
+def test_rarer_luck_costs_no_more(act: Act, acts: Acts) -> None:
     acts.end_of(act)

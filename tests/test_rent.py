@@ -478,16 +478,6 @@ def image_that_is_not_there(stage: Scene) -> None:
 
 
 @drawn_out
-def settings_that_the_worker_refuses(stage: Scene) -> None:
-    """Only the log tells; what stands there of keys stays there."""
-    stage.vast.container_env["ENDS"] = "2"
-    stage.vast.add_offer()
-    run = stage.start("--yes", BARK_POLL="10")
-    assert_gave_up(stage, run, 4, "ended with status 2", "bad key [key]", "nothing is rented")
-    assert stage.vast.calls("PUT", ORDER)[0].body["env"]["BARK_API_KEY"] not in run.stderr
-
-
-@drawn_out
 def instance_of_which_nobody_knows(stage: Scene) -> None:
     """It is destroyed, but Vast never lists anything again."""
     stage.vast.add_offer(fate="offline")
@@ -502,7 +492,7 @@ def instance_of_which_nobody_knows(stage: Scene) -> None:
     assert run.stderr.count("may still be billed") == 1
 
 
-@plays(settings_that_the_worker_refuses, three_that_fail, one_that_is_stuck_before_a_healthy_one,
+@plays(three_that_fail, one_that_is_stuck_before_a_healthy_one,
        instance_of_which_nobody_knows, worker_that_fails_before_a_healthy_one,
        nothing_ready_in_time, image_that_is_not_there)
 def test_what_fails_is_destroyed_before_the_next_is_tried(act: Act, acts: Acts) -> None:
