@@ -16,7 +16,7 @@ from conftest import wait_until
 from fake_serverless import ServerlessVast, docker_options
 from fake_vast import Request
 from manager import SCRIPT, Run
-from renting import Act, Acts, Scene, acts_of, drawn_out, ids_named, plays
+from renting import Act, Acts, Scene, acts_of, drawn_out, ids_named, in_a_hurry, plays
 from test_rented import CommandLines
 
 # It reports to Vast that it is ready, and speaks a tone to who brings a signature.
@@ -366,13 +366,55 @@ def a_suspended_endpoint_is_not_waited_for(stage: Scene) -> None:
           f"vastai update endpoint {number} --endpoint_state active\n")
 
 
-@plays(down_finds_workers_whose_endpoint_is_gone, the_id_of_the_environment_counts)
+@drawn_out
+def answers_that_are_none(stage: Scene) -> None:
+    """Vast deletes nothing, and then does not tell what there is: that is not gone."""
+    number = made(stage)
+    for path, answers in (("/endptjobs/", ({"success": False, "msg": "sorry"}, {"results": None},
+                                           {"success": True, "results": [7]})),
+                          ("/instances/", ({"success": False}, {"instances": {}}))):
+        for answer in answers:
+            stage.vast.fault("GET", path, times=3, status=200, body=answer)
+            done = in_a_hurry(stage, "down", "--yes", command="endpoint").wait()
+            assert done.status == 4 and "is gone" not in done.stderr
+    assert stage.vast.removed == []
+    stage.vast.fault("DELETE", CREATES["endpoint"], times=99, status=500)
+    stage.vast.fault("GET", "/instances/", skip=2, times=99, status=200, body={"instances": None})
+    done = in_a_hurry(stage, "down", "--yes", command="endpoint").wait()
+    ended(done, 4, f"vastai delete endpoint {number}")
+
+
+def status_looks_for_an_endpoint_of_that_name(stage: Scene) -> None:
+    """Where there is no instance; the other commands say that they did not look."""
+    number = made(stage)
+    ended(stage.launch(command="status").wait(), 5, f"but endpoint {number} has that name, and may")
+    ended(stage.launch(command="stop").wait(), 5, "an endpoint of that name was not looked at: ")
+    ended(endpoint(stage, "down", "--yes"), 0)
+    ended(stage.launch(command="status").wait(), 5, "nothing is billed under it")
+    stage.vast.fault("GET", "/endptjobs/", status=403)
+    ended(stage.launch(command="status").wait(), 5, "an endpoint has that name is not known")
+
+
+def row_of_a_worker_that_cannot_be_read(stage: Scene) -> None:
+    """It may be one, so it is not called gone."""
+    left = stage.vast.add_instance(label=None, fate="silent", env={"BARK_LABEL": "bark-worker"})
+    odd = stage.vast.add_instance(label=None, fate="silent")
+    real = odd.row
+    odd.row = lambda: {**real(), "extra_env": "A=b"}  # type: ignore[method-assign]
+    done = in_a_hurry(stage, "down", "--yes", command="endpoint").wait()
+    assert (done.status, stage.vast.destroyed) == (0, [left.id])
+    assert f"instance {odd.id} comes up and does not tell whose it is" in done.stderr
+
+
+@plays(down_finds_workers_whose_endpoint_is_gone, the_id_of_the_environment_counts,
+       status_looks_for_an_endpoint_of_that_name)
 def test_down_ends_what_is_meant_and_nothing_else(acts: Acts, act: Act) -> None:
     acts.end_of(act)
 
 
 @pytest.mark.long
-@plays(down_names_what_it_cannot_end, down_names_a_worker_that_stays, down_asks,
+@plays(answers_that_are_none, row_of_a_worker_that_cannot_be_read, down_names_what_it_cannot_end,
+       down_names_a_worker_that_stays, down_asks,
        without_a_worker_the_test_gives_up_in_time, a_suspended_endpoint_is_not_waited_for)
 def test_what_cannot_be_done_is_said(acts: Acts, act: Act) -> None:
     acts.end_of(act)
