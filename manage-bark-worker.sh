@@ -972,8 +972,8 @@ row_of() { feed "$instances" facts ".[] | select(.id == $1) | tojson"; }
 # Prints the rows of the last look, also those that cannot be read.
 all_rows() { printf '%s\n' "$instances" "$odd_rows" | jq -cs add; }
 
-# usage: is_listed ID    (also in a row that cannot be read)
-is_listed() { [[ "$(all_rows | facts "any(.[]; .id == $1)")" == true ]]; }
+# usage: is_absent ID    (from the last look, also from the rows that cannot be read)
+is_absent() { [[ "$(all_rows | facts "any(.[]; .id == $1)")" == false ]]; }
 
 # Says of each row that cannot be read what ends it; fails if there is none.
 say_odd_rows() {
@@ -1143,8 +1143,10 @@ give_back_rented() {
 
 # usage: nothing_is_left SENT    (as the last look found it)
 nothing_is_left() {
-  [[ -z "$(own_ids)" && (-z "$rented_id" || -n "$1") ]] && ! order_may_come &&
-    [[ -z "$open_order" || -z "$(unclear_ids)" ]]
+  local own unclear
+  own="$(own_ids)" && unclear="$(unclear_ids)" || return 1
+  [[ -z "$own" && (-z "$rented_id" || -n "$1") ]] && ! order_may_come &&
+    [[ -z "$open_order" || -z "$unclear" ]]
 }
 
 # Fails unless Vast took the order, or has no such instance; that it is gone, only a look tells.
@@ -1174,7 +1176,7 @@ give_back_woken() {
 }
 
 # Whether Vast means instance $1 to be stopped, or lists it no more.
-is_stopped() { ! is_listed "$1" || [[ "$(fact "$(row_of "$1")" .wanted)" == stopped ]]; }
+is_stopped() { is_absent "$1" || [[ "$(fact "$(row_of "$1")" .wanted)" == stopped ]]; }
 
 # usage: by_hand WORDS...    (prints the command of vastai that a person can copy)
 by_hand() {
@@ -1440,11 +1442,11 @@ await_worker() {
 begin_wait() {
   outcome='' reason='' row='' address='' phase='waiting for Vast' rival=''
   wait_began=$now running_since='' scheduling_since='' silent_since=$now old_ends=''
-  seen=yes meant_to_run=yes absent_looks=0 lost_looks=0 lost_time=-99
+  seen=yes meant_to_run='' absent_looks=0 lost_looks=0 lost_time=-99
   if [[ "$1" == "$rented_id" ]]; then
-    old_ends=0 seen=''
-  elif [[ "$1" == "$woken_id" ]]; then
-    meant_to_run=''
+    old_ends=0 seen='' meant_to_run=yes
+  elif [[ "$1" != "$woken_id" && "$(fact "$(row_of "$1")" .wanted)" == running ]]; then
+    meant_to_run=yes
   fi
 }
 
@@ -1511,7 +1513,7 @@ see_instance() {
 # usage: judge_absence ID
 # A new instance may take a while to be listed; one that was listed is gone after two looks.
 judge_absence() {
-  if is_listed "$1"; then
+  if ! is_absent "$1"; then
     phase="Vast's row of it cannot be read"
   elif [[ -n "$seen" ]]; then
     absent_looks=$((absent_looks + 1))
@@ -1983,18 +1985,17 @@ read_order() {
 # After an order without a clear answer: sets rented_id to what came of it; or to nothing, once that
 # is certain. Until then nothing else is ordered: where no look settles it, this run ends.
 find_order() {
-  local deadline=$((now + UNANSWERED_SECONDS)) found
+  local deadline=$((now + UNANSWERED_SECONDS)) found unclear
   say "no clear answer to the order ($reason): looking for what it brought, for up to" \
     "$UNANSWERED_SECONDS s, and ordering nothing else"
   while ((now < deadline)); do
     pause 2
-    if look; then
-      found="$(own_ids)"
+    if look && found="$(own_ids)" && unclear="$(unclear_ids)"; then
       if [[ -n "$found" ]]; then
         rented_id="${found%%$'\n'*}" open_order=''
         return 0
       fi
-      if ! order_may_come && [[ -z "$(unclear_ids)" ]]; then
+      if [[ -z "$unclear" ]] && ! order_may_come; then
         open_order=''
         return 0
       fi
@@ -2417,7 +2418,7 @@ confirm_stopped() {
         unpack "$(fact "$row" '"\(.wanted)|\(.state)"')" wanted state
         if [[ "$wanted" != stopped ]]; then vast stop instance "$1" || say "$complaint"; fi
         if [[ "$wanted" == stopped && "$state" != stopping ]]; then return 0; fi
-      elif ! is_listed "$1"; then
+      elif is_absent "$1"; then
         return 0
       fi
     fi
@@ -2447,7 +2448,7 @@ destroy_confirmed() {
   local attempt
   for attempt in 1 2 3 4 5; do
     destroy_once "$1" || true
-    if look && ! is_listed "$1"; then
+    if look && is_absent "$1"; then
       unstake destroy "$1"
       say "instance $1 is destroyed; it costs nothing any more"
       return 0

@@ -402,6 +402,14 @@ def host_away_at_the_first_look(stage: Scene) -> None:
     assert (stage.orders(), stage.vast.destroyed) == ([], [])
 
 
+def sleeping_one_whose_host_is_away(stage: Scene) -> None:
+    """Nobody has stopped it meanwhile."""
+    old = stage.vast.add_instance(state="stopped")
+    old.go_offline()
+    done = run(stage, "start", "--yes")
+    assert (done.status, stage.changes()) == (4, []) and "is offline, in 3 looks" in done.stderr
+
+
 @plays(host_away_for_good)
 def test_only_three_looks_in_a_row_make_a_host_lost(act: Act, acts: Acts) -> None:
     acts.end_of(act)
@@ -705,7 +713,8 @@ def test_what_is_said_helps(act: Act, acts: Acts) -> None:
 @plays(order_that_never_arrived, unclear_answers, other_lists_that_are_none,
        pages_without_end, every_odd_row, woken_one_that_is_destroyed,
        running_one_that_is_stopped, replacement_that_is_destroyed, list_that_loses_it_once,
-       host_away_for_a_moment, host_away_at_the_first_look, destroy_cut_while_vast_is_out_of_order,
+       host_away_for_a_moment, host_away_at_the_first_look, sleeping_one_whose_host_is_away,
+       destroy_cut_while_vast_is_out_of_order,
        stop_that_is_refused, stop_cut_in_the_middle, folder_that_is_swept)
 def test_rarer_luck_costs_no_more(act: Act, acts: Acts) -> None:
     acts.end_of(act)
