@@ -2998,8 +2998,8 @@ class Narrator:
             self.min_eos_p = min(self.min_eos_p or MIN_EOS_P, MIN_EOS_P)
         self.aliases = {alias: target for alias, (target, _) in VOICE_ALIASES.items()
                         if target in facts.voices and alias not in facts.voices}
-        # A short text window means that the model learnt short texts: of 175 characters the
-        # built-in voice, with 48 tokens, loses four words in ten, of 48 one in a hundred.
+        # A short text window means that the model learnt short texts: the built-in voice, with 48
+        # tokens, none above 64 characters.
         window = facts.semantic.max_input_semantic_length
         self.limits = SegmentLimits(
             count_tokens=lambda text: len(facts.tokenize(text)),
