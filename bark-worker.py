@@ -4,7 +4,7 @@
     python bark-worker.py            # settings come from the environment; --help lists them
 
     curl -s http://127.0.0.1:8080/synthesize -H 'Content-Type: application/json' \\
-         -H 'Accept: audio/wav' -d '{"text": "Hello, world!"}' -o hello.wav
+         -H 'Accept: audio/wav' -d '{"text": "Good evening, and welcome."}' -o hello.wav
 
     python bark-worker.py --serverless    # a worker of a Vast.ai endpoint, which routes and scales
 
@@ -3457,7 +3457,7 @@ INDEX = """\
 bark-worker {version}: text to speech with Bark
 
   curl -s {url}/synthesize -H 'Content-Type: application/json' \\
-       -H 'Accept: audio/wav' -d '{{"text": "Hello, world!"}}' -o hello.wav
+       -H 'Accept: audio/wav' -d '{{"text": "Good evening, and welcome."}}' -o hello.wav
 
 GET  /health      what the worker is doing
 GET  /ready       200 when it can speak, else 503

@@ -2117,7 +2117,7 @@ no_instance_but_perhaps_an_endpoint() {
 }
 
 took=''    # seconds that the last request took
-text='Hello from Bark. If you can hear this, everything works.'
+text='If you can hear this, everything is working.'    # is understood in every voice
 # A seed drawn anew, as a worker answers what it was asked before from memory.
 readonly JQ_SPOKEN='def spoken: {text: ., seed: -1}
   + if env.VOICE != "" then {voice: env.VOICE} else {} end;'
@@ -3442,13 +3442,15 @@ wait_until_ready() {
   return 1
 }
 
+readonly HELLO='Good evening, and welcome.'    # is understood in both of the built-in voices
+
 # usage: how_to_call ADDRESS    (prints two lines; the key stays a variable in them)
 how_to_call() {
   local key='' play='listen to hello.wav' player
   if [[ -n "${BARK_API_KEY:-}" ]]; then key=" -H \"Authorization: Bearer \$BARK_API_KEY\""; fi
   if player="$(find_player)"; then play="$player hello.wav"; fi
   printf '%s\n' "curl -sSf $1/synthesize$key -H 'Accept: audio/wav'\
- -H 'Content-Type: application/json' -d '{\"text\": \"Hello\"}' -o hello.wav"
+ -H 'Content-Type: application/json' -d '{\"text\": \"$HELLO\"}' -o hello.wav"
   printf '%s\n' "then: $play; how the worker is: $1/health; Ctrl-C here ends it"
 }
 
