@@ -183,3 +183,14 @@ def test_the_docker_commands_fit_the_image() -> None:
     assert all((ROOT / name).is_file() for name in re.findall(r"docker build -f (\S+)", README))
     user = re.search(r"runs as user (\d+)", README)[1]
     assert f"USER {user}:" in dockerfile() and f"--uid {user} " in dockerfile()
+
+
+def test_the_sounds_are_short_opus_files_of_what_is_written_beside_them() -> None:
+    table = [row for row in rows("Quick start") if len(row) == 3 and row[0].endswith(".opus)")]
+    assert len(table) == 3
+    for link, _, text in table:
+        path = ROOT / re.search(r"\((docs/\S+\.opus)\)", link)[1]
+        assert path.stat().st_size < 100_000
+        with av.open(str(path)) as sound:
+            samples = sum(frame.samples for frame in sound.decode(audio=0))
+        assert 0.04 < samples / 48_000 / len(text) < 0.12  # seconds a character
