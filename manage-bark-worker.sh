@@ -31,6 +31,10 @@ readonly WORKER="$ROOT/bark-worker.py"
 readonly BUILTIN_VOICE="$ROOT/builtin-voice"
 readonly VENV="$ROOT/.venv"
 readonly VENV_PYTHON="$VENV/bin/python"
+readonly VENV_MARK="$VENV/made-by-$PROGRAM"    # in a .venv that this script made, and may remove
+readonly WORKER_LIST="$VENV/requirements-worker.txt"    # the part of requirements.txt for `local`
+readonly TORCH_WHEELS='https://download.pytorch.org/whl'    # has an index for each build of torch
+readonly REACH_SECONDS=10          # that pip may take to find what is there
 readonly RUN_DIR="$VENV/run-$$"    # what the worker's log told, while it runs
 readonly END_SECONDS=15            # the worker may finish its work for 10 s after SIGTERM
 readonly SILENT_SECONDS=60         # without an answer from /health the worker counts as hung
@@ -236,13 +240,20 @@ options of status, logs:
 Settings of the worker in this environment go along:
 $PASSED_ON."
 
-readonly USAGE_LOCAL="usage: $PROGRAM local [--model ID]
+readonly USAGE_LOCAL="usage: $PROGRAM local [--model ID] [--verbose]
+       $PROGRAM local --clean [--yes]
 
-Makes .venv beside this script, installs requirements.txt into it when that changed, starts
-bark-worker.py and says how to call it. Ctrl-C ends it.
+Makes .venv beside this script, installs the worker's part of requirements.txt into it when that
+changed, starts bark-worker.py and says how to call it. Ctrl-C ends it.
 
   --model ID   hub id or folder of the model (the same as BARK_MODEL=ID); without one,
                suno/bark on an NVIDIA GPU, else the small builtin-voice
+  --verbose    show all that pip and the worker say
+  --clean      remove the .venv that this made, after asking; models are not in it
+  --yes        do not ask, with --clean
+
+torch comes in the build that fits: for the CPU without a GPU, else for CUDA as the driver has it.
+pip's own settings (PIP_INDEX_URL, pip.conf and so on) go first, then PyTorch's index.
 
 The environment goes to the worker: PORT, HOST, BARK_VOICE, BARK_API_KEY and the others that
 bark-worker.py --help lists; only HOST is 127.0.0.1 if unset, so that nobody else can call it.
@@ -280,6 +291,7 @@ usage_of() {
 # Messages: stdout carries the answer, stderr everything else
 
 line_open=''    # a progress line on the terminal waits to be overwritten
+verbose=''      # yes: pip and the worker may say all they have to say
 
 # Never fails: a reader that has left must not stop what gives money back.
 say() {
@@ -622,6 +634,30 @@ known_gpus() {
   feed "$names" jq -ce '.gpu_names | arrays | map(strings) | select(. != [])' 2>/dev/null
 }
 
+# Finds the command; fails if it is neither on PATH nor in .venv.
+find_vastai() {
+  VASTAI="$(command -v vastai 2>/dev/null)" || VASTAI="$VENV/bin/vastai"
+  [[ -x "$VASTAI" ]]
+}
+
+# Where vastai is missing, asks a person whether to install it. Only commands that order something
+# new call this: what ends a rent at night must not wait for pip.
+offer_vastai() {
+  local answer='' packages_before list="$VENV/requirements-renting.txt"
+  if find_vastai || [[ ! -t 0 || ! -f "$ROOT/requirements.txt" ]]; then return 0; fi
+  printf 'vastai is missing: install it into .venv (32 packages, borb among them under the AGPL)?\
+ [y/N] ' >&2
+  read -r answer || true
+  [[ "$answer" == [yY] || "$answer" == [yY]es ]] || return 0    # `require_tools` says what to do
+  venv_works || make_venv
+  requirements_of renting >"$list"
+  say 'installing vastai into .venv'
+  installing=vastai
+  packages_before="$(packages)"
+  install_packages -r "$list"
+  say_what_came "$packages_before"
+}
+
 # Fails unless every tool is there; names each one that is not.
 require_tools() {
   local missing=''
@@ -629,8 +665,7 @@ require_tools() {
   curl: sudo apt install curl, or brew install curl"
   command -v jq >/dev/null 2>&1 || missing="$missing
   jq: sudo apt install jq, or brew install jq"
-  VASTAI="$(command -v vastai 2>/dev/null)" || VASTAI="$VENV/bin/vastai"
-  [[ -x "$VASTAI" ]] || missing="$missing
+  find_vastai || missing="$missing
   vastai: python3 -m venv .venv && .venv/bin/pip install vastai==$VASTAI_VERSION
     (beside this script; or anywhere on PATH)"
   [[ -z "$missing" ]] || die "$EX_MISSING" "missing, and how to get it:$missing"
@@ -1382,6 +1417,7 @@ cmd_search() {
     shift "$taken"
   done
   check_search search
+  offer_vastai
   open_account
   find_offers
   tell "$(offer_table)"
@@ -1739,6 +1775,7 @@ cmd_start() {
   local chosen state id
   parse_start "$@"
   if_cut='nothing is rented'
+  offer_vastai
   open_account
   look_or_die
   chosen="$(chosen_row)"
@@ -2758,6 +2795,7 @@ endpoint_up() {
   local id
   parse_up "$@"
   if_cut='no endpoint was made'
+  offer_vastai
   open_account
   find_endpoint
   id="$(endpoint_fact '.id // ""')"
@@ -3247,7 +3285,9 @@ end_child() {
 finish_child() {
   if child_lives; then
     trap 'signal_child KILL' INT TERM
-    say 'stopping: running requests may finish for 10 s (Ctrl-C again: at once)' || true
+    if [[ -d "$RUN_DIR" ]]; then
+      say 'stopping: running requests may finish for 10 s (Ctrl-C again: at once)'
+    fi
     end_child || true
     [[ ! -d "$RUN_DIR" ]] || wait_for_log_end
   fi
@@ -3260,6 +3300,19 @@ run_child() {
   guard
   start_child "$@"
   wait "$child_pid" || status=$?
+  child_pid=''
+  trap - EXIT HUP INT TERM
+  return "$status"
+}
+
+# usage: run_child_within SECONDS COMMAND...    (fails if it takes longer)
+run_child_within() {
+  local deadline=$((SECONDS + $1)) status=0
+  guard
+  start_child "${@:2}"
+  while child_lives && ((SECONDS < deadline)); do short_pause; done
+  signal_child KILL
+  wait "$child_pid" 2>/dev/null || status=$?
   child_pid=''
   trap - EXIT HUP INT TERM
   return "$status"
@@ -3294,9 +3347,18 @@ venv_works() {
 make_venv() {
   local python
   python="$(find_python)" || leave "$?"
-  say "making .venv with $python"
   run_child "$python" -m venv --clear "$VENV" ||
     die "$EX_MISSING" "$python -m venv could not make $VENV; its own message stands above"
+  : >"$VENV_MARK"
+}
+
+# usage: requirements_of PART    (prints that part of requirements.txt: worker or renting)
+requirements_of() {
+  local line part=worker pattern='^# -- ([a-z]+):'
+  while IFS= read -r line || [[ -n "$line" ]]; do
+    if [[ "$line" =~ $pattern ]]; then part="${BASH_REMATCH[1]}"; fi
+    [[ "$part" != "$1" ]] || printf '%s\n' "$line"
+  done <"$ROOT/requirements.txt"
 }
 
 # Prints the file that keeps requirements file $1 as it was when last installed completely.
@@ -3311,18 +3373,127 @@ is_installed() { cmp -s "$1" "$(stamp_of "$1")"; }
 # Makes .venv if it is absent or broken, and installs the files if one changed since last time.
 ensure_venv() {
   local file changed='' arguments=()
-  venv_works || make_venv
+  venv_works || { say 'making .venv'; make_venv; }
   for file in "$@"; do
     arguments+=(-r "$file")
     is_installed "$file" || changed="$changed ${file#"$ROOT"/}"
   done
   [[ -n "$changed" ]] || return 0
-  say "installing$changed into .venv (the first time that is a large download, torch above all)"
+  say "installing$changed into .venv"
+  installing="${changed# }"
   for file in "$@"; do rm -f "$(stamp_of "$file")"; done
-  run_child "$VENV_PYTHON" -m pip install --disable-pip-version-check "${arguments[@]}" ||
-    die "$EX_MISSING" "pip could not install$changed; its own message stands above. Run this again \
-when that is mended"
+  install_packages "${arguments[@]}"
   for file in "$@"; do cp "$file" "$(stamp_of "$file")"; done
+}
+
+installing=''    # what pip is at, for people
+
+# usage: install_packages PIP_ARGUMENTS...
+install_packages() {
+  forget_halves
+  run_child run_pip install "$@" ||
+    die "$EX_MISSING" "pip could not install $installing; its own message stands above. Run this \
+again when that is mended"
+}
+
+# pip writes a package's RECORD last, and takes one without it for installed: it was cut short.
+forget_halves() {
+  local folder
+  for folder in "$VENV"/lib/python*/site-packages/*.dist-info; do
+    [[ -e "$folder/RECORD" ]] || rm -rf "$folder"
+  done
+}
+
+run_pip() {
+  if [[ -n "$verbose" ]]; then
+    "$VENV_PYTHON" -m pip --disable-pip-version-check "$@"
+  else
+    "$VENV_PYTHON" -I -S -c "$SHOW_BARS" --disable-pip-version-check "$@"
+  fi
+}
+
+# Runs pip and shows of it its progress bars, and the end of the rest only if it fails. pip draws a
+# live bar where FORCE_COLOR is set, as it cannot know that a terminal stands behind this.
+read -r -d '' SHOW_BARS <<'PYTHON' || true
+import os, re, subprocess, sys
+if sys.stderr.isatty():
+    os.environ["FORCE_COLOR"] = "1"
+pip = subprocess.Popen([sys.executable, "-m", "pip", *sys.argv[1:]],
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+bar = re.compile("\N{BOX DRAWINGS HEAVY HORIZONTAL}|[0-9.]+/[0-9.]+ [kMG]?B".encode())
+held, rest, is_open = [], b"", False
+while data := os.read(pip.stdout.fileno(), 65536):
+    *lines, rest = (rest + data.replace(b"\x1b[?25l", b"")).split(b"\n")
+    for line in lines:
+        if is_open or bar.search(line):
+            os.write(2, line + b"\n")
+        else:
+            held.append(line)
+        is_open = False
+    if rest and (is_open or b"\r" in rest and bar.search(rest)):
+        os.write(2, rest)
+        rest, is_open = b"", True
+status = pip.wait()
+if status:
+    os.write(2, b"\n".join(line for line in held[-20:] + [rest] if line) + b"\n")
+sys.exit(status if status >= 0 else 128 - status)
+PYTHON
+readonly SHOW_BARS
+
+# Prints the packages in .venv that are complete, each as NAME-VERSION on a line.
+packages() {
+  local record
+  for record in "$VENV"/lib/python*/site-packages/*.dist-info/RECORD; do
+    record="${record%.dist-info/RECORD}"
+    printf '%s\n' "${record##*/}"
+  done
+}
+
+# usage: say_what_came PACKAGES_BEFORE
+say_what_came() {
+  local package torch='' count=0 size
+  while IFS= read -r package; do
+    [[ $'\n'"$1"$'\n' != *$'\n'"$package"$'\n'* ]] || continue
+    count=$((count + 1))
+    [[ "$package" != torch-* ]] || torch=" (torch ${package#torch-})"
+  done <<<"$(packages)"
+  ((count)) || return 0
+  size="$("$VENV_PYTHON" -I -S -c 'import os, sys
+print(sum(os.lstat(os.path.join(folder, name)).st_size
+          for folder, _, names in os.walk(sys.argv[1]) for name in names) // 10**6)' "$VENV")"
+  say "fetched $count packages$torch into $VENV, which has $size MB now (local --clean removes it)"
+}
+
+# What of .venv is in use, for people: processes that run from it, as far as can be told.
+users_of_venv() {
+  local folder
+  for folder in "$VENV"/run-*; do
+    ! kill -0 "${folder##*-}" 2>/dev/null || printf 'process %s ' "${folder##*-}"
+  done
+  grep -lsF "$VENV/" /proc/[0-9]*/maps 2>/dev/null || true    # Linux: who has its libraries loaded
+}
+
+# Removes the .venv that this script made, after asking.
+clean_venv() {
+  local users model=''
+  if [[ ! -e "$VENV" && ! -L "$VENV" ]]; then
+    say "there is no $VENV"
+    return 0
+  fi
+  [[ ! -L "$VENV" ]] || die "$EX_UNHEALTHY" "$VENV is a link, so it stays; remove what you mean by \
+hand"
+  [[ -f "$VENV_MARK" ]] || die "$EX_UNHEALTHY" "$VENV has not the mark of one that local made, so \
+it stays; by hand: rm -r $VENV"
+  users="$(users_of_venv)"
+  [[ -z "$users" ]] || die "$EX_UNHEALTHY" "$VENV is in use (${users//$'\n'/ }), so it stays; end \
+that first"
+  IFS= read -r model < <(find "$VENV" \( -name 'models--*' -o -name 'model*.safetensors' \
+    -o -name 'pytorch_model*.bin' \) 2>/dev/null) || true
+  [[ -z "$model" ]] || die "$EX_UNHEALTHY" "there is a model in it, $model, so $VENV stays; move \
+that first"
+  agree "Remove $VENV? Downloaded models are elsewhere and stay." 'removing .venv' removed
+  rm -rf "$VENV"
+  say "$VENV is removed"
 }
 
 # -----------------------------------------------------------------------------
@@ -3367,6 +3538,174 @@ torch_advice() {
   fi
 }
 
+# usage: build_for DRIVER_CUDA    (prints the build of torch to install for it; fails if none runs)
+# Drivers run all of their CUDA's major version in most cases. CUDA 13 left out GPUs before Turing,
+# the build for 12.6 those from Blackwell on.
+build_for() {
+  local capability
+  case "$1" in
+    '') ;;    # pip's own may do
+    [0-9].* | 10.* | 11.*) return 1 ;;
+    12.*) ! is_blackwell || return 1
+      printf 'cu126\n' ;;
+    *) capability="$(least_capability)"
+      if ((${capability:-75} < 75)); then printf 'cu126\n'; else printf 'cu130\n'; fi ;;
+  esac
+}
+
+is_blackwell() {
+  local capability
+  capability="$(least_capability)"
+  ((${capability:-0} >= 100))
+}
+
+# Prints the least compute capability of the GPUs here, in tenths; nothing if it cannot be told.
+least_capability() {
+  local line least=''
+  while IFS= read -r line; do
+    [[ "$line" =~ ^([0-9]+)\.([0-9])$ ]] || continue
+    line="${BASH_REMATCH[1]}${BASH_REMATCH[2]}"
+    if [[ -z "$least" ]] || ((line < least)); then least="$line"; fi
+  done <<<"$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)"
+  printf '%s\n' "$least"
+}
+
+# Prints the version of torch that requirements.txt asks for.
+torch_wanted() {
+  local pattern=$'(^|\n)torch==([0-9.]+)'
+  if [[ "$(requirements_of worker)" =~ $pattern ]]; then
+    printf '%s\n' "${BASH_REMATCH[2]}"
+  fi
+}
+
+# Prints the version and build of torch in .venv, as 2.13.0+cpu; PyPI's have no build in it.
+torch_here() {
+  local package
+  while IFS= read -r package; do
+    [[ "$package" != torch-* ]] || printf '%s\n' "${package#torch-}"
+  done <<<"$(packages)"
+}
+
+# usage: torch_fits HERE VERSION BUILD    (whether what is there does; PyPI's is for CUDA 13.0)
+torch_fits() {
+  [[ "${1%%+*}" == "$2" ]] || return 1
+  case "$3" in
+    cpu | '') return 0 ;;    # every build computes on the CPU
+    cu130) [[ "$1" == "$2" || "$1" == *+cu13* ]] ;;
+    *) [[ "$1" == *"+${3%?}"* ]] ;;
+  esac
+}
+
+# usage: pip_finds_torch VERSION PIP_OPTIONS...    (whether it would find it within REACH_SECONDS)
+pip_finds_torch() {
+  local found='' pattern='Available versions: ([^'$'\n'']*)'
+  if run_child_within "$REACH_SECONDS" list_torch "${@:2}"; then
+    found="$(<"$VENV/torch-versions")"
+  fi
+  [[ "$found" =~ $pattern ]] && [[ ", ${BASH_REMATCH[1]}," == *", $1,"* ]]
+}
+
+list_torch() {
+  "$VENV_PYTHON" -m pip index versions torch --disable-pip-version-check --retries 0 --timeout 5 \
+    "$@" >"$VENV/torch-versions" 2>/dev/null
+}
+
+# Prints which of pip's settings of a person say where packages come from, by blanks: of the
+# environment and of every pip.conf. PyPI's own address is none.
+own_settings() {
+  local line name settings=''
+  while IFS= read -r line; do
+    name="${line%%=*}"
+    [[ "$line" != *"=''" ]] || continue    # pip takes an empty one for none
+    case "${name##*.}" in
+      index-url) [[ "$line" == *"//pypi.org/simple"* ]] || settings="$settings index-url" ;;
+      no-index) case "$line" in
+          *"='0'" | *"='no'" | *"='off'" | *"='false'" | *"='False'") ;;
+          *) settings="$settings no-index" ;;
+        esac ;;
+      extra-index-url | find-links) settings="$settings ${name##*.}" ;;
+    esac
+  done <<<"$("$VENV_PYTHON" -m pip config list 2>/dev/null)"
+  printf '%s\n' "$settings"
+}
+
+torch_arguments=()    # what pip installs first, if that is needed for the right build of torch
+torch_source=''       # where it comes from, for people
+
+# usage: choose_torch VERSION BUILD    (sets both; fails if what BUILD asks for cannot be had)
+choose_torch() {
+  local index="$TORCH_WHEELS/$2" settings
+  torch_arguments=() torch_source=''
+  [[ -n "$2" ]] || return 0
+  settings="$(own_settings)"
+  if [[ -n "$settings" ]] && pip_finds_torch "$1+$2"; then
+    torch_arguments=("torch==$1+$2") torch_source="$2 build, from where pip's settings say"
+  elif [[ "$2" == cpu && "$settings" == *' index-url'* ]]; then
+    torch_source="from pip's own index-url"
+  elif [[ -z "$settings" && "$2" == cu130 && -z "$(torch_here)" ]]; then
+    torch_source='cu130 build, which is pip'\''s own'
+  elif [[ "$settings" != *no-index* ]] && pip_finds_torch "$1+$2" --index-url "$index"; then
+    torch_arguments=("torch==$1+$2" --index-url "$index") torch_source="$2 build, from $index"
+  elif [[ "$2" == cpu || "$2" == cu130 && "$(torch_here)" != "$1+"* ]]; then
+    torch_source="pip's own, as its $2 build cannot be had from $index"
+  else
+    return 1
+  fi
+}
+
+# usage: install_worker NO_GPU    (NO_GPU says why there is none; empty where there is one)
+# Installs what the worker needs, torch in the build that fits, each thing once.
+install_worker() {
+  local version build=cpu driver='' packages_before
+  venv_works || make_venv
+  requirements_of worker >"$WORKER_LIST"
+  version="$(torch_wanted)"
+  [[ "$OSTYPE" == linux* ]] || build=''    # elsewhere pip's own is the only one
+  if [[ -z "$1" ]]; then
+    driver="$(driver_cuda)"
+    build="$(build_for "$driver")" || die_for_driver "$version" "$driver"
+  fi
+  if torch_fits "$(torch_here)" "$version" "$build"; then
+    if is_installed "$WORKER_LIST" || is_installed "$ROOT/requirements.txt"; then return 0; fi
+    torch_arguments=() torch_source='there already'
+  else
+    choose_torch "$version" "$build" || die_for_driver "$version" "$driver"
+  fi
+  say "installing torch $version${torch_source:+ ($torch_source)} and what else the worker needs" \
+    'into .venv'
+  installing="the worker's packages"
+  packages_before="$(packages)"
+  rm -f "$(stamp_of "$WORKER_LIST")"
+  if ((${#torch_arguments[@]})); then install_torch "$build"; fi
+  install_packages -r "$WORKER_LIST"
+  cp "$WORKER_LIST" "$(stamp_of "$WORKER_LIST")"
+  say_what_came "$packages_before"
+}
+
+# usage: install_torch BUILD    (as chosen; without a GPU pip's own will do, too)
+install_torch() {
+  if [[ "$1" != cpu ]]; then
+    install_packages --no-deps "${torch_arguments[@]}"
+    return 0
+  fi
+  forget_halves
+  run_child run_pip install --no-deps "${torch_arguments[@]}" ||
+    say "its $1 build could not be fetched, see above; pip's own is taken"
+}
+
+# usage: die_for_driver VERSION DRIVER_CUDA    (before anything is fetched that could not run)
+die_for_driver() {
+  local advice
+  advice="$(torch_advice "$1" none "$2" '')"
+  if [[ "$2" == 12.* ]] && is_blackwell; then
+    advice="The driver supports CUDA $2, and this GPU needs torch for 13.0: update it to 580 or \
+newer."
+  fi
+  die "$EX_MISSING" "there is no torch to install for this GPU.
+$advice
+Or leave the GPU alone: BARK_DEVICE=cpu ./$PROGRAM local"
+}
+
 # Ends with a way out unless torch computes on the GPU that nvidia-smi shows.
 require_torch_on_gpu() {
   local report usable version built_for reason
@@ -3383,16 +3722,19 @@ Or leave the GPU alone: BARK_DEVICE=cpu ./$PROGRAM local"
 # -----------------------------------------------------------------------------
 # local
 
-# Copies the worker's log to stderr and notes the address it listens on. Its lines about its own
-# state are left out: `wait_until_ready` tells that in fewer.
+# Copies the worker's log to stderr and notes the address it listens on. Left out is what
+# `wait_until_ready` tells in fewer words, the notice about the CPU, which we gave, and, unless all
+# is wanted, whatever is no warning until it is ready.
 relay_log() {
-  local line pattern=' listening on (http://[^ ]+)$'
+  local line ready="$verbose" pattern=' listening on (http://[^ ]+)$'
   trap '' HUP INT TERM
   while IFS= read -r line || [[ -n "$line" ]]; do
     if [[ "$line" =~ $pattern ]]; then printf '%s\n' "${BASH_REMATCH[1]}" >"$RUN_DIR/address"; fi
     case "$line" in
+      *' INFO status=ready'*) ready=yes ;;
       *' INFO status='* | *' INFO downloading '* | *' INFO staying up '*) ;;
-      *) say "$line" ;;
+      *' WARNING '*'; BARK_MODEL chooses: '*) ;;
+      *) [[ -z "$ready" && "$line" =~ ^[0-9-]+\ [0-9:,]+\ INFO\  ]] || say "$line" ;;
     esac
   done
   : >"$RUN_DIR/log-ended"
@@ -3423,23 +3765,39 @@ local_address() {
   esac
 }
 
-# usage: wait_until_ready ADDRESS    (shows each change; fails if the worker fails, ends or is mute)
+# usage: wait_until_ready ADDRESS    (fails if the worker fails, ends or is mute)
 wait_until_ready() {
   local health last='' heard=$SECONDS
   while child_lives && ((SECONDS < heard + SILENT_SECONDS)); do
     if health="$(worker_health "$1")"; then
       heard=$SECONDS
       [[ "$health" == "$last" ]] || case "$health" in
-        'ready '*) say "ready after $SECONDS s"; return 0 ;;
-        'failed '*) say "the worker failed: ${health#failed }"; return 1 ;;
-        *) say "${health% }" ;;
+        'ready '*) end_state; say "ready after $SECONDS s: $1"; return 0 ;;
+        'failed '*) end_state; say "the worker failed: ${health#failed }"; return 1 ;;
+        *) show_state "${health% }" ;;
       esac
       last="$health"
     fi
     short_pause
   done
+  end_state
   ! child_lives || say "the worker has not answered at $1/health for $SILENT_SECONDS s"
   return 1
+}
+
+# usage: show_state STATE    (each in the place of the last; on no terminal only if all is wanted)
+show_state() {
+  if [[ -n "$verbose" ]]; then
+    say "$1"
+  elif [[ -t 2 ]]; then
+    printf '\r\033[K%s' "$1" >&2 || true
+    line_open=yes
+  fi
+}
+
+end_state() {
+  [[ -z "$line_open" ]] || printf '\r\033[K' >&2 || true
+  line_open=''
 }
 
 readonly HELLO='Good evening, and welcome.'    # is understood in both of the built-in voices
@@ -3454,15 +3812,20 @@ how_to_call() {
   printf '%s\n' "then: $play; how the worker is: $1/health; Ctrl-C here ends it"
 }
 
-# usage: run_worker MODEL    (until it ends, or a signal ends both)
+# usage: run_worker MODEL NO_GPU    (until it ends, or a signal ends both)
+# While it imports what it needs, torch is tried on the GPU.
 run_worker() {
   local address status=0
   guard
   mkdir "$RUN_DIR"
   export BARK_MODEL="$1"
   export HOST="${HOST:-127.0.0.1}"    # without a key, a port on a shared network is open to all
-  say "starting bark-worker.py with $1"
+  [[ -z "$verbose" ]] || say "starting bark-worker.py with $1"
   start_child "$VENV_PYTHON" -u "$WORKER" 2> >(relay_log)
+  if [[ -z "$2" ]] && ! (require_torch_on_gpu); then
+    end_child || true
+    exit "$EX_MISSING"
+  fi
   if wait_for_address && address="$(local_address)" && wait_until_ready "$address"; then
     how_to_call "$address"
     wait "$child_pid" || status=$?
@@ -3475,9 +3838,11 @@ run_worker() {
   die "$EX_UNHEALTHY" "the worker did not get ready (its exit status: $status)"
 }
 
-# usage: say_about_cpu REASON MODEL    (never falls back in silence)
-say_about_cpu() {
-  if [[ "$2" == "$BUILTIN_VOICE" ]]; then
+# usage: say_who_speaks NO_GPU MODEL    (never falls back in silence)
+say_who_speaks() {
+  if [[ -z "$1" ]]; then
+    say "an NVIDIA GPU is here: ${2:-suno/bark} speaks"
+  elif [[ "$2" == "$BUILTIN_VOICE" ]]; then
     say "$1: the small built-in voice speaks\
  (--model suno/bark-small: the real Bark on a CPU, slow)"
   else
@@ -3486,27 +3851,29 @@ say_about_cpu() {
 }
 
 cmd_local() {
-  local model="${BARK_MODEL:-}" no_gpu
+  local model="${BARK_MODEL:-}" no_gpu clean=''
   while (($#)); do
     case "$1" in
       --model=*) set -- --model "${1#*=}" "${@:2}"; continue ;;
       --model) [[ -n "${2:-}" ]] || usage_error '--model needs an ID' local
         model="$2"; shift ;;
+      --verbose) verbose=yes ;;
+      --clean) clean=yes ;;
+      --yes) agreed=yes ;;
       *) usage_error "local knows no '$1'" local ;;
     esac
     shift
   done
+  if [[ -n "$clean" ]]; then clean_venv; return 0; fi
+  [[ -z "$agreed" ]] || usage_error '--yes goes with --clean' local
   [[ -f "$WORKER" && -f "$ROOT/requirements.txt" ]] ||
     die "$EX_MISSING" "bark-worker.py and requirements.txt must lie beside this script, in $ROOT"
   [[ "$model" != builtin-voice ]] || model="$BUILTIN_VOICE"
   no_gpu="$(why_no_gpu)"
-  if [[ -n "$no_gpu" ]]; then
-    model="${model:-$BUILTIN_VOICE}"
-    say_about_cpu "$no_gpu" "$model"
-  fi
-  ensure_venv "$ROOT/requirements.txt"
-  [[ -n "$no_gpu" ]] || require_torch_on_gpu
-  run_worker "${model:-suno/bark}"
+  [[ -z "$no_gpu" ]] || model="${model:-$BUILTIN_VOICE}"
+  say_who_speaks "$no_gpu" "$model"
+  install_worker "$no_gpu"
+  run_worker "${model:-suno/bark}" "$no_gpu"
 }
 
 # -----------------------------------------------------------------------------

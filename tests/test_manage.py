@@ -98,9 +98,10 @@ class Local:
 
 
 @contextlib.contextmanager
-def running_local(path: Path, **settings: str) -> Iterator[Local]:
+def running_local(path: Path, *options: str, script: Path = SCRIPT,
+                  **settings: str) -> Iterator[Local]:
     environment = clean_environment(PATH=str(path), **settings)
-    process = subprocess.Popen([BASH, str(SCRIPT), "local"], env=environment, text=True,
+    process = subprocess.Popen([BASH, str(script), "local", *options], env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
     local = Local(process)
@@ -171,15 +172,16 @@ def can_import(clone: Path, module: str) -> bool:
                           stderr=subprocess.DEVNULL).returncode == 0
 
 
-def write_wheel(folder: Path, module: str) -> Path:
+def write_wheel(folder: Path, module: str, version: str = "1.0") -> Path:
     """A wheel that installs one empty module."""
-    path = folder / f"{module}-1.0-py3-none-any.whl"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{module}-{version}-py3-none-any.whl"
     files = {f"{module}.py": "",
-             f"{module}-1.0.dist-info/METADATA":
-                 f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n",
-             f"{module}-1.0.dist-info/WHEEL":
+             f"{module}-{version}.dist-info/METADATA":
+                 f"Metadata-Version: 2.1\nName: {module}\nVersion: {version}\n",
+             f"{module}-{version}.dist-info/WHEEL":
                  "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-             f"{module}-1.0.dist-info/RECORD": ""}
+             f"{module}-{version}.dist-info/RECORD": ""}
     with zipfile.ZipFile(path, "w") as wheel:
         for name, text in files.items():
             wheel.writestr(name, text)
@@ -324,7 +326,7 @@ def test_driver_too_old_for_torch_ends_with_advice_and_no_fallback(
         bare_path: Path, tmp_path: Path) -> None:
     executable(tmp_path / "nvidia-smi", NVIDIA_SMI)
     path = Path(f"{tmp_path}:{bare_path}")
-    done = run("local", "--model", str(BUILTIN), path=path,
+    done = run("local", "--model", str(BUILTIN), path=path, PIP_NO_INDEX="1",
                CUDA_VISIBLE_DEVICES="99")  # so that a real GPU stays out of it
     assert (done.returncode, done.stdout) == (3, "")
     assert "supports CUDA 12.4" in done.stderr and "BARK_DEVICE=cpu" in done.stderr
@@ -356,10 +358,12 @@ def test_local_speaks_as_its_own_line_says_and_ctrl_c_leaves_nothing(
     assert len(local.answer) == 2 and "/health" in local.answer[1]
     assert "no NVIDIA GPU here" in local.log[0]
     assert any(line.startswith("ready after ") for line in local.log)
+    assert sum("GPU" in line for line in local.log) == 1  # the worker's own notice is not repeated
 
 
 # Answers in turn with the lines of its argument, instead of a worker.
 WORKER_SAYS = """exec 3<<<"$1"
+verbose=yes
 worker_health() { local line; IFS= read -r line <&3 && printf '%s\\n' "$line"; }
 child_lives() { :; }
 short_pause() { :; }
@@ -377,7 +381,7 @@ def test_each_state_before_ready_is_told_once() -> None:
 
 
 def test_sigterm_while_it_starts_ends_the_worker_too(bare_path: Path) -> None:
-    with running_local(bare_path) as local:
+    with running_local(bare_path, "--verbose") as local:
         local.wait_for_log("listening on")
         worker = local.worker()
         local.process.terminate()
@@ -387,7 +391,7 @@ def test_sigterm_while_it_starts_ends_the_worker_too(bare_path: Path) -> None:
 
 
 def test_closed_terminal_ends_the_worker_too(bare_path: Path) -> None:
-    command = [BASH, str(SCRIPT), "local"]
+    command = [BASH, str(SCRIPT), "local", "--verbose"]
     with subprocess.Popen(command, env=clean_environment(PATH=str(bare_path)), text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert any("listening on" in line for line in iter(process.stderr.readline, ""))
