@@ -3596,13 +3596,14 @@ torch_fits() {
   esac
 }
 
-# usage: pip_finds_torch VERSION PIP_OPTIONS...    (whether it would find it within REACH_SECONDS)
+# usage: pip_finds_torch VERSION PIP_OPTIONS...    (whether it does so within REACH_SECONDS; any
+# build will do unless VERSION names one)
 pip_finds_torch() {
   local found='' pattern='Available versions: ([^'$'\n'']*)'
   if run_child_within "$REACH_SECONDS" list_torch "${@:2}"; then
     found="$(<"$VENV/torch-versions")"
   fi
-  [[ "$found" =~ $pattern ]] && [[ ", ${BASH_REMATCH[1]}," == *", $1,"* ]]
+  [[ "$found" =~ $pattern ]] && [[ ", ${BASH_REMATCH[1]}," == *", $1"[,+]* ]]
 }
 
 list_torch() {
@@ -3640,8 +3641,10 @@ choose_torch() {
   settings="$(own_settings)"
   if [[ -n "$settings" ]] && pip_finds_torch "$1+$2"; then
     torch_arguments=("torch==$1+$2") torch_source="$2 build, from where pip's settings say"
-  elif [[ "$2" == cpu && "$settings" == *' index-url'* ]]; then
-    torch_source="from pip's own index-url"
+  elif [[ "$2" != cu126 && "$settings" == *find-links* ]] && pip_finds_torch "$1" --no-index; then
+    torch_arguments=("torch==$1" --no-index) torch_source="from where pip's settings say"
+  elif [[ "$2" == cpu && "$settings" == *' index-url'* || "$settings$2" == *no-index*cpu ]]; then
+    torch_source="from where pip's settings say"
   elif [[ -z "$settings" && "$2" == cu130 && -z "$(torch_here)" ]]; then
     torch_source='cu130 build, which is pip'\''s own'
   elif [[ "$settings" != *no-index* ]] && pip_finds_torch "$1+$2" --index-url "$index"; then

@@ -81,6 +81,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("other", "vastai"):
         write_wheel(folder / "pypi" / name, name)
     write_wheel(folder / "links", "torch", f"{VERSION}+cpu")
+    write_wheel(folder / "links-plain", "torch", VERSION)
     write_wheel(folder / "links-without", "other")
     return folder
 
@@ -180,6 +181,7 @@ def test_without_a_gpu_the_cpu_build_comes_once_and_only_the_workers_part(
     ({"PIP_INDEX_URL": "{url}/cpu", "PIP_EXTRA_INDEX_URL": "{url}/pypi"}, "+cpu", "/cpu/"),
     ({"PIP_EXTRA_INDEX_URL": "{url}/cu130 {url}/cpu"}, "+cpu", "/cpu/"),
     ({"PIP_FIND_LINKS": "{wheels}/links"}, "+cpu", ""),
+    ({"PIP_FIND_LINKS": "{wheels}/links-plain"}, "", ""),
     ({"PIP_FIND_LINKS": "{wheels}/links-without"}, "+cpu", "/cpu/"),
     ({"PIP_CONFIG_FILE": "index-url = {url}/pypi"}, "", "/pypi/"),
     ({"PIP_CONFIG_FILE": "find-links = {wheels}/links\n  {wheels}/links-without"}, "+cpu", ""),
