@@ -3464,13 +3464,16 @@ print(sum(os.lstat(os.path.join(folder, name)).st_size
   say "fetched $count packages$torch into $VENV, which has $size MB now (local --clean removes it)"
 }
 
-# What of .venv is in use, for people: processes that run from it, as far as can be told.
+# Prints the ids of processes that run from .venv, as far as can be told.
 users_of_venv() {
-  local folder
-  for folder in "$VENV"/run-*; do
-    ! kill -0 "${folder##*-}" 2>/dev/null || printf 'process %s ' "${folder##*-}"
+  local place
+  for place in "$VENV"/run-*; do
+    ! kill -0 "${place##*-}" 2>/dev/null || printf '%s\n' "${place##*-}"
   done
-  grep -lsF "$VENV/" /proc/[0-9]*/maps 2>/dev/null || true    # Linux: who has its libraries loaded
+  while IFS= read -r place; do    # Linux: who has its libraries loaded
+    place="${place#/proc/}"
+    printf '%s\n' "${place%/maps}"
+  done < <(grep -lsF "$VENV/" /proc/[0-9]*/maps 2>/dev/null)
 }
 
 # Removes the .venv that this script made, after asking.
@@ -3485,8 +3488,8 @@ hand"
   [[ -f "$VENV_MARK" ]] || die "$EX_UNHEALTHY" "$VENV has not the mark of one that local made, so \
 it stays; by hand: rm -r $VENV"
   users="$(users_of_venv)"
-  [[ -z "$users" ]] || die "$EX_UNHEALTHY" "$VENV is in use (${users//$'\n'/ }), so it stays; end \
-that first"
+  [[ -z "$users" ]] || die "$EX_UNHEALTHY" "$VENV is in use by process ${users//$'\n'/, }, so it \
+stays; end that first"
   IFS= read -r model < <(find "$VENV" \( -name 'models--*' -o -name 'model*.safetensors' \
     -o -name 'pytorch_model*.bin' \) 2>/dev/null) || true
   [[ -z "$model" ]] || die "$EX_UNHEALTHY" "there is a model in it, $model, so $VENV stays; move \
