@@ -3274,9 +3274,11 @@ child_lives() { [[ -n "$child_pid" ]] && kill -0 "$child_pid" 2>/dev/null; }
 
 # Asks the child to end, makes it after END_SECONDS, and returns its exit status.
 end_child() {
-  local deadline=$((SECONDS + END_SECONDS)) status=0
+  local deadline status=0
+  tick
+  deadline=$((now + END_SECONDS))
   signal_child TERM
-  while child_lives && ((SECONDS < deadline)); do short_pause; done
+  while child_lives && ((now < deadline)); do short_pause; done
   signal_child KILL
   wait "$child_pid" 2>/dev/null || status=$?
   return "$status"
@@ -3307,10 +3309,12 @@ run_child() {
 
 # usage: run_child_within SECONDS COMMAND...    (fails if it takes longer)
 run_child_within() {
-  local deadline=$((SECONDS + $1)) status=0
+  local deadline status=0
+  tick
+  deadline=$((now + $1))
   guard
   start_child "${@:2}"
-  while child_lives && ((SECONDS < deadline)); do short_pause; done
+  while child_lives && ((now < deadline)); do short_pause; done
   signal_child KILL
   wait "$child_pid" 2>/dev/null || status=$?
   child_pid=''
@@ -3318,7 +3322,10 @@ run_child_within() {
   return "$status"
 }
 
-short_pause() { sleep 0.2 || true; }
+short_pause() {
+  sleep 0.2 || true
+  tick
+}
 
 # -----------------------------------------------------------------------------
 # The virtual environment
@@ -3414,7 +3421,7 @@ run_pip() {
 
 # Runs pip and shows of it its progress bars, and the end of the rest only if it fails. pip draws a
 # live bar where FORCE_COLOR is set, as it cannot know that a terminal stands behind this.
-read -r -d '' SHOW_BARS <<'PYTHON' || true
+readonly SHOW_BARS='
 import os, re, subprocess, sys
 if sys.stderr.isatty():
     os.environ["FORCE_COLOR"] = "1"
@@ -3437,8 +3444,7 @@ status = pip.wait()
 if status:
     os.write(2, b"\n".join(line for line in held[-20:] + [rest] if line) + b"\n")
 sys.exit(status if status >= 0 else 128 - status)
-PYTHON
-readonly SHOW_BARS
+'
 
 # Prints the packages in .venv that are complete, each as NAME-VERSION on a line.
 packages() {
@@ -3748,8 +3754,10 @@ relay_log() {
 
 # The worker's last words come before ours. Bash 3.2 cannot wait for a process substitution.
 wait_for_log_end() {
-  local deadline=$((SECONDS + 5))
-  until [[ -e "$RUN_DIR/log-ended" ]] || ((SECONDS >= deadline)); do short_pause; done
+  local deadline
+  tick
+  deadline=$((now + 5))
+  until [[ -e "$RUN_DIR/log-ended" ]] || ((now >= deadline)); do short_pause; done
 }
 
 # Fails if the worker ends before it listens.
@@ -3773,10 +3781,10 @@ local_address() {
 
 # usage: wait_until_ready ADDRESS    (fails if the worker fails, ends or is mute)
 wait_until_ready() {
-  local health last='' heard=$SECONDS
-  while child_lives && ((SECONDS < heard + SILENT_SECONDS)); do
+  local health last='' heard=$now
+  while child_lives && ((now < heard + SILENT_SECONDS)); do
     if health="$(worker_health "$1")"; then
-      heard=$SECONDS
+      heard=$now
       [[ "$health" == "$last" ]] || case "$health" in
         'ready '*) end_state; say "ready after $SECONDS s: $1"; return 0 ;;
         'failed '*) end_state; say "the worker failed: ${health#failed }"; return 1 ;;
@@ -3830,7 +3838,7 @@ run_worker() {
   start_child "$VENV_PYTHON" -u "$WORKER" 2> >(relay_log)
   if [[ -z "$2" ]] && ! (require_torch_on_gpu); then
     end_child || true
-    exit "$EX_MISSING"
+    leave "$EX_MISSING"
   fi
   if wait_for_address && address="$(local_address)" && wait_until_ready "$address"; then
     how_to_call "$address"
@@ -3905,7 +3913,9 @@ commands() {
   printf '%s\n' "${commands# }"
 }
 
-read -r -d '' COMPLETION <<'SH' || true
+cmd_completion() {
+  local command cases='' text
+  read -r -d '' text <<'SH' || true
 _manage_bark_worker() {
   local words=''
   case "$COMP_CWORD ${COMP_WORDS[1]:-}" in
@@ -3918,10 +3928,6 @@ _manage_bark_worker() {
 }
 complete -o default -F _manage_bark_worker manage-bark-worker.sh ./manage-bark-worker.sh
 SH
-readonly COMPLETION
-
-cmd_completion() {
-  local command cases='' text="$COMPLETION"
   case "${1:-}" in
     bash) ;;
     zsh) text="autoload -U +X compinit && compinit
