@@ -1094,7 +1094,7 @@ end_by_signal() {
 # usage: end_by_itself STATUS    (if a command in this script failed that must not, it is a tool's)
 end_by_itself() {
   finish
-  if [[ "$1" != 0 && -z "$leaving" ]]; then
+  if [[ -z "$leaving" && ! "$1" =~ ^(0|129|130|143)$ ]]; then
     say "$PROGRAM: broke off by a fault of its own (status $1)"
     exit "$EX_UNHEALTHY"
   fi
