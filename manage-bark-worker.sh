@@ -479,7 +479,8 @@ vast() {
 }
 
 # Runs the CLI beside this script and deaf to signals: a trap here runs at once, and what is being
-# ordered is not cut in the middle. Prints, when it has ended, a line as call_end, then its answer.
+# ordered is not cut in the middle. Prints, when it has ended, an empty line, one as call_end, and
+# its answer.
 run_vast() {
   local said errors answer status=0
   trap '' HUP INT TERM
@@ -489,25 +490,26 @@ run_vast() {
   } 4>&1)"
   errors="${said%%"$RECORD"*}"
   said="${said#*"$RECORD"}"
-  printf '%s %s\n%s\n' "${said%% *}" "${errors//$'\n'/$LINE}" "${said#* }"
+  printf '\n%s %s\n%s\n' "${said%% *}" "${errors//$'\n'/$LINE}" "${said#* }"
 }
 
 # Waits for the call to end, or for a signal: then `finish_call` goes on where this stopped. Until
 # it is heeded here, a signal waits: served inside `read`, or by the child just made, it would fork
 # this script, with all that it knows of what is to be given back.
 hear_vast() {
-  local began misses=0
-  while [[ -z "$call_end" ]]; do
-    began=$SECONDS
-    if IFS= read -r -t 1 -u 9 call_end; then break; fi
+  local began=$SECONDS misses=0 said='137 killed'
+  # Of a longer line than an empty one, time that runs out could take a part away.
+  while ! IFS= read -r -t 1 -u 9 && ((misses < 3)); do
     # Bash 3.2 has one status for time that ran out and for an end, which comes at once: the CLI was
     # killed. A signal may end `read` early, too.
     misses=$((SECONDS == began ? misses + 1 : 0))
-    if ((misses == 3)); then call_end='137 killed'; fi
     tick
     heed_signal
+    began=$SECONDS
   done
-  reply="$(trap '' HUP INT TERM; cat <&9)" calling=''    # one command: no signal splits it
+  if ((misses < 3)); then said="$(trap '' HUP INT TERM; cat <&9)"; fi
+  call_end="${said%%$'\n'*}" reply="${said#*$'\n'}" calling=''    # one command: no signal splits it
+  if [[ "$reply" == "$call_end" ]]; then reply=''; fi
   exec 9</dev/null
   tick
   note_call

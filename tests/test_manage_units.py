@@ -270,6 +270,31 @@ def test_the_worker_knows_every_variable_of_the_manager(bark: ModuleType) -> Non
     assert read - {v.name for v in bark.VARIABLES} == bark.MANAGER_VARIABLES
 
 
+# What a call of the CLI brings
+
+GONE = '{"error": true, "status_code": 410, "msg": "it is gone"}'
+
+
+@pytest.mark.parametrize(("program", "reply", "complaint"), [
+    ("echo '[1, 2]'", "[1, 2]", ""),
+    (":", "", ""),
+    ("echo '{}'; echo a warning >&2", "{}", ""),
+    ("printf 'two\\nlines\\n'", "two\nlines", ""),
+    (f"echo '{GONE}' >&2", "", "Vast says: it is gone (HTTP 410)"),
+    (f"sleep 0.99; echo a warning >&2; echo '{GONE}' >&2", "", "Vast says: it is gone (HTTP 410)"),
+    ("echo Traceback >&2; echo 'requests.exceptions.ReadTimeout: x' >&2; exit 1", "",
+     "vastai failed (1): no connection to Vast, or none that lasted"),
+    ("kill -KILL $$", "", "vastai failed (137): "),
+    ("head -c 300000 /dev/zero | tr '\\0' x", "x" * 300_000, ""),
+])
+def test_a_call_of_the_cli_brings_a_reply_or_a_complaint(program: str, reply: str, complaint: str,
+                                                         tmp_path: Path) -> None:
+    stub = executable(tmp_path / "vastai", f"#!/bin/sh\n{program}\n")
+    told = answer('VASTAI="$1"; vast ask it || true; printf "%s|%s" "$complaint" "$reply"',
+                  str(stub))
+    assert told == f"{complaint}|{reply}"
+
+
 # An order's answer
 
 
