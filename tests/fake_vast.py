@@ -112,7 +112,8 @@ def invalid(message: str) -> ApiError:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked. `time` is monotonic; `authorized` means with the account's key."""
+    """What was asked. `time` is monotonic; `authorized` means with the account's key, and
+    `container` is the id of the instance whose own key it was, if it was one."""
 
     time: float
     method: str
@@ -120,6 +121,7 @@ class Request:
     query: dict[str, str]
     body: Any
     authorized: bool
+    container: int | None = None
 
     def matches(self, method: str, path_pattern: str) -> bool:
         """Whether the method is that one ("*": any) and the pattern is found in the path."""
@@ -717,7 +719,8 @@ class FakeVast:
     - provisioning, loading, stopping: seconds that these states take; late_ports: seconds after
       running until `ports` shows; null_rows: start_date and extra_env are null at the first look;
     - page_rows: most instances in one page;
-    - container_env: what every container's environment has in addition;
+    - container_env: what every container's environment has in addition; VAST_URL in it leads here,
+      where a container's own key may start, stop or destroy that instance and nothing else;
     - offers, instances (without the strangers), strangers, destroyed, requests;
     - secrets: the account's key and every container's, none of which anybody shall ever see.
 
@@ -748,6 +751,7 @@ class FakeVast:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.vast = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.container_env["VAST_URL"] = self.url
         self.strangers: list[Instance] = []
         self._add_stranger()
 
@@ -889,10 +893,11 @@ class FakeVast:
             self._callbacks.append(Callback(method, path_pattern, callback, when, times))
 
     def rate_violations(self) -> list[str]:
-        """Requests that came too early for the documented limits, in words."""
+        """Requests that came too early for the documented limits, in words; the account's own."""
         found, last = [], {}
         with self.lock:
-            timed = [(one, kind) for one in self.requests if (kind := endpoint(one))]
+            timed = [(one, kind) for one in self.requests
+                     if one.container is None and (kind := endpoint(one))]
         for request, kind in timed:
             gap = request.time - last.get(kind, -math.inf)
             if gap < INTERVALS.get(kind, 0.0) - JITTER:
@@ -938,12 +943,18 @@ class FakeVast:
 
     def _dispatch(self, request: Request) -> object:
         if not request.authorized and not request.path.startswith(OPEN_PATHS):
-            raise ApiError(401, "auth_error", "Invalid user key")
+            check_container(request)
         for method, pattern, name in ROUTES:
             if method == request.method and hasattr(self, name) and (
                     match := pattern.fullmatch(request.path)):
                 return getattr(self, name)(request, *match.groups())
         raise ApiError(404, "not_found", f"no such path: {request.method} {request.path}")
+
+    def container_of(self, authorization: str | None) -> int | None:
+        """The instance whose own key that is."""
+        with self.lock:
+            return next((one.id for one in self._all()
+                         if authorization == f"Bearer {one.api_key}"), None)
 
     def _draw_id(self, kind: str) -> int:
         self._next_id[kind] += 1
@@ -1147,6 +1158,17 @@ class FakeVast:
         return text
 
 
+def check_container(request: Request) -> None:
+    """Lets a container's key do what Vast documents of it, and nothing else; raises ApiError."""
+    if request.container is None:
+        raise ApiError(401, "auth_error", "Invalid user key")
+    own = re.fullmatch(rf"/api/v0/instances/{request.container}/?", request.path)
+    change = request.method == "PUT" and isinstance(request.body, dict) and (
+        request.body.keys() == {"state"})
+    if not own or not (change or request.method == "DELETE"):
+        raise ApiError(403, "auth_error", "This key may start, stop or destroy its own instance")
+
+
 def endpoint(request: Request) -> str | None:
     """The name under which the limits know the endpoint; None for what has no limit."""
     if re.search(r"/bundles/|/search/asks/", request.path):
@@ -1278,9 +1300,10 @@ class _Handler(BaseHTTPRequestHandler):
             body = json.loads(data) if data else None
         except ValueError:
             body = data.decode(errors="replace")
-        authorized = self.headers.get("Authorization") == f"Bearer {self.server.vast.account_key}"
+        given, vast = self.headers.get("Authorization"), self.server.vast
         return Request(time.monotonic(), self.command, unquote(url.path),
-                       dict(parse_qsl(url.query, keep_blank_values=True)), body, authorized)
+                       dict(parse_qsl(url.query, keep_blank_values=True)), body,
+                       given == f"Bearer {vast.account_key}", vast.container_of(given))
 
     def _send(self, status: int, body: object, headers: dict[str, str]) -> None:
         text = isinstance(body, str)
