@@ -12,7 +12,7 @@ Endpoints: GET /health, GET /ready, GET /voices, POST /synthesize, OpenAI's POST
 GET /v1/models and GET /v1/audio/voices, and a short page at GET /.
 
 Reading order is bottom-up, each section knows only what stands above it: errors, configuration,
-text, expression, audio, takes, model, engine, narrator, scheduler, HTTP, serverless, main.
+text, expression, audio, takes, model, engine, narrator, scheduler, guard, HTTP, serverless, main.
 
     HTTP threads --- request ---> scheduler thread --- segments ---> engine --- tensors ---> Bark
     HTTP threads <-- audio ------ scheduler thread <-- finished ---- engine <-- tokens ----- Bark
@@ -52,6 +52,8 @@ import tempfile
 import threading
 import time
 import unicodedata
+import urllib.error
+import urllib.request
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -60,6 +62,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from http import HTTPStatus
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
@@ -174,6 +177,14 @@ def parse_seconds(value: str) -> float:
     return float(value)
 
 
+def parse_span(unit: str, high: int) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]*)?|\.[0-9]+", value) or float(value) > high:
+            raise ValueError(f"{unit} from 0 to {high}, decimals too; 0 is off")
+        return float(value)
+    return parse
+
+
 def parse_choice(*allowed: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value not in allowed:
@@ -260,6 +271,12 @@ VARIABLES = (
              "megabytes of finished segments to keep in memory, for repeats; 0 keeps none"),
     Variable("BARK_CORS_ORIGINS", "cors_origins", "none", parse_origins,
              "web pages that may call it from a browser: origins joined by commas, or *"),
+    Variable("BARK_IDLE_STOP", "idle_stop", "0", parse_span("minutes", 10_080),
+             "on Vast: minutes without speech after which the instance stops itself; 0 is never"),
+    Variable("BARK_START_LIMIT", "start_limit", "0", parse_span("minutes", 10_080),
+             "on Vast, by the on-start command: minutes in which the worker has to be ready"),
+    Variable("BARK_MAX_HOURS", "max_hours", "0", parse_span("hours", 8_760),
+             "on Vast, by the on-start command: hours after which the instance stops itself"),
 )
 
 # What --serverless needs beside them. Vast's PyWorker reads these itself, and breaks over them one
@@ -280,11 +297,32 @@ SERVERLESS_VARIABLES = (
 )
 
 
+VAST_URL = "https://console.vast.ai"
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of Vast's: its instance's number, the key that may stop just that, and where."""
+
+    instance: str
+    key: str = field(repr=False)
+    url: str = VAST_URL
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Container | None:
+        """What Vast gives each; None elsewhere. VAST_URL is the variable of Vast's own CLI."""
+        instance, key = environ.get("CONTAINER_ID", ""), environ.get("CONTAINER_API_KEY", "")
+        if re.fullmatch(r"[0-9]{1,12}", instance) and re.fullmatch(r"[!-~]+", key):
+            return cls(instance, key, (environ.get("VAST_URL") or VAST_URL).rstrip("/"))
+        return None
+
+
 @dataclass(frozen=True)
 class Config:
     """The settings, checked. None means: decided when device and free memory are known.
 
-    `worker_port` is PyWorker's; None without --serverless.
+    `worker_port` is PyWorker's; None without --serverless. `container` is None elsewhere than on
+    Vast. Minutes and hours are as they were said; 0 is off.
     """
 
     voice: str = "v2/en_speaker_6"
@@ -304,7 +342,11 @@ class Config:
     retries: int = 2
     cache_mb: int = 256
     cors_origins: tuple[str, ...] = ()
+    idle_stop: float = 0.0
+    start_limit: float = 0.0
+    max_hours: float = 0.0
     worker_port: int | None = None
+    container: Container | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], serverless: bool = False) -> Config:
@@ -322,7 +364,8 @@ class Config:
                          " signatures alone guard the way in")
         if wrong:
             raise ConfigError("wrong configuration:\n  " + "\n  ".join(wrong))
-        return cls(**{name: value for name, value in values.items() if name})
+        return cls(container=Container.from_env(environ),
+                   **{name: value for name, value in values.items() if name})
 
 
 def parse_variables(variables: Iterable[Variable],
@@ -3433,6 +3476,322 @@ def not_ready(state: State) -> Unavailable:
 
 
 # -----------------------------------------------------------------------------
+# Guard: an instance of Vast's whose speech nobody wants stops itself, as nothing else may be left
+# to end what it costs. It knows neither who speaks nor how requests arrive. What has to hold while
+# no worker lives, BARK_START_LIMIT and BARK_MAX_HOURS, is the on-start command's (see the manager
+# script), which leaves a note here.
+
+GUARDS = {"BARK_IDLE_STOP": "idle_stop", "BARK_START_LIMIT": "start_limit",
+          "BARK_MAX_HOURS": "max_hours"}
+LOOK_SECONDS = 0.5
+SAVE_SECONDS = 5.0  # that a crash may take from the time since the last speech
+WARNING_SECONDS = 60.0
+ORDER_SECONDS = 30.0  # for Vast's whole answer
+MAX_ANSWER = 1 << 16  # bytes of it
+UNCLEAR_SECONDS = 20.0  # in which an order without a clear answer would take effect
+STOP_SECONDS = 120.0  # in which Vast stops an instance
+RETRY_STOPPED = 60  # seconds, for Retry-After
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # between attempts; each is twice the last
+NOTE_SECONDS = 120.0  # the on-start command renews its note every 10 s
+BY_HAND = "end the rent by hand: manage-bark-worker.sh stop, or https://cloud.vast.ai/instances/"
+REFUSED = {401: "it does not take the container's key", 403: "the container's key may not",
+           404: "it knows no such instance", 429: "too many requests"}
+
+
+class Answer(NamedTuple):
+    """Why an order did not do, and for how many seconds it may take effect all the same."""
+
+    problem: str
+    seconds: float = 0.0
+
+
+def order_stop(container: Container) -> Answer:
+    """Tells Vast once to stop the instance. Raises nothing."""
+    url = f"{container.url}/api/v0/instances/{container.instance}/"
+    headers = {"Authorization": f"Bearer {container.key}", "Content-Type": "application/json",
+               "User-Agent": f"bark-worker/{VERSION}"}
+    try:
+        request = urllib.request.Request(url, b'{"state": "stopped"}', headers, method="PUT")
+        with urllib.request.urlopen(request, timeout=ORDER_SECONDS) as reply:
+            return judge_answer(reply.status, reply.read(MAX_ANSWER))
+    except urllib.error.HTTPError as error:  # a redirection too, which no PUT follows
+        error.close()
+        return judge_answer(error.code, b"")
+    except (OSError, ValueError, HTTPException) as error:
+        return Answer(f"no answer from {container.url}: {first_line(error)}", UNCLEAR_SECONDS)
+
+
+def judge_answer(status: int, body: bytes) -> Answer:
+    said = f"Vast answers HTTP {status}"
+    if status != 200:
+        is_clear = 300 <= status < 500 and status != 408
+        hint = f" ({REFUSED[status]})" if status in REFUSED else ""
+        return Answer(said + hint, 0.0 if is_clear else UNCLEAR_SECONDS)
+    try:
+        success = json.loads(body)["success"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Answer(f"{said} with what is no answer to it", UNCLEAR_SECONDS)
+    if success is True:
+        return Answer("Vast took the order, but the instance still runs", STOP_SECONDS)
+    return Answer(f"{said}, but no success")
+
+
+def within(seconds: float, order: Callable[[], Answer]) -> Answer:
+    """The order's answer, or that there is none: a trickle of bytes outlasts every timeout."""
+    answer: Future[Answer] = Future()
+    threading.Thread(target=lambda: answer.set_result(order()), daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        return Answer(f"no answer from Vast within {seconds:.0f} s", UNCLEAR_SECONDS)
+
+
+def container_run(container: Container | None) -> str:
+    """What all workers of one run of a container share, however often they are started: its key
+    (as a digest), the machine's boot, process 1, and the session that the on-start command began.
+    """
+    key = container.key if container else ""
+    parts = [hashlib.sha256(key.encode()).hexdigest()[:12], str(os.getsid(0))]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19])
+    return " ".join(parts)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(4096))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_time(value: object, high: float = math.inf) -> bool:
+    return type(value) in (int, float) and 0 <= value <= high and value != math.inf
+
+
+class TimeFile:
+    """When speech was last wanted, by the machine's monotonic clock, which setting leaves alone.
+
+    It outlasts workers, but no run of the container. Of several workers the latest counts.
+    """
+
+    def __init__(self, folders: Iterable[Path], run: str):
+        self.paths, self.run = [folder / "bark-idle.json" for folder in folders], run
+        self._is_told = False
+
+    def load(self) -> float | None:
+        found = [read_object(path) for path in self.paths]
+        now = time.monotonic()
+        return max((one["since"] for one in found if one.get("run") == self.run
+                    and is_time(one.get("since"), now)), default=None)
+
+    def save(self, since: float) -> None:
+        text, problem = json.dumps({"run": self.run, "since": since}), ""
+        for path in self.paths:
+            part = path.with_suffix(f".{os.getpid()}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part.write_text(text)
+                part.replace(path)
+                return
+            except OSError as error:
+                problem = f"{path}: {error.strerror}"
+        if not self._is_told:
+            self._is_told = True
+            log.warning("the time of the last speech cannot be kept (%s): a worker that is started"
+                        " again counts anew", problem)
+
+    def forget(self) -> None:
+        for path in self.paths:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+class Guard:
+    """Stops the instance after so many seconds without speech (0: never), and says what is armed.
+
+    While an order to stop is on its way, no work is let in, so that none is cut; if it does not
+    do, work goes on. `limits` are what the on-start command counts, in seconds by name, and
+    `notes` where it may leave its note.
+    """
+
+    def __init__(self, idle: float, order: Callable[[], Answer], times: TimeFile,
+                 limits: Mapping[str, float], notes: Iterable[Path]):
+        self.idle, self._order, self._times = idle, order, times
+        self.limits, self._notes = limits, list(notes)
+        self._lock, self._wake, self._closed = threading.Lock(), threading.Event(), False
+        self._working, self._stopping, self._is_warned = 0, False, False
+        self._since: float | None = None  # monotonic; None until the container was first ready
+        self._saved = -math.inf
+        self._attempts, self._next, self._problem = 0, -math.inf, ""
+        self._note: dict[str, Any] = {}
+        self._began, self._is_noted = time.monotonic(), False
+
+    def start(self) -> None:
+        if self.idle or self.limits:
+            threading.Thread(target=self._run, name="guard", daemon=True).start()
+
+    def close(self) -> None:
+        """The worker ends: from now on nothing is ordered."""
+        self._closed = True
+        self._wake.set()
+
+    def ready(self) -> None:
+        """From the first time on that this holds, time without speech counts."""
+        with self._lock:
+            if self._since is None:
+                self._since = time.monotonic()
+        self._wake.set()
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """Meanwhile speech is made. Raises Unavailable if the instance is just being stopped."""
+        with self._lock:
+            if self._stopping:
+                raise Unavailable("the instance is being stopped, as nobody wanted speech for"
+                                  f" {self.idle / 60:g} min (BARK_IDLE_STOP); to wake it:"
+                                  " manage-bark-worker.sh start", code="draining",
+                                  retry_after=RETRY_STOPPED)
+            self._working += 1
+        self._wake.set()
+        wanted = True
+        try:
+            yield
+        except Unavailable:  # it was not let in
+            wanted = False
+            raise
+        finally:
+            with self._lock:
+                self._working -= 1
+                if wanted:
+                    self._since = time.monotonic()
+
+    def left(self) -> float | None:
+        """Seconds until the instance stops itself; None while that does not count."""
+        now = time.monotonic()
+        since = now if self._working else self._since
+        return None if since is None else max(0.0, since + self.idle - now)
+
+    def facts(self) -> dict[str, Any]:
+        """What is armed, with seconds left, and what went wrong, if something did."""
+        told: dict[str, Any] = {}
+        if self.idle:
+            told["idle_stop"] = limit_fact(self.idle, self.left())
+        note, now = self._note, time.monotonic()
+        for name, limit in self.limits.items():
+            ends = note.get(name)
+            told[name] = limit_fact(limit, ends - now if is_time(ends) else None)
+        problem = self._problem or note.get("problem")
+        if problem:
+            attempts = self._attempts if self._problem else note.get("attempts")
+            told.update(attempts=attempts, error=f"{problem}; {BY_HAND}")
+        return told
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._wake.wait(LOOK_SECONDS)
+            self._wake.clear()
+            try:
+                self._read_note()
+                if self.idle:
+                    self._look()
+            except Exception as error:
+                log.error("the guard stumbled", exc_info=error)
+                time.sleep(FIRST_PAUSE)
+
+    def _read_note(self) -> None:
+        now = time.monotonic()
+        fresh = [note for note in map(read_object, self._notes if self.limits else ())
+                 if is_time(note.get("at"), now) and now - note["at"] < NOTE_SECONDS]
+        self._note = max(fresh, key=lambda note: note["at"], default={})
+        if self.limits and not fresh and not self._is_noted and now > self._began + NOTE_SECONDS:
+            log.warning("%s: nothing here counts that, as the on-start command of"
+                        " manage-bark-worker.sh does not run", told_names(self.limits))
+        self._is_noted |= now > self._began + NOTE_SECONDS
+
+    def _look(self) -> None:
+        self._keep_time()
+        left = self.left()
+        if left is None or left > WARNING_SECONDS:
+            self._is_warned = False
+        elif not self._is_warned:
+            self._is_warned = True
+            log.warning("the instance stops itself in %.0f s, as nobody wanted speech for long"
+                        " (BARK_IDLE_STOP=%g)", left, self.idle / 60)
+        if left == 0 and time.monotonic() >= self._next and not self._closed:
+            self._stop()
+
+    def _keep_time(self) -> None:
+        """Takes over what another worker, or the one before, saw; writes down what this one did."""
+        kept = self._times.load()
+        with self._lock:
+            if kept is not None:
+                self._since = kept if self._since is None else max(self._since, kept)
+            since = time.monotonic() if self._working else self._since
+        late = min(SAVE_SECONDS, self.idle / 20)
+        if since is not None and (kept is None or since > kept + late) and (
+                since > self._saved + late):
+            self._times.save(since)
+            self._saved = since
+
+    def _stop(self) -> None:
+        with self._lock:
+            if self._working or self.left() != 0:
+                return
+            self._stopping = True
+        self._times.forget()  # whoever wakes the instance begins anew
+        self._saved = -math.inf
+        log.warning("stopping the instance: nobody wanted speech for %g min", self.idle / 60)
+        answer = within(ORDER_SECONDS, self._order)
+        self._attempts += 1
+        self._problem = answer.problem if answer.seconds < STOP_SECONDS else ""
+        deadline = time.monotonic() + answer.seconds
+        while time.monotonic() < deadline and not self._closed:
+            self._wake.wait(LOOK_SECONDS)
+            self._wake.clear()
+        if self._closed:
+            return
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._attempts - 1, 20))
+        self._problem, self._next = answer.problem, time.monotonic() + pause
+        with self._lock:
+            self._stopping = False
+        log.error("the instance did not stop itself (attempt %d): %s; again in %.0f s; %s",
+                  self._attempts, answer.problem, pause, BY_HAND)
+
+
+def limit_fact(limit: float, left: float | None) -> dict[str, float | None]:
+    """Both in seconds; `left` is None while the limit does not count."""
+    return {"limit": limit, "left": None if left is None else round(max(0.0, left), 1)}
+
+
+def told_names(fields: Iterable[str]) -> str:
+    return ", ".join(name for name, field in GUARDS.items() if field in fields)
+
+
+def build_guard(config: Config, folders: Iterable[Path]) -> Guard:
+    """As armed as it can be here: not elsewhere than on Vast, nor where Vast ends workers."""
+    spans = {"idle_stop": 60 * config.idle_stop, "start_limit": 60 * config.start_limit,
+             "max_hours": 3600 * config.max_hours}
+    armed = {name: seconds for name, seconds in spans.items() if seconds}
+    container, folders = config.container, list(folders)
+    if armed and (config.worker_port or container is None):
+        why = ("Vast itself ends the workers of an endpoint" if config.worker_port else
+               "this is no container of Vast's, which has CONTAINER_ID and CONTAINER_API_KEY set")
+        log.warning("%s: of no effect here: %s", told_names(armed), why)
+        armed = {}
+    elif armed:
+        log.info("guard of instance %s: %s", container.instance, ", ".join(
+            f"{name}={getattr(config, field):g}" for name, field in GUARDS.items()
+            if field in armed))
+    return Guard(armed.pop("idle_stop", 0.0), lambda: order_stop(container),
+                 TimeFile(folders, container_run(container)), armed,
+                 [folder / "bark-guard.json" for folder in folders])
+
+
+# -----------------------------------------------------------------------------
 # HTTP: JSON in, audio out, and an answer to everything else that arrives
 
 MAX_BODY = 1 << 20          # bytes
@@ -3808,8 +4167,9 @@ class WorkerServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, config: Config, state: State, scheduler: Scheduler, connections: int):
-        self.config, self.state, self.scheduler = config, state, scheduler
+    def __init__(self, config: Config, state: State, scheduler: Scheduler, guard: Guard,
+                 connections: int):
+        self.config, self.state, self.scheduler, self.guard = config, state, scheduler, guard
         self.connections = Connections(connections)
         self.started, self.created = time.monotonic(), int(time.time())
         if ":" in config.host:
@@ -4105,7 +4465,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         body = {"status": state.status, "ready": state.status == "ready", "model": "Bark",
                 **state.details, "max_text_length": config.max_text_length, "version": VERSION,
                 "uptime": round(time.monotonic() - self.server.started, 1),
-                "queue": self.server.scheduler.stats()}
+                "queue": self.server.scheduler.stats(), "guard": self.server.guard.facts()}
         if config.quality:
             body["quality"] = dict(self.server.scheduler.quality)
         if progress := state.progress:
@@ -4201,14 +4561,15 @@ class RequestHandler(BaseHTTPRequestHandler):
             raise
         deadline = self.began + self.server.config.timeout
         request = Request(speech, deadline, lambda: has_left(self.connection))
-        self.server.scheduler.submit(request)
-        delivery = Delivery(speech, request, form, speech.rate, speed or 1.0)
-        try:
-            yield delivery
-        finally:
-            request.abandon()
-            self.notes += (f" segments={len(speech.segments)} audio_s={delivery.duration:.2f}"
-                           f" seed={speech.seed}")
+        with self.server.guard.work():
+            self.server.scheduler.submit(request)
+            delivery = Delivery(speech, request, form, speech.rate, speed or 1.0)
+            try:
+                yield delivery
+            finally:
+                request.abandon()
+                self.notes += (f" segments={len(speech.segments)} audio_s={delivery.duration:.2f}"
+                               f" seed={speech.seed}")
 
     def send_audio(self, delivery: Delivery, stream: bool) -> None:
         """The audio as it is, in chunks if that brings it earlier."""
@@ -4599,13 +4960,17 @@ def serve(config: Config, warnings: list[str]) -> int:
                           config.max_queue, SegmentCache(config.cache_mb * 1_000_000),
                           config.retries)
     log.info("model=%s device=%s", model_id, device)
+    guard = build_guard(config, lasting_folders())
     try:
-        server = open_server(config, state, scheduler)
+        server = open_server(config, state, scheduler, guard)
         pyworker = start_pyworker(config, server) if config.worker_port else None
     except ConfigError as error:
         log.error("%s", error)
         return error.exit_status
     signals = Signals()
+    if not pyworker:
+        state.on_change = lambda status: guard.ready() if status == "ready" else None
+    guard.start()
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     log.info("listening on %s", server.url)
     scheduler.start()
@@ -4613,12 +4978,13 @@ def serve(config: Config, warnings: list[str]) -> int:
     return shut_down(server, scheduler, state, signals, pyworker)
 
 
-def open_server(config: Config, state: State, scheduler: Scheduler) -> WorkerServer:
+def open_server(config: Config, state: State, scheduler: Scheduler,
+                guard: Guard) -> WorkerServer:
     """Listens where `config` says, behind PyWorker on loopback alone. Raises ConfigError."""
     if config.worker_port:  # PyWorker sends no headers
         config = replace(config, host="127.0.0.1", port=0, api_key=None)
     try:
-        return WorkerServer(config, state, scheduler, allowed_connections())
+        return WorkerServer(config, state, scheduler, guard, allowed_connections())
     except (OSError, TypeError) as error:  # TypeError: HOST is no host name
         busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         advice = ("choose another PORT or end what uses it" if busy else
@@ -4641,16 +5007,24 @@ def start_pyworker(config: Config, server: WorkerServer) -> PyWorker:
     return pyworker
 
 
-def benchmark_folder() -> Path:
-    """Where results of benchmarks outlast a restart: beside the models, if that can be written."""
+def lasting_folders() -> list[Path]:
+    """What outlasts a restart: the folder beside the models, and one for whom that is closed to."""
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HOME).absolute() / "bark-worker"
+    temporary = "/tmp"
+    with contextlib.suppress(OSError):  # of a disk that is full
+        temporary = tempfile.gettempdir()
+    return [Path(constants.HF_HOME).absolute() / "bark-worker", Path(temporary)]
+
+
+def benchmark_folder() -> Path:
+    """Where results of benchmarks are kept: beside the models, if that can be written."""
+    folder, temporary = lasting_folders()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
-    return Path(tempfile.gettempdir())
+    return temporary
 
 
 def wait_for_end(state: State, signals: Signals) -> None:
@@ -4669,6 +5043,7 @@ def wait_for_end(state: State, signals: Signals) -> None:
 def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals: Signals,
               pyworker: PyWorker | None = None) -> int:
     deadline = time.monotonic() + DRAIN_SECONDS
+    server.guard.close()
     scheduler.drain(DRAIN_SECONDS - 1.5)  # the rest is for the last answers on their way out
     server.connections.wait_idle(deadline - 0.5 - time.monotonic())
     if pyworker:

@@ -11,7 +11,7 @@ DOCUMENTED = {
     "BARK_VOICE", "TTS_MAX_LENGTH", "PORT", "HOST", "HF_HOME", "BARK_MODEL", "BARK_DEVICE",
     "BARK_DTYPE", "BARK_API_KEY", "BARK_MAX_BATCH", "BARK_MAX_QUEUE", "BARK_TIMEOUT",
     "BARK_DETERMINISTIC", "BARK_EXPRESSION", "BARK_CACHE_MB", "BARK_CORS_ORIGINS",
-    "BARK_QUALITY", "BARK_RETRIES",
+    "BARK_QUALITY", "BARK_RETRIES", "BARK_IDLE_STOP", "BARK_START_LIMIT", "BARK_MAX_HOURS",
 }
 
 GOOD = [
@@ -41,6 +41,9 @@ GOOD = [
     ("BARK_CORS_ORIGINS", "*", "cors_origins", ("*",)),
     ("BARK_CORS_ORIGINS", "https://Reader.example, app://x:1,null", "cors_origins",
      ("https://reader.example", "app://x:1", "null")),
+    ("BARK_IDLE_STOP", "30", "idle_stop", 30.0), ("BARK_IDLE_STOP", "0.05", "idle_stop", 0.05),
+    ("BARK_IDLE_STOP", "10080", "idle_stop", 10_080.0),
+    ("BARK_START_LIMIT", ".5", "start_limit", 0.5), ("BARK_MAX_HOURS", "8.", "max_hours", 8.0),
 ]
 
 WRONG = [
@@ -64,6 +67,12 @@ WRONG = [
     ("BARK_EXPRESSION", "no", "on or off"),
     ("BARK_QUALITY", "high", "on or off"), ("BARK_RETRIES", "11", "from 0 to 10"),
     ("BARK_CACHE_MB", "-1", "from 0 to 1000000"), ("BARK_CACHE_MB", "1.5", "from 0 to 1000000"),
+    ("BARK_IDLE_STOP", "-1", "minutes from 0 to 10080"),
+    ("BARK_IDLE_STOP", "30m", "minutes from 0 to 10080"), ("BARK_IDLE_STOP", "nan", "minutes"),
+    ("BARK_IDLE_STOP", ".", "0 is off"), ("BARK_IDLE_STOP", "off", "0 is off"),
+    ("BARK_IDLE_STOP", "٣", "minutes from 0"), ("BARK_IDLE_STOP", "10080.1", "to 10080"),
+    ("BARK_START_LIMIT", "inf", "minutes from 0"), ("BARK_START_LIMIT", "1e3", "minutes from 0"),
+    ("BARK_MAX_HOURS", "8761", "hours from 0 to 8760"), ("BARK_MAX_HOURS", " 8", "hours from 0"),
     ("BARK_CORS_ORIGINS", "https://a.example/", "without a path"),
     ("BARK_CORS_ORIGINS", "a.example", "origins such as"),
     ("BARK_CORS_ORIGINS", "https://a.example,", "origins such as"),
@@ -111,11 +120,25 @@ def test_the_key_shows_neither_in_errors_nor_in_the_settings(bark: ModuleType) -
     assert "sesame" not in repr(bark.Config.from_env({"BARK_API_KEY": "sesame"}))
 
 
+def test_a_container_of_vasts_is_known_by_its_number_and_key(bark: ModuleType) -> None:
+    """As anything may be called so elsewhere, what is neither is no fault."""
+    given = {"CONTAINER_ID": "7", "CONTAINER_API_KEY": "sesame"}
+    container = bark.Config.from_env(given).container
+    assert (container.instance, container.key, container.url) == (
+        "7", "sesame", "https://console.vast.ai")
+    assert "sesame" not in repr(container)
+    assert bark.Config.from_env({**given, "VAST_URL": "http://a:1/"}).container.url == "http://a:1"
+    for wrong in ({"CONTAINER_ID": "0af3c2"}, {"CONTAINER_ID": ""}, {"CONTAINER_API_KEY": ""},
+                  {"CONTAINER_API_KEY": "a b"}):
+        assert bark.Config.from_env({**given, **wrong}).container is None
+
+
 def test_defaults_in_help_are_the_real_ones(bark: ModuleType) -> None:
     shown = {variable.field: variable.default for variable in bark.VARIABLES}
     real = {name: str(value) for name, value in vars(bark.Config()).items() if value is not None}
     real |= {"deterministic": "off", "timeout": "600", "cors_origins": "none",
-             "expression": "on", "quality": "on"}
+             "expression": "on", "quality": "on", "idle_stop": "0", "start_limit": "0",
+             "max_hours": "0"}
     assert real.items() <= shown.items()
     assert {variable.name for variable in bark.VARIABLES} | {"HF_HOME"} == DOCUMENTED
 

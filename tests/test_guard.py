@@ -7,12 +7,18 @@ both as `start` rents them.
 from __future__ import annotations
 
 import json
+import logging
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from conftest import running_worker, wait_until
 from fake_vast import FakeVast, Instance
 
 
@@ -51,3 +57,392 @@ def test_a_containers_key_may_start_stop_and_destroy_its_own_instance_alone(
     assert (one.touched, other.touched) == ([], [])
     assert status(one, "PUT", stop) == status(one, "DELETE") == 200
     assert (one.touched, vast.destroyed) == (["stopped", "destroy"], [one.id])
+
+
+# What Vast answers
+
+
+@pytest.mark.parametrize(("status", "body", "words", "seconds"), [
+    (200, b'{"success": true}', "still runs", 120.0),
+    (200, b'{"success": false, "msg": "no"}', "no success", 0.0),
+    (200, b'{"success": "true"}', "no success", 0.0),
+    *[(200, body, "what is no answer", 20.0) for body in
+      (b"", b"<html>", b"[]", b"null", b"{}", b'{"a', b"\xff", b"[" * 9999)],
+    (302, b"", "HTTP 302", 0.0), (401, b"", "does not take the container's key", 0.0),
+    (403, b"", "the container's key may not", 0.0), (404, b"", "no such instance", 0.0),
+    (408, b"", "HTTP 408", 20.0), (429, b"", "too many requests", 0.0),
+    (500, b"", "HTTP 500", 20.0), (502, b"", "HTTP 502", 20.0),
+])
+def test_an_answer_is_told_and_may_have_an_effect_unless_it_is_a_clear_no(
+        bark: ModuleType, status: int, body: bytes, words: str, seconds: float) -> None:
+    answer = bark.judge_answer(status, body)
+    assert words in answer.problem and answer.seconds == seconds
+
+
+def container(bark: ModuleType, instance: Instance, url: str) -> Any:
+    return bark.Container(str(instance.id), instance.api_key, url)
+
+
+def test_one_order_stops_the_instance_by_its_own_key(bark: ModuleType, vast: FakeVast) -> None:
+    instance = vast.add_instance(fate="silent")
+    assert "still runs" in bark.order_stop(container(bark, instance, vast.url)).problem
+    assert instance.touched == ["stopped"] and instance.intended == "stopped"
+
+
+@pytest.mark.parametrize("fault", [
+    {"drop": "before"}, {"drop": "after"}, {"status": 302, "headers": {"Location": "/elsewhere"}},
+    {"status": 307, "headers": {"Location": "/elsewhere"}}, {"status": 429, "body": "slow down"},
+    {"status": 502, "body": "<html>"}, {"status": 200, "body": "stopped"},
+    {"status": 200, "body": {"success": False}}])
+def test_a_failed_order_raises_nothing_and_goes_nowhere_else(
+        bark: ModuleType, vast: FakeVast, fault: dict[str, Any]) -> None:
+    instance = vast.add_instance(fate="silent")
+    vast.fault("PUT", f"/{instance.id}/", **fault)
+    answer = bark.order_stop(container(bark, instance, vast.url))
+    assert answer.problem and "still runs" not in answer.problem
+    assert instance.api_key not in answer.problem
+    assert len(vast.calls("*", "/")) == 1
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://nobody.invalid", "nonsense", "file:",
+                                 "http://[", "http://a b/"])
+def test_an_address_where_nobody_answers_is_told(bark: ModuleType, url: str) -> None:
+    answer = bark.order_stop(bark.Container("7", "sesame", url))
+    assert f"no answer from {url}" in answer.problem and "sesame" not in answer.problem
+    assert answer.seconds == bark.UNCLEAR_SECONDS
+
+
+def test_an_answer_that_never_ends_is_none(bark: ModuleType) -> None:
+    release = threading.Event()
+    answer = bark.within(0.01, lambda: release.wait(30) and None)
+    release.set()
+    assert "no answer from Vast within" in answer.problem
+
+
+# The time file
+
+
+def times(bark: ModuleType, *folders: Path, run: str = "run") -> Any:
+    return bark.TimeFile(folders, run)
+
+
+def test_the_time_outlasts_a_worker_and_no_run_of_the_container(
+        bark: ModuleType, tmp_path: Path) -> None:
+    since = time.monotonic() - 7
+    times(bark, tmp_path / "a/b").save(since)
+    assert times(bark, tmp_path / "a/b").load() == since
+    assert times(bark, tmp_path / "a/b", run="another").load() is None
+    times(bark, tmp_path / "a/b").forget()
+    assert times(bark, tmp_path / "a/b").load() is None
+
+
+def test_workers_of_one_container_share_its_run_and_no_others(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though their disk may be one; an on-start command begins a session of its own."""
+    one, other = (bark.Container("7", key) for key in ("sesame", "another"))
+    run = bark.container_run(one)
+    assert run == bark.container_run(one) != bark.container_run(other) and "sesame" not in run
+    monkeypatch.setattr(bark.os, "getsid", lambda process: 4_194_305)
+    assert bark.container_run(one) != run
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"nonsense", b"\xff\xfe", b"[]", b"null", b"7", b'{"run": "run"}', b"[" * 5000,
+    *[b'{"run": "run", "since": %b}' % since for since in
+      (b"null", b"-1", b"NaN", b"Infinity", b"1e300", b'"7"', b"true", b"[]")]])
+def test_a_file_that_says_no_time_counts_for_nothing(
+        bark: ModuleType, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bark-idle.json").write_bytes(content)
+    assert times(bark, tmp_path).load() is None
+    times(bark, tmp_path).save(1.0)
+    assert times(bark, tmp_path).load() == 1.0
+
+
+def test_where_one_folder_cannot_be_written_the_next_is_and_else_it_is_told_once(
+        bark: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    kept = times(bark, tmp_path / "file/none", tmp_path)
+    kept.save(1.0)
+    assert kept.load() == 1.0
+    lost = times(bark, tmp_path / "file/none")
+    lost.save(1.0)
+    lost.save(2.0)
+    assert lost.load() is None
+    assert [record.message for record in caplog.records if "cannot be kept" in record.message] == [
+        f"the time of the last speech cannot be kept ({tmp_path}/file/none/bark-idle.json:"
+        " Not a directory): a worker that is started again counts anew"]
+
+
+# The worker's guard, on a clock of ours
+
+
+class Clock:
+    """Seconds that pass only when told to, or a little with each look while something waits."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+class Stage:
+    """A guard of a minute and a half that looks when told to; Vast gives `answers` in turn."""
+
+    def __init__(self, bark: ModuleType, patch: pytest.MonkeyPatch, folder: Path,
+                 answers: list[Any], clock: Clock | None = None) -> None:
+        self.clock, self.orders, self.answers = clock or Clock(), [], answers
+        self.meanwhile: Callable[[], None] = lambda: None
+        patch.setattr(bark, "time", SimpleNamespace(monotonic=self.clock.monotonic))
+        patch.setattr(bark, "LOOK_SECONDS", 0.0)
+        self.guard = bark.Guard(90.0, self.order, times(bark, folder), {}, [])
+
+    def order(self) -> Any:
+        self.orders.append(round(self.clock.now))
+        self.meanwhile()
+        return self.answers.pop(0)
+
+    def pass_time(self, seconds: int) -> None:
+        """Looks at each second."""
+        for _ in range(seconds):
+            self.clock.now += 1
+            self.guard._look()
+
+
+@pytest.fixture
+def stage(bark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
+    return Stage(bark, monkeypatch, tmp_path, [bark.Answer("Vast answers HTTP 403")] * 50)
+
+
+def test_before_the_first_time_that_it_is_ready_nothing_counts(stage: Stage) -> None:
+    stage.pass_time(200)
+    assert stage.orders == [] and stage.guard.facts() == {
+        "idle_stop": {"limit": 90.0, "left": None}}
+    stage.guard.ready()
+    stage.pass_time(80)
+    assert stage.orders == [] and stage.guard.facts()["idle_stop"]["left"] == pytest.approx(10, 0.1)
+    stage.guard.ready()  # again: that does not count anew
+    stage.pass_time(11)
+    assert len(stage.orders) == 1
+
+
+def test_work_counts_from_its_end_and_is_never_cut(stage: Stage) -> None:
+    stage.guard.ready()
+    stage.pass_time(80)
+    with stage.guard.work():
+        stage.pass_time(300)
+        assert stage.guard.left() == 90.0 and stage.orders == []
+    stage.pass_time(89)
+    assert stage.orders == []
+    stage.pass_time(3)
+    assert len(stage.orders) == 1
+
+
+def test_work_that_is_not_let_in_does_not_count(bark: ModuleType, stage: Stage) -> None:
+    stage.guard.ready()
+    stage.pass_time(80)
+    refused = bark.Unavailable("full", code="queue_full", retry_after=1)
+    with pytest.raises(bark.Unavailable), stage.guard.work():
+        raise refused
+    stage.pass_time(11)
+    assert len(stage.orders) == 1
+
+
+def test_while_an_order_is_on_its_way_no_work_is_let_in(bark: ModuleType, stage: Stage) -> None:
+    refusals = []
+
+    def arrive() -> None:
+        with pytest.raises(bark.Unavailable) as refusal, stage.guard.work():
+            pass
+        refusals.append(refusal.value)
+    stage.meanwhile = arrive
+    stage.guard.ready()
+    stage.pass_time(91)
+    assert [one.code for one in refusals] == ["draining"] and "start" in str(refusals[0])
+    with stage.guard.work():  # the order was refused, so work goes on
+        stage.pass_time(100)
+    assert len(stage.orders) == 1
+
+
+def test_refusals_are_met_with_growing_pauses_and_told(
+        stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    stage.guard.ready()
+    stage.pass_time(3000)
+    pauses = [after - before for before, after in zip(stage.orders, stage.orders[1:], strict=False)]
+    assert pauses[:7] == pytest.approx([5, 10, 20, 40, 80, 160, 320], abs=1)
+    assert set(pauses[7:]) <= {600, 601, 602}
+    facts = stage.guard.facts()
+    assert facts["attempts"] == len(stage.orders) and facts["idle_stop"]["left"] == 0
+    assert "HTTP 403" in facts["error"] and "manage-bark-worker.sh stop" in facts["error"]
+    assert sum("HTTP 403" in record.message for record in caplog.records) == len(stage.orders)
+
+
+def test_it_warns_a_minute_ahead_and_once(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    def warnings() -> int:
+        return sum("stops itself in" in record.message for record in caplog.records)
+    stage.guard.ready()
+    stage.pass_time(28)
+    assert warnings() == 0
+    stage.pass_time(30)
+    assert warnings() == 1
+    with stage.guard.work():
+        stage.pass_time(1)
+    stage.pass_time(40)
+    assert warnings() == 2 and stage.orders == []
+
+
+def test_a_worker_that_is_started_again_goes_on_counting(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: Stage) -> None:
+    """Also before it is ready."""
+    stage.guard.ready()
+    stage.pass_time(80)
+    second = Stage(bark, monkeypatch, tmp_path, [bark.Answer("x")], stage.clock)
+    second.pass_time(5)
+    assert second.orders == []
+    second.pass_time(6)
+    assert len(second.orders) == 1
+
+
+def test_of_two_workers_the_one_that_works_counts(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: Stage) -> None:
+    second = Stage(bark, monkeypatch, tmp_path, [bark.Answer("x")] * 9, stage.clock)
+    stage.guard.ready()
+    second.guard.ready()
+    with second.guard.work():
+        for _ in range(200):
+            second.pass_time(1)
+            stage.pass_time(1)
+    stage.pass_time(80)
+    assert stage.orders == second.orders == []
+
+
+def test_whoever_wakes_the_instance_begins_anew(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: Stage) -> None:
+    stage.guard.ready()
+    stage.meanwhile = lambda: left.append(times(bark, tmp_path).load())
+    left: list[float | None] = []
+    stage.pass_time(91)
+    assert left == [None]
+    stage.pass_time(1)
+    assert times(bark, tmp_path).load() is not None  # it was refused, so the time counts
+
+
+def test_a_worker_that_ends_orders_nothing(stage: Stage) -> None:
+    stage.guard.ready()
+    stage.guard.close()
+    stage.pass_time(200)
+    assert stage.orders == []
+
+
+# What is armed where
+
+
+ALL = {"BARK_IDLE_STOP": "30", "BARK_START_LIMIT": "60", "BARK_MAX_HOURS": "8"}
+ON_VAST = {"CONTAINER_ID": "7", "CONTAINER_API_KEY": "sesame"}
+SERVERLESS = {"WORKER_PORT": "3000", "REPORT_ADDR": "http://a", "PUBLIC_IPADDR": "1.2.3.4",
+              "VAST_TCP_PORT_3000": "1"}
+
+
+@pytest.mark.parametrize(("settings", "serverless", "armed", "words"), [
+    ({**ALL, **ON_VAST}, False, ["idle_stop", "start_limit", "max_hours"], "guard of instance 7:"),
+    ({"BARK_MAX_HOURS": "8", **ON_VAST}, False, ["max_hours"], "BARK_MAX_HOURS=8"),
+    (ALL, False, [], "BARK_IDLE_STOP, BARK_START_LIMIT, BARK_MAX_HOURS: of no effect here: this is"
+     " no container of Vast's"),
+    ({"BARK_IDLE_STOP": "30", "CONTAINER_ID": "7"}, False, [], "BARK_IDLE_STOP: of no effect"),
+    ({**ALL, **ON_VAST, **SERVERLESS}, True, [], "of no effect here: Vast itself ends the workers"),
+    (ON_VAST, False, [], ""), ({**ON_VAST, "BARK_IDLE_STOP": "0"}, False, [], ""),
+])
+def test_guards_are_armed_on_vast_alone_and_elsewhere_say_so(
+        bark: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+        settings: dict[str, str], serverless: bool, armed: list[str], words: str) -> None:
+    caplog.set_level(logging.INFO)
+    guard = bark.build_guard(bark.Config.from_env(settings, serverless), [tmp_path])
+    assert list(guard.facts()) == armed
+    said = [record.message for record in caplog.records]
+    assert len(said) == bool(words) and words in "".join(said) and "sesame" not in "".join(said)
+
+
+def test_what_the_on_start_command_counts_is_told_from_its_note(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+        caplog: pytest.LogCaptureFixture) -> None:
+    """While it is fresh; without one, that nothing counts."""
+    config = bark.Config.from_env({"BARK_START_LIMIT": "60", "BARK_MAX_HOURS": "8", **ON_VAST})
+    clock = Clock()
+    monkeypatch.setattr(bark, "time", SimpleNamespace(monotonic=clock.monotonic))
+    guard = bark.build_guard(config, [tmp_path / "none", tmp_path])
+    note = {"at": clock.now, "start_limit": clock.now + 100, "max_hours": clock.now + 9,
+            "attempts": 2, "problem": "Vast answers HTTP 500"}
+    (tmp_path / "bark-guard.json").write_text(json.dumps(note))
+    guard._read_note()
+    facts = guard.facts()
+    assert facts["start_limit"] == {"limit": 3600.0, "left": pytest.approx(100, abs=1)}
+    assert facts["max_hours"] == {"limit": 28_800.0, "left": pytest.approx(9, abs=1)}
+    assert facts["attempts"] == 2 and facts["error"].startswith("Vast answers HTTP 500; end the")
+    clock.now += 200
+    guard._read_note()
+    guard._read_note()
+    assert guard.facts()["max_hours"] == {"limit": 28_800.0, "left": None}
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    for nonsense in ("", "[]", '{"at": true}', '{"at": -1}', '{"at": 1e999}', "{" * 9999):
+        (tmp_path / "bark-guard.json").write_text(nonsense)
+        guard._read_note()
+        assert guard.facts()["max_hours"]["left"] is None
+
+
+# The real worker
+
+
+def guarded_worker(vast: FakeVast, toy: Path, instance: Instance, **settings: str) -> Any:
+    """One that outlives the stop of its instance, which is none of its own."""
+    return running_worker(**{
+        "BARK_MODEL": str(toy), "BARK_IDLE_STOP": "0.05", "CONTAINER_ID": str(instance.id),
+        "CONTAINER_API_KEY": instance.api_key, "VAST_URL": vast.url,
+        "HF_HOME": str(vast.folder / "models"), "BARK_API_KEY": "mine", **settings})
+
+
+def test_a_worker_that_is_asked_for_everything_but_speech_stops_its_instance(
+        vast: FakeVast, toy: Path) -> None:
+    """After refusals, which do it no harm, and which /health and the log tell."""
+    instance = vast.add_instance(fate="silent")
+    vast.fault("PUT", f"/{instance.id}/", status=403, body={"success": False, "msg": "no"})
+    with guarded_worker(vast, toy, instance) as worker:
+        worker.wait_for("ready")
+
+        def refused() -> Any:
+            for path in ("/ready", "/voices", "/v1/models", "/"):
+                worker.call(path, headers={"Authorization": "Bearer mine"})
+            worker.call("/synthesize", {"text": ""}, headers={"Authorization": "Bearer mine"})
+            return worker.health()["guard"].get("error")
+        error = wait_until(refused, "refusal")
+        assert "HTTP 403" in error and "manage-bark-worker.sh stop" in error
+        answer = worker.call("/synthesize", {"text": "Hi."}, headers={
+            "Authorization": "Bearer mine"})
+        assert answer.status == 200
+        wait_until(lambda: instance.touched == ["stopped"], "stop")
+        log = "".join(worker.log)
+        assert "stops itself in" in log and "HTTP 403" in log and instance.api_key not in log
+        assert worker.call("/synthesize", {"text": "Hi."}, headers={
+            "Authorization": "Bearer mine"}).json["error"]["code"] == "draining"
+        assert worker.stop() == 0
+    assert len(vast.calls("PUT", f"/{instance.id}/")) == 2
+
+
+def test_long_work_outlasts_the_limit(vast: FakeVast, toy: Path) -> None:
+    """It takes several times as long as the worker may be idle."""
+    instance = vast.add_instance(fate="silent")
+    with guarded_worker(vast, toy, instance, BARK_IDLE_STOP="0.02", BARK_API_KEY="",
+                        BARK_MAX_BATCH="1", BARK_CACHE_MB="0") as worker:
+        worker.wait_for("ready")
+        began = time.monotonic()
+        while time.monotonic() < began + 6.0:
+            assert worker.speak("Hello there, you. " * 24).status == 200
+        assert instance.touched == []
+        wait_until(lambda: instance.touched == ["stopped"], "stop")
+        assert time.monotonic() > began + 6.0
+
+
+def test_elsewhere_than_on_vast_the_worker_says_that_nothing_is_armed(toy: Path) -> None:
+    with running_worker(BARK_MODEL=str(toy), BARK_IDLE_STOP="0.01") as worker:
+        assert worker.wait_for("ready")["guard"] == {}
+        assert "BARK_IDLE_STOP: of no effect here" in "".join(worker.log)

@@ -12,10 +12,10 @@ import pytest
 from conftest import WORKER
 
 SECTIONS = ("Errors", "Configuration", "Text", "Expression", "Audio", "Takes", "Model", "Engine",
-            "Narrator", "Scheduler", "HTTP", "Serverless", "Main")
+            "Narrator", "Scheduler", "Guard", "HTTP", "Serverless", "Main")
 KNOW_TENSORS = {"Model", "Engine", "Main"}
 TENSORS = {"torch", "F", "BarkModel", "AutoTokenizer", "transformers", "cuda"}
-KNOW_THE_WORLD = {"Scheduler", "HTTP", "Serverless", "Main"}
+KNOW_THE_WORLD = {"Scheduler", "Guard", "HTTP", "Serverless", "Main"}
 WORLD = {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "RequestHandler", "wfile",
          "rfile", "http", "socket", "socketserver", "threading", "Thread", "Lock", "Condition",
          "Future", "signal"}
@@ -149,6 +149,15 @@ def names_from_below(source: str) -> list[str]:
             for used in sorted(free_names(part) & home.keys()) if home[used] > order.index(title)]
 
 
+def scheduler_in_the_guard(source: str) -> list[str]:
+    """Uses of what the scheduler defines: the guard hears of work, and not of who does it."""
+    scheduling = {name for title, node in definitions(source) if title == "Scheduler"
+                  for name in defined_names(node)}
+    return [f"Guard: {name} uses {used}" for title, node in definitions(source)
+            if title == "Guard" for name, part in units(node)
+            for used in sorted(free_names(part) & scheduling)]
+
+
 def foreign_imports(source: str) -> list[str]:
     """Packages at the top level that are not there wherever torch and transformers are."""
     wrong = []
@@ -186,7 +195,8 @@ def missing_annotations(source: str) -> list[str]:
 
 
 RULES = (wrong_sections, environment_readers, tensors_out_of_place, world_in_the_engine,
-         names_from_below, foreign_imports, long_functions, long_lines, missing_annotations)
+         names_from_below, scheduler_in_the_guard, foreign_imports, long_functions, long_lines,
+         missing_annotations)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -223,6 +233,9 @@ BREACHES = [
     (names_from_below, "Scheduler", "class Bad:\n    def bad(self, x: WorkerServer) -> None: ..."),
     (names_from_below, "Text", "def bad(x: Any) -> Any:\n    return to_pcm16(x)"),
     (names_from_below, "Audio", "class Bad(Engine):\n    pass"),
+    (scheduler_in_the_guard, "Guard", "class Bad:\n    scheduler: Scheduler"),
+    (scheduler_in_the_guard, "Guard", "def bad(state: State) -> None:\n    state.enter('ready')"),
+    (names_from_below, "Guard", "def bad(x: Any) -> None:\n    raise HttpError(x, x, x)"),
     (foreign_imports, "Text", "import requests"),
     (foreign_imports, "Model", "from huggingface_hub import snapshot_download"),
     (long_functions, "Audio", "def bad() -> None:\n" + "    x = 1\n" * 60),
