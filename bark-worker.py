@@ -3632,6 +3632,7 @@ class Guard:
 
     def start(self) -> None:
         if self.idle or self.limits:
+            self._wake.set()  # a worker that crashes soon has to look before
             threading.Thread(target=self._run, name="guard", daemon=True).start()
 
     def close(self) -> None:

@@ -76,14 +76,121 @@ BARK_DETERMINISTIC BARK_EXPRESSION BARK_QUALITY BARK_RETRIES BARK_CACHE_MB BARK_
 # entrypoint, so this starts the worker, and again after a crash; not after a clean end (0) or
 # settings that it refuses (2). `vastai logs` shows what process 1 prints, and no files.
 # No here-document holds it, as old shells write those to files: `stop` has to work on a full disk.
-readonly ON_START='(: >/proc/1/fd/1) 2>/dev/null && exec >/proc/1/fd/1 2>&1
-while :; do
+readonly TO_CONSOLE='(: >/proc/1/fd/1) 2>/dev/null && exec >/proc/1/fd/1 2>&1
+'
+
+# Beside the worker, what has to end the rent also where there is none: BARK_START_LIMIT minutes in
+# a row without one that is ready, BARK_MAX_HOURS over. It goes by the monotonic clock; from the
+# last heartbeat, whose file tells the worker what is left, a container goes on counting if that is
+# at most 15 minutes old. Its hours are given back before an order to stop, after which nothing may
+# run any more, and taken again if it did not do. What is no number counts as 60 minutes and 0
+# hours: the worker refuses it, so that nothing gets ready.
+readonly WATCH='if [ -n "$BARK_START_LIMIT$BARK_MAX_HOURS" ]; then
+until python3 -I - <<"END"
+import json, os, signal, time, urllib.error, urllib.request as web
+get, now = os.environ.get, time.monotonic
+counts = {}
+for name, wrong in ("BARK_START_LIMIT", 60), ("BARK_MAX_HOURS", 0):
+  try:
+    counts[name] = float(get(name) or 0)
+    assert 0 <= counts[name] < 1e9
+  except Exception:
+    counts[name] = wrong
+limit, most = 60 * counts["BARK_START_LIMIT"], 3600 * counts["BARK_MAX_HOURS"]
+key, number, host = get("CONTAINER_API_KEY"), get("CONTAINER_ID") or "", get("HOST") or "0.0.0.0"
+host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+models = get("HF_HOME") or "/root/.cache/huggingface"
+files = [d + "/bark-guard.json" for d in (models + "/bark-worker", get("TMPDIR") or "/tmp")]
+def late(*_):
+  raise OSError("no answer in time")
+signal.signal(signal.SIGALRM, late)
+def ask(call, *what):
+  global status, said
+  status, said = 0, ""
+  try:
+    signal.alarm(30)
+    with call(web.Request(*what), timeout=20) as reply:
+      status, said = reply.status, reply.read(9999)
+  except urllib.error.HTTPError as error:
+    status = error.code
+  except Exception as error:
+    said = str(error)
+  finally:
+    signal.alarm(0)
+def stop():
+  global problem
+  head = {"Authorization": "Bearer " + key, "User-Agent": "bark-guard"}
+  head["Content-Type"] = "application/json"
+  vast = (get("VAST_URL") or "https://console.vast.ai").rstrip("/")
+  order = json.dumps({"state": "stopped"}).encode()
+  ask(web.urlopen, vast + "/api/v0/instances/" + number + "/", order, head, None, False, "PUT")
+  problem = "no answer from Vast: %s" % said
+  if status:
+    problem = "Vast answers HTTP %d, no success" % status
+  try:
+    if status == 200 and json.loads(said)["success"] is True:
+      problem = "Vast took the order, but the instance still runs"
+  except Exception:
+    pass
+def note(spent, since=None):
+  told = {"at": now(), "spent": spent, "max_hours": now() + most - spent,
+    "start_limit": since and since + limit, "attempts": tries, "problem": problem}
+  for file in files:
+    try:
+      os.makedirs(os.path.dirname(file), exist_ok=True)
+      with open(file + ".new", "w") as part:
+        json.dump(told, part)
+      os.replace(file + ".new", file)
+      break
+    except OSError:
+      pass
+spent, newest = 0.0, time.time() - 900
+for file in files:
+  try:
+    if os.stat(file).st_mtime >= newest:
+      newest, spent = os.stat(file).st_mtime, 0.0
+      spent = min(max(0.0, float(json.load(open(file))["spent"])), most)
+  except Exception:
+    pass
+last = alive = again = now()
+tries, problem = 0, ""
+local = web.build_opener(web.ProxyHandler({})).open
+while key and number.isdigit() and (limit or most):
+  spent += now() - last
+  last = now()
+  ask(local, "http://%s:%s/ready" % (host, get("PORT") or 8080))
+  ready, why = status == 200, ""
+  if ready:
+    alive = now()
+  elif limit and now() >= alive + limit:
+    why = "no worker was ready for %g min (BARK_START_LIMIT)" % (limit / 60)
+  if most and spent >= most:
+    why = "BARK_MAX_HOURS are over"
+  if not why:
+    tries, problem = 0, ""
+  elif now() >= again:
+    print("bark-guard: stopping the instance:", why, flush=True)
+    note(0)
+    stop()
+    tries += 1
+    pause = min(600, 5 * 2 ** min(tries, 9))
+    again = now() + pause
+    print("bark-guard: %s; again in %d s; end the rent by hand:" % (problem, pause),
+      "manage-bark-worker.sh stop", flush=True)
+  note(spent, limit and not ready and alive)
+  time.sleep(max(0.1, min(x / 20 for x in (limit, most, 200) if x)))
+END
+do sleep 5; done &
+fi
+'
+readonly LOOP='while :; do
   python -u /app/bark-worker.py
   status=$?
   echo "bark-worker ended with status $status"
   case $status in 0 | 2) break ;; esac
   sleep 5
 done &'
+readonly ON_START="$TO_CONSOLE$WATCH$LOOP"
 
 # -----------------------------------------------------------------------------
 # Help
@@ -2783,7 +2890,7 @@ endpoint needs, has a name and a tag and no place for a digest: name a tag inste
 endpoint_on_start() {
   printf '%s\n' "export WORKER_PORT=\"\${WORKER_PORT:-$PYWORKER_PORT}\"" \
     "export REPORT_ADDR=\"\${REPORT_ADDR:-$RUN_URL}\"" \
-    "${ON_START/bark-worker.py/bark-worker.py --serverless}"
+    "$TO_CONSOLE${LOOP/bark-worker.py/bark-worker.py --serverless}"
 }
 
 # As container_env, without a key: PyWorker passes none on. BARK_LABEL tells whose an instance is.

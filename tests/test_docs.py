@@ -147,8 +147,8 @@ def by_hand(manager: Manager, command: str) -> str:
 def test_the_route_by_hand_leads_to_a_worker_that_only_its_key_opens(
         tmp_path: Path, toy: Path) -> None:
     export, search, create = re.split(r"(?=^vastai )", shell_block("vastai create"), flags=re.M)
-    on_start = subprocess.run(sourcing('printf "%s" "$ON_START"'), capture_output=True, text=True,
-                              check=True).stdout
+    on_start = subprocess.run(sourcing('printf "%s" "$TO_CONSOLE$LOOP"'), capture_output=True,
+                              text=True, check=True).stdout
     assert f"--onstart-cmd '{on_start}'" in create  # other tests hold that it restarts the worker
     with managed(tmp_path, toy) as manager:
         offer = manager.vast.add_offer()

@@ -6,8 +6,13 @@ both as `start` rents them.
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import logging
+import os
+import signal
+import subprocess
 import threading
 import time
 import urllib.error
@@ -18,8 +23,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import running_worker, wait_until
+from conftest import clean_environment, running_worker, wait_until
 from fake_vast import FakeVast, Instance
+from manager import BASH, sourcing
 
 
 @pytest.fixture
@@ -446,3 +452,172 @@ def test_elsewhere_than_on_vast_the_worker_says_that_nothing_is_armed(toy: Path)
     with running_worker(BARK_MODEL=str(toy), BARK_IDLE_STOP="0.01") as worker:
         assert worker.wait_for("ready")["guard"] == {}
         assert "BARK_IDLE_STOP: of no effect here" in "".join(worker.log)
+
+
+# The on-start command's part, as `start` orders it
+
+
+@pytest.fixture(scope="module")
+def watch() -> str:
+    return subprocess.run(sourcing('printf "%s" "$WATCH"'), capture_output=True, text=True,
+                          check=True).stdout
+
+
+class Watching:
+    """It runs beside no worker, in a container that outlives its stop; `log` is what it prints."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self.process, self.folder, self.log = process, folder, ""
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            self.log += line
+
+    def note(self) -> dict[str, Any]:
+        """What it left for the worker, once it has."""
+        path = self.folder / "bark-guard.json"
+        wait_until(path.exists, "note")
+        return json.loads(path.read_text())
+
+
+@contextlib.contextmanager
+def watching(watch: str, vast: FakeVast, instance: Instance, *, shell: str = BASH,
+             **settings: str) -> Iterator[Watching]:
+    models = vast.folder / "models"
+    environment = clean_environment(**{
+        "CONTAINER_ID": str(instance.id), "CONTAINER_API_KEY": instance.api_key,
+        "VAST_URL": vast.url, "HF_HOME": str(models), "PORT": "9", **settings})
+    process = subprocess.Popen([shell, "-c", f"{watch}\nwait"], env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    one = Watching(process, models / "bark-worker")
+    try:
+        yield one
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+        one.reader.join(10)
+        print(one.log)
+        assert instance.api_key not in one.log
+
+
+@contextlib.contextmanager
+def answering(status: int) -> Iterator[str]:
+    """The port of what answers every request so, for as long as it is there."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *words: object) -> None:
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield str(server.server_port)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+def test_without_a_worker_that_is_ready_the_instance_is_stopped(
+        watch: str, vast: FakeVast, shell: str) -> None:
+    instance = vast.add_instance(fate="silent")
+    with answering(503) as port, watching(
+            watch, vast, instance, shell=shell, PORT=port, BARK_START_LIMIT="0.02") as one:
+        wait_until(lambda: instance.touched == ["stopped"], "stop")
+        wait_until(lambda: "no worker was ready for 0.02 min" in one.log, "log")
+
+
+def test_a_worker_that_is_ready_holds_it_off_until_it_is_gone(watch: str, vast: FakeVast) -> None:
+    """Its time is told only while it counts."""
+    instance = vast.add_instance(fate="silent")
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(answering(200))
+        with watching(watch, vast, instance, PORT=port, BARK_START_LIMIT="0.03") as one:
+            wait_until(lambda: time.monotonic() > began + 4, "time")
+            assert instance.touched == [] and not one.note()["start_limit"]
+            stack.close()
+            wait_until(lambda: one.note()["start_limit"], "limit")
+            wait_until(lambda: instance.touched == ["stopped"], "stop")
+
+
+def test_at_the_latest_it_stops_whatever_the_worker_does(watch: str, vast: FakeVast) -> None:
+    """Having given the hours back before, for whoever wakes it at once."""
+    instance = vast.add_instance(fate="silent")
+    with answering(200) as port, watching(
+            watch, vast, instance, PORT=port, BARK_MAX_HOURS="0.0005",
+            BARK_START_LIMIT="60") as one:
+        vast.on("PUT", f"/{instance.id}/", lambda request: before.append(one.note()["spent"]))
+        before: list[float] = []
+        wait_until(lambda: instance.touched == ["stopped"], "stop")
+        assert before == [0]
+        wait_until(lambda: one.note()["spent"] > 1.8, "hours taken again")
+
+
+@pytest.mark.parametrize(("content", "age", "spent"), [
+    ('{"spent": 3500}', 0, 3500), ('{"spent": 3500}', 840, 3500), ('{"spent": 3500}', 960, 0),
+    ('{"spent": 3500}', -7200, 3500), ('{"spent": -9}', 0, 0), ('{"spent": NaN}', 0, 0),
+    ("", 0, 0), ("[]", 0, 0), ("nonsense", 0, 0), ('{"spent": null}', 0, 0)])
+def test_a_young_heartbeat_goes_on_counting_and_an_old_one_begins_anew(
+        watch: str, vast: FakeVast, content: str, age: int, spent: int) -> None:
+    """One from the future is young: the clock was set back."""
+    instance = vast.add_instance(fate="silent")
+    file = vast.folder / "models/bark-worker/bark-guard.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    os.utime(file, (time.time() - age,) * 2)
+    with watching(watch, vast, instance, BARK_MAX_HOURS="1") as one:
+        wait_until(lambda: '"at"' in file.read_text(), "heartbeat")
+        note = one.note()
+        assert spent <= note["spent"] < spent + 20 and abs(time.time() - file.stat().st_mtime) < 20
+        assert note["max_hours"] == pytest.approx(time.monotonic() + 3600 - spent, abs=20)
+
+
+def test_refusals_are_met_with_pauses_and_told_in_the_note(watch: str, vast: FakeVast) -> None:
+    instance = vast.add_instance(fate="silent")
+    vast.fault("PUT", f"/{instance.id}/", status=403, body="no")
+    with watching(watch, vast, instance, BARK_START_LIMIT="0.01") as one:
+        wait_until(lambda: one.note()["problem"], "refusal")
+        assert "HTTP 403" in one.note()["problem"] and one.note()["attempts"] == 1
+        wait_until(lambda: instance.touched == ["stopped"], "stop")
+        first, second = (call.time for call in vast.calls("PUT", f"/{instance.id}/")[:2])
+        assert second - first > 9 and "again in 10 s" in one.log
+        assert "manage-bark-worker.sh stop" in one.log
+
+
+def test_where_it_cannot_write_beside_the_models_it_does_elsewhere(
+        watch: str, vast: FakeVast, tmp_path: Path) -> None:
+    instance = vast.add_instance(fate="silent")
+    (vast.folder / "models").write_text("a file")
+    with watching(watch, vast, instance, BARK_START_LIMIT="0.02", TMPDIR=str(tmp_path)) as one:
+        one.folder = tmp_path
+        assert one.note()["start_limit"]
+        wait_until(lambda: instance.touched == ["stopped"], "stop")
+
+
+@pytest.mark.parametrize(("settings", "limit"), [
+    ({"BARK_START_LIMIT": "soon"}, 3600), ({"BARK_START_LIMIT": "nan"}, 3600),
+    ({"BARK_START_LIMIT": "inf"}, 3600), ({"BARK_START_LIMIT": "-1"}, 3600),
+    ({"BARK_START_LIMIT": "2", "BARK_MAX_HOURS": "x"}, 120)])
+def test_a_limit_that_the_worker_refuses_is_an_hour(
+        watch: str, vast: FakeVast, settings: dict[str, str], limit: int) -> None:
+    instance = vast.add_instance(fate="silent")
+    with watching(watch, vast, instance, **settings) as one:
+        assert one.note()["start_limit"] == pytest.approx(time.monotonic() + limit, abs=20)
+        assert instance.touched == []
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"BARK_START_LIMIT": "", "BARK_MAX_HOURS": ""}, {"BARK_START_LIMIT": "0"},
+    {"BARK_START_LIMIT": "0.01", "CONTAINER_API_KEY": ""},
+    {"BARK_START_LIMIT": "0.01", "CONTAINER_ID": "abc"}])
+def test_what_is_not_armed_ends_at_once(watch: str, vast: FakeVast,
+                                        settings: dict[str, str]) -> None:
+    instance = vast.add_instance(fate="silent")
+    with watching(watch, vast, instance, **settings) as one:
+        assert one.process.wait(30) == 0 and instance.touched == []
+    assert one.log == ""

@@ -332,12 +332,15 @@ def on_start() -> str:
 
 
 def test_the_on_start_command_is_short_enough_for_vast() -> None:
-    assert 0 < len(on_start()) < len(answer("endpoint_on_start")) < 4000
+    assert 0 < len(answer("endpoint_on_start")) < len(on_start()) < 4000
 
 
 def test_an_endpoints_worker_runs_in_the_same_loop_with_what_vast_may_leave_unset() -> None:
+    """And without what may stop an instance."""
     exports, _, loop = answer("endpoint_on_start").partition("(: ")
-    assert "(: " + loop == on_start().replace("bark-worker.py", "bark-worker.py --serverless")
+    plain = on_start().replace("bark-worker.py", "bark-worker.py --serverless")
+    assert "(: " + loop == plain.replace(answer('printf "%s" "$WATCH"'), "")
+    assert on_start().count('"stopped"') == 1 and "stopped" not in answer("endpoint_on_start")
     for given, told in (({}, "3000 https://run.vast.ai"),
                         ({"WORKER_PORT": "31", "REPORT_ADDR": "http://a,http://b"},
                          "31 http://a,http://b")):
