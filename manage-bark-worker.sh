@@ -67,6 +67,8 @@ readonly DRAIN_SECONDS=60         # that `stop` gives running requests
 readonly STOP_SECONDS=120         # that Vast may take to stop an instance
 readonly AUDIBLE=300              # of 32768; a sound whose largest sample is below is silence
 readonly LOG_SECONDS=30           # between looks at the log of a worker that is silent
+readonly IDLE_STOP=30 START_LIMIT=60    # minutes; by these an instance stops itself
+readonly MOST_MINUTES=10080 MOST_HOURS=8760    # that the worker takes for them
 readonly HOURS_A_MONTH=720        # of Vast's storage price, which is per month
 # Settings that pass from this environment to a rented worker.
 readonly PASSED_ON='TTS_MAX_LENGTH BARK_DTYPE BARK_MAX_BATCH BARK_MAX_QUEUE BARK_TIMEOUT
@@ -243,13 +245,22 @@ $USAGE_SEARCH_OPTIONS
   --model ID             suno/bark-small, builtin-voice, ... (suno/bark)
   --voice NAME           voice when a request names none (v2/en_speaker_6)
   --timeout SECONDS      for each instance to get healthy (1200)
+  --idle-stop MINUTES    without speech, then the instance stops itself; 0: never (30)
+  --max-hours HOURS      of the instance, then it stops itself; 0: never (0)
   --replace              if the stopped instance's GPU is taken or it fails, rent another, then
                          destroy it
   --dry-run              show the offer and its cost, rent nothing
   --yes                  do not ask, for scripts
 
+So that nothing bills for nothing, an instance stops itself by these two, and also when no worker
+is ready within $START_LIMIT minutes (BARK_START_LIMIT; 0: never), though whoever started it may be
+gone. Then an application gets no connection until start wakes it. Its minutes count anew then, its
+hours if it has rested for 15 minutes or stopped itself by them. Vast documents that an instance may
+stop itself, but we have not tried it live yet: look at status.
+
 Settings of the worker in this environment go along:
-$PASSED_ON.
+$PASSED_ON;
+BARK_IDLE_STOP, BARK_START_LIMIT and BARK_MAX_HOURS, where no option says otherwise.
 
 While an order is on its way, this machine's list of processes shows the worker's own key to others
 who use it, as Vast's CLI takes it no other way; the account's key never shows."
@@ -928,6 +939,9 @@ def instance: (environment.BARK_API_KEY // "") as $key
     price: (.dph_total // 0), storage: storage, interruptible: (.is_bid // false),
     started: .start_date, wanted: (.intended_status // ""),
     known: (.extra_env != null), key: $key}
+  + {armed: (environment | {idle_stop: (.BARK_IDLE_STOP | tonumber? // 0),
+      start_limit: (.BARK_START_LIMIT | tonumber? // 0),
+      max_hours: (.BARK_MAX_HOURS | tonumber? // 0)})}
   + (mapped("\(env.worker_port)/tcp") as $port | (.public_ipaddr | clean) as $host
     | {address: (if state == "running" and $port != "" and $host != ""
          then "http://\($host):\($port)" else "" end)})
@@ -961,7 +975,7 @@ def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
 # Of a row and the health of its worker.
 def visible: .[1] as $health | .[0] | {id, state, gpu, region, address, interruptible,
   price_per_hour: .price, storage_per_hour: .storage, hours: hours, cost_at_most: (hours * .price),
-  message, health: $health};
+  message, armed, health: $health};
 
 def span: if . < 1 then "\(. * 60 | floor) min" else "\(fixed(1)) h" end;
 def costs: (.price_per_hour | fixed(4) + " $/h") as $price
@@ -972,6 +986,17 @@ def costs: (.price_per_hour | fixed(4) + " $/h") as $price
      else "\($price), of it \($storage) for storage, which goes on when stopped" end)
   + (if .interruptible then "; interruptible" else "" end)
   + "; rented \(.hours | span) ago, at most \(.cost_at_most | fixed(4)) $ since";
+
+# By what it stops itself, with the time left if the worker tells it.
+def by_guard($name; $what): .armed[$name] as $limit
+  | ([.health.guard[$name].left? | numbers][0]) as $left
+  | if $limit > 0 then "\($limit) \($what)\(if $left then " (\($left / 3600 | span) left)"
+    else "" end)" else empty end;
+def guards: [by_guard("idle_stop"; "min without speech"),
+    by_guard("start_limit"; "min without a worker that is ready"),
+    by_guard("max_hours"; "h in all")] | join(", ")
+  | if . == "" then "" else "\n  stops itself after " + . end;
+def guards_fault: [.health.guard.error? | strings | "\n  cannot stop itself: " + clean][0] // "";
 def worker: .health | "\(.status), \(.queue.running // 0) running, \(.queue.waiting // 0) waiting,"
   + " up \((.uptime // 0) / 3600 | span), \(.model_id // "")"
   + if .error then ": \(.error)" else "" end;
@@ -1825,6 +1850,9 @@ without_keys() {
 # start
 
 model="${BARK_MODEL:-}" voice="${BARK_VOICE:-}" timeout=1200
+idle_stop="${BARK_IDLE_STOP:-$IDLE_STOP}"           # minutes; 0 is never, here and below
+start_limit="${BARK_START_LIMIT:-$START_LIMIT}"     # minutes
+max_hours="${BARK_MAX_HOURS:-0}"
 replace='' dry_run=''    # yes or nothing
 renting=''               # yes once this run means to rent
 replaced_id=''           # the old instance that goes when the new one is healthy
@@ -1832,12 +1860,18 @@ replaced_id=''           # the old instance that goes when the new one is health
 # usage: start_option OPTION [VALUE]
 start_option() {
   case "$1" in
-    --model | --voice | --timeout) need_value start "$1" "${2:-}" ;;
+    --model | --voice | --timeout | --idle-stop | --max-hours) need_value start "$1" "${2:-}" ;;
   esac
   case "$1" in
     --model) model="$2"; note_rent_option "$1" ;;
     --voice) voice="$2"; note_rent_option "$1" ;;
     --timeout) need_whole start "$1" "$2" 1 86400; timeout="$((10#$2))" ;;
+    --idle-stop) need_number start "$1" "$2" 0 "$MOST_MINUTES"
+      note_rent_option "$1"
+      idle_stop="$2" ;;
+    --max-hours) need_number start "$1" "$2" 0 "$MOST_HOURS"
+      note_rent_option "$1"
+      max_hours="$2" ;;
     --replace) replace=yes ;;
     --dry-run) dry_run=yes ;;
     -y | --yes) agreed=yes ;;
@@ -1856,9 +1890,21 @@ parse_start() {
   done
   check_search start
   check_worker start
-  for name in BARK_IMAGE BARK_MODEL BARK_VOICE $PASSED_ON; do
+  check_guards
+  for name in BARK_IMAGE BARK_MODEL BARK_VOICE BARK_IDLE_STOP BARK_START_LIMIT BARK_MAX_HOURS \
+    $PASSED_ON; do
     [[ -z "${!name:-}" ]] || note_rent_option "$name"
   done
+}
+
+# What the environment says of guards. No instance stops itself while `start` still waits for it.
+check_guards() {
+  need_number start BARK_IDLE_STOP "$idle_stop" 0 "$MOST_MINUTES"
+  need_number start BARK_START_LIMIT "$start_limit" 0 "$MOST_MINUTES"
+  need_number start BARK_MAX_HOURS "$max_hours" 0 "$MOST_HOURS"
+  if [[ -z "${BARK_START_LIMIT:-}" ]] && ((timeout >= 60 * START_LIMIT)); then
+    start_limit=$((timeout / 60 + 1))
+  fi
 }
 
 # usage: check_worker COMMAND    (what a rented worker is given)
@@ -2074,7 +2120,15 @@ container_env() {
   for name in $PASSED_ON; do
     [[ -z "${!name:-}" ]] || printf ' -e %s=%s' "$name" "${!name}"
   done
+  guard_env BARK_IDLE_STOP "$idle_stop"
+  guard_env BARK_START_LIMIT "$start_limit"
+  guard_env BARK_MAX_HOURS "$max_hours"
   printf '\n'
+}
+
+# usage: guard_env NAME NUMBER    (prints nothing for one that is off)
+guard_env() {
+  [[ "$(millionths "$2")" == 0 ]] || printf ' -e %s=%s' "$1" "$2"
 }
 
 # usage: order_instance OFFER    (sets rented_id; fails if there is none, with refused and reason)
@@ -2201,6 +2255,16 @@ announce() {
   tell "$address"
   if [[ -n "$reader_left" ]]; then say "nobody reads the answer, which is $address"; fi
   say "its key: $AGAIN env; try it: $AGAIN test; end the rent: $AGAIN stop, or destroy"
+  say_guards "$1"
+}
+
+# usage: say_guards ID    (tells what stops it, if something does)
+say_guards() {
+  local guards
+  guards="$(fact "$(row_of "$1")" 'guards | ltrimstr("\n  ")' 2>/dev/null)" || true
+  if [[ -z "$guards" ]]; then return 0; fi
+  say "it $guards: from then on an application gets no connection until $AGAIN start wakes it.
+Vast documents that it may stop itself; we have not tried it live yet, so look: $AGAIN status"
 }
 
 # -----------------------------------------------------------------------------
@@ -2219,8 +2283,8 @@ describe() {
   fact "$1" '"instance \(.id): \(.state)\(if .message != "" and .state != "running" then
       " (\(.message))" else "" end), \(.gpu), \(.region)"
     + (if .address == "" then "" else "\n  " + .address end) + "\n  " + costs
-    + if .health then "\n  worker " + worker elif .address != "" then "\n  worker: no answer"
-      else "" end'
+    + (if .health then "\n  worker " + worker elif .address != "" then "\n  worker: no answer"
+       else "" end) + (if .state == "stopped" then "" else guards + guards_fault end)'
 }
 
 cmd_status() {
@@ -2893,10 +2957,11 @@ endpoint_on_start() {
     "$TO_CONSOLE${LOOP/bark-worker.py/bark-worker.py --serverless}"
 }
 
-# As container_env, without a key: PyWorker passes none on. BARK_LABEL tells whose an instance is.
+# As container_env, without a key, as PyWorker passes none on, and without guards, as Vast itself
+# ends workers. BARK_LABEL tells whose an instance is.
 endpoint_env() {
   local text
-  text="$(run_key=none; container_env)"
+  text="$(run_key=none idle_stop=0 start_limit=0 max_hours=0; container_env)"
   printf '%s\n' "-p $PYWORKER_PORT:$PYWORKER_PORT -e BARK_LABEL=$LABEL ${text#*BARK_API_KEY=none }"
 }
 

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import fake_vast
 import pytest
+import toy_model
+from conftest import ROOT
 from fake_vast import FakeVast, Instance, Request
 from manager import Manager, Run, managed
 from warm_vastai import warm_vastai
@@ -36,14 +38,15 @@ HURRY = "pause() { sleep $(($1 / 10)).$(($1 % 10)); now=$((now + $1 * 5)); }"
 # What the image has at /app/bark-worker.py here: it listens after a tenth of a second instead of
 # eight. What it says is in the file HEALTH; with ENDS it ends at once, with that status.
 WORKER = """
-import http.server, os, pathlib, sys
+import http.server, json, os, pathlib, sys
 if status := os.environ.get("ENDS"):
     print("bad key", os.environ["BARK_API_KEY"], flush=True)
     sys.exit(int(status))
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = pathlib.Path(os.environ["HEALTH"]).read_bytes()
-        self.send_response(200)
+        fails = self.path == "/ready" and not json.loads(body)["ready"]
+        self.send_response(503 if fails else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -133,6 +136,21 @@ class Scene:
     def changes(self) -> list[tuple[str, str]]:
         """Method and path of every request that is more than a look."""
         return [(one.method, one.path) for one in self.vast.requests if is_change(one)]
+
+
+def make_worker_real(stage: Scene) -> None:
+    """The next instance gets the real worker, before it runs, and finds a toy model."""
+    toy = stage.manager.home / "toy"
+    toy_model.build(toy)
+    stage.vast.models["suno/bark-small"] = toy
+    stage.vast.provisioning = 1.0
+
+    def install(request: Request) -> None:
+        app = stage.only().container.root / "app"
+        for name in ("bark-worker.py", "builtin-voice"):
+            (app / name).unlink()
+            (app / name).symlink_to(ROOT / name)
+    stage.vast.on("PUT", "/asks/", install, when="after")
 
 
 def is_change(request: Request) -> bool:

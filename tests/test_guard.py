@@ -25,7 +25,8 @@ from typing import Any
 import pytest
 from conftest import clean_environment, running_worker, wait_until
 from fake_vast import FakeVast, Instance
-from manager import BASH, sourcing
+from manager import BASH, RUN_SECONDS, sourcing
+from renting import Act, Acts, Scene, acts_of, make_worker_real, plays
 
 
 @pytest.fixture
@@ -589,6 +590,45 @@ def test_refusals_are_met_with_pauses_and_told_in_the_note(watch: str, vast: Fak
         assert "manage-bark-worker.sh stop" in one.log
 
 
+@contextlib.contextmanager
+def trickling() -> Iterator[str]:
+    """The address of what sends a byte a second and never comes to an end."""
+    over = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not over.wait(1.0):
+                self.wfile.write(b"x")
+
+        def log_message(self, format: str, *words: object) -> None:
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        over.set()
+        server.shutdown()
+
+
+@pytest.mark.long
+def test_an_answer_that_never_ends_is_tried_again(watch: str, vast: FakeVast) -> None:
+    instance = vast.add_instance(fate="silent")
+    with trickling() as url, watching(
+            watch, vast, instance, BARK_START_LIMIT="0.01", VAST_URL=url) as one:
+        wait_until(lambda: "again in" in one.log, "end of the attempt", 60)
+        assert "no answer from Vast: no answer in time" in one.log
+
+
+@pytest.mark.long
+def test_an_answer_that_does_not_come_is_tried_again(watch: str, vast: FakeVast) -> None:
+    instance = vast.add_instance(fate="silent")
+    vast.fault("PUT", f"/{instance.id}/", delay=60.0, drop="before")
+    with watching(watch, vast, instance, BARK_START_LIMIT="0.01") as one:
+        wait_until(lambda: instance.touched == ["stopped"], "stop", 90)
+        assert "no answer from Vast: timed out" in one.log
+
+
 def test_where_it_cannot_write_beside_the_models_it_does_elsewhere(
         watch: str, vast: FakeVast, tmp_path: Path) -> None:
     instance = vast.add_instance(fate="silent")
@@ -621,3 +661,242 @@ def test_what_is_not_armed_ends_at_once(watch: str, vast: FakeVast,
     with watching(watch, vast, instance, **settings) as one:
         assert one.process.wait(30) == 0 and instance.touched == []
     assert one.log == ""
+
+
+# What `start` rents
+
+
+@pytest.fixture(scope="module")
+def acts(request: pytest.FixtureRequest,
+         tmp_path_factory: pytest.TempPathFactory) -> Iterator[Acts]:
+    with acts_of(request, tmp_path_factory.mktemp("acts")) as playing:
+        yield playing
+
+
+SHORT = 0.1  # minutes
+
+
+def killed_start(stage: Scene, method: str, path: str, when: str = "before",
+                 **settings: str) -> None:
+    """A start that is killed by SIGKILL at a request; what it ordered takes its way."""
+    def kill(request: object) -> None:
+        stage.manager.runs[-1].process.kill()
+    stage.vast.on(method, path, kill, when=when)
+    run = stage.launch("--yes", BARK_START_LIMIT=str(SHORT), **settings).wait()
+    assert (run.status, run.stdout) == (-signal.SIGKILL, "")
+
+
+def stopped(stage: Scene, seconds: float = 60.0) -> Instance:
+    """The one instance, once it has stopped itself and by its own key."""
+    instance = wait_until(lambda: list(stage.vast.instances.values()), "instance")[0]
+    wait_until(lambda: stage.billed() == {instance.id: "stopped"}, "stop", seconds)
+    wait_until(lambda: not instance.container.processes(), "end of its processes")
+    assert {one.container for one in stage.vast.calls("PUT", f"/instances/{instance.id}/")} == {
+        instance.id}
+    return instance
+
+
+def start_killed_while_it_orders(stage: Scene) -> None:
+    stage.workers_say("loading")
+    stage.vast.add_offer()
+    killed_start(stage, "PUT", "/asks/")
+    stopped(stage)
+
+
+def start_killed_while_the_worker_loads(stage: Scene) -> None:
+    stage.workers_say("loading")
+    stage.vast.add_offer()
+    stage.vast.on("PUT", "/asks/", lambda request: stage.vast.on(
+        "GET", "/api/v1/instances/",
+        lambda request: stage.manager.runs[-1].process.kill()), when="after")
+    run = stage.launch("--yes", BARK_START_LIMIT=str(SHORT)).wait()
+    assert run.status == -signal.SIGKILL
+    stopped(stage)
+
+
+def start_killed_while_it_wakes(stage: Scene) -> None:
+    stage.workers_say("loading")
+    on_start = subprocess.run(sourcing('printf "%s" "$ON_START"'), capture_output=True, text=True,
+                              check=True).stdout
+    old = stage.vast.add_instance(state="stopped", onstart=on_start, env={
+        "BARK_API_KEY": "k", "BARK_START_LIMIT": str(SHORT)})
+    stage.vast.on("PUT", f"/instances/{old.id}/",
+                  lambda request: stage.manager.runs[-1].process.kill(), when="after")
+    assert stage.start("--yes").status == -signal.SIGKILL
+    assert old.touched == ["running"]
+    wait_until(lambda: old.touched == ["running", "stopped"], "stop", 60)
+
+
+def start_killed_while_it_searches(stage: Scene) -> None:
+    stage.vast.add_offer()
+    killed_start(stage, "POST", "/bundles/")
+    assert stage.billed() == {}
+
+
+def worker_that_ends(stage: Scene, status: str) -> None:
+    stage.vast.container_env["ENDS"] = status
+    stage.vast.add_offer()
+    killed_start(stage, "PUT", "/asks/", when="after")
+    assert f"bark-worker ended with status {status}" in stopped(stage).log
+
+
+def worker_that_ends_with_0(stage: Scene) -> None:
+    worker_that_ends(stage, "0")
+
+
+def worker_that_refuses_its_settings(stage: Scene) -> None:
+    worker_that_ends(stage, "2")
+
+
+def worker_in_a_crash_loop(stage: Scene) -> None:
+    worker_that_ends(stage, "1")
+
+
+def at_the_latest(stage: Scene) -> None:
+    """The worker is ready and stays it, unless this machine is so slow that it never gets there."""
+    stage.vast.add_offer()
+    stage.start("--yes", "--idle-stop", "0", "--max-hours", "0.002")
+    assert "BARK_MAX_HOURS are over" in stopped(stage).log
+
+
+def told_and_kept(stage: Scene) -> None:
+    stage.vast.add_offer()
+    run = stage.start("--yes", "--idle-stop", "0", "--max-hours", "9")
+    assert run.status == 0
+    last = " ".join(run.stderr.splitlines()[-2:])
+    assert "stops itself after 60 min without a worker that is ready, 9 h in all" in last
+    assert "an application gets no connection until" in last and "start wakes it" in last
+    assert "not tried it live" in last
+    again = stage.start("--idle-stop", "7", "--max-hours", "3")
+    assert "keeps what it was rented with; for a new one with --idle-stop, --max-hours" in (
+        again.stderr)
+    assert "9 h in all" in again.stderr.splitlines()[-2]
+    assert stage.billed() == {stage.only().id: "running"}
+
+
+@plays(start_killed_while_it_searches, start_killed_while_it_orders,
+       start_killed_while_the_worker_loads, start_killed_while_it_wakes, worker_that_ends_with_0,
+       worker_that_refuses_its_settings, worker_in_a_crash_loop, at_the_latest)
+def test_what_nobody_watches_any_more_stops_itself(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
+@plays(told_and_kept)
+def test_start_tells_what_stops_an_instance_and_changes_none(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
+def status_says(stage: Scene) -> str:
+    return stage.launch(command="status").wait().stdout
+
+
+def idle_one_is_woken(stage: Scene) -> None:
+    """With the real worker: it speaks, falls asleep, and has its minutes again when it is woken."""
+    make_worker_real(stage)
+    stage.vast.add_offer()
+    run = stage.start("--yes", "--idle-stop", "0.3", "--max-hours", "1")
+    assert run.status == 0
+    assert "after 0.3 min without speech" in run.stderr.splitlines()[-2]
+    assert "no connection until" in run.stderr.splitlines()[-2]
+    told = status_says(stage)
+    assert "stops itself after 0.3 min without speech (0 min left)" in told
+    assert "1 h in all (" in told
+    assert stage.launch(command="test").wait().status == 0
+    instance = stopped(stage)
+    assert "the instance stops itself in" in instance.log
+    assert stage.start().status == 0
+    assert instance.touched == ["stopped", "running"]
+    wait_until(lambda: instance.touched[2:] == ["stopped"], "second stop", 60)
+
+
+def ready_one_whose_start_was_killed(stage: Scene) -> None:
+    make_worker_real(stage)
+    stage.vast.add_offer()
+    run = stage.launch("--yes", "--idle-stop", "0.1")
+    wait_until(lambda: "is rented" in run.stderr, "order")
+    run.process.kill()
+    assert "status=ready" in stopped(stage, RUN_SECONDS).log
+
+
+@plays(idle_one_is_woken)
+def test_an_idle_instance_stops_itself_and_is_woken(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
+
+
+def idle_worker_that_crashes(stage: Scene) -> None:
+    """Each start of it goes on counting, so that it stops though none lives as long as that."""
+    make_worker_real(stage)
+    stage.vast.add_offer()
+    assert stage.start("--yes", "--idle-stop", "0.5").status == 0
+    instance, began = stage.only(), time.monotonic()
+    while instance.intended == "running" and time.monotonic() < began + 120:
+        before = instance.log.count("status=ready")
+        with contextlib.suppress(AssertionError):
+            instance.crash_worker()
+        wait_until(lambda before=before: instance.log.count("status=ready") > before
+                   or instance.intended == "stopped", "next start", RUN_SECONDS)
+    stopped(stage)
+    assert instance.log.count("ended with status 137") > 1
+    assert 25 < time.monotonic() - began < 90
+
+
+def refusals_and_hanging_answers(stage: Scene) -> None:
+    """With the real worker, which goes on speaking meanwhile; `status` tells of it."""
+    make_worker_real(stage)
+    stage.vast.add_offer()
+    own = r"/instances/\d+/$"
+    stage.vast.fault("PUT", own, status=403, body={"success": False, "msg": "no"})
+    stage.vast.fault("PUT", own, times=2, status=200, body={"success": False})
+    stage.vast.fault("PUT", own, delay=60.0, drop="before")
+    assert stage.start("--yes", "--idle-stop", "0.05").status == 0
+    wait_until(lambda: "HTTP 403" in stage.only().log, "refusal")
+    told = wait_until(lambda: (said := status_says(stage)) and "cannot stop itself" in said
+                      and said, "what status tells", 60)
+    assert "end the rent by hand" in told
+    assert stage.launch(command="test").wait().status == 0
+    instance = stopped(stage, 300)
+    assert "no answer from" in instance.log and "no success" in instance.log
+
+
+def outbid_one_that_comes_back(stage: Scene) -> None:
+    """Its hours go on, as it was away for less than 15 minutes; its minutes begin anew."""
+    make_worker_real(stage)
+    stage.vast.add_offer(min_bid=0.03)
+    assert stage.start("--yes", "--interruptible", "--bid", "0.05", "--idle-stop", "1",
+                       "--max-hours", "0.012").status == 0
+    instance = stage.only()
+    heartbeat = instance.container.root / "workspace/models/bark-worker/bark-guard.json"
+    wait_until(lambda: json.loads(heartbeat.read_text())["spent"] > 15, "hours", 60)
+    instance.outbid()
+    spent = json.loads(heartbeat.read_text())["spent"]
+    with stage.vast.lock:
+        instance.price, instance.is_outbid = instance.min_bid, False
+        instance.boot()
+    began = time.monotonic()
+    wait_until(lambda: json.loads(heartbeat.read_text())["spent"] > spent, "hours that go on")
+    wait_until(lambda: instance.intended == "stopped", "stop", 60)
+    assert time.monotonic() - began < 0.012 * 3600 - spent + 10
+    assert "BARK_MAX_HOURS are over" in instance.log
+
+
+def all_three_together(stage: Scene) -> None:
+    """The hours end it while it works; woken at once it has them again, and falls asleep."""
+    make_worker_real(stage)
+    stage.vast.add_offer()
+    assert stage.start("--yes", "--idle-stop", "0.3", "--max-hours", "0.02").status == 0
+    instance = stage.only()
+    while instance.intended == "running":
+        stage.launch(command="test").wait()
+    assert "BARK_MAX_HOURS are over" in instance.log and "stopping the instance: nobody" not in (
+        instance.log)
+    assert stage.start().status == 0
+    stopped_again = "stopping the instance: nobody wanted speech for 0.3 min"
+    wait_until(lambda: stopped_again in instance.log, "idle stop", 60)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+@plays(ready_one_whose_start_was_killed, idle_worker_that_crashes, refusals_and_hanging_answers,
+       outbid_one_that_comes_back, all_three_together)
+def test_guards_hold_with_the_real_worker(act: Act, acts: Acts) -> None:
+    acts.end_of(act)

@@ -227,6 +227,9 @@ def parse_env(text: str) -> dict[str, str]:
     return cli_module("utils").parse_env(text)
 
 
+GUARDED = {"BARK_IDLE_STOP": "30", "BARK_START_LIMIT": "60"}  # unless told otherwise
+
+
 def test_the_containers_environment_arrives_as_it_was_meant() -> None:
     settings = {"TTS_MAX_LENGTH": "400", "BARK_DTYPE": "float16", "BARK_MAX_BATCH": "8",
                 "BARK_MAX_QUEUE": "9", "BARK_TIMEOUT": "77.5", "BARK_DETERMINISTIC": "on"}
@@ -234,12 +237,53 @@ def test_the_containers_environment_arrives_as_it_was_meant() -> None:
                   ' container_env', BARK_DEVICE="cpu", BARK_API_KEY="mine", HOST="::", **settings)
     assert parse_env(text.rstrip("\n")) == {
         "-p 8080:8080": "1", "BARK_API_KEY": "abc123", "HF_HOME": "/workspace/models",
-        "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "v2/de_speaker_3", **settings}
+        "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "v2/de_speaker_3", **GUARDED, **settings}
 
 
 def test_what_is_not_set_is_not_passed() -> None:
     text = answer("parse_start; run_key=k; container_env", BARK_DTYPE="", BARK_VOICE="")
-    assert parse_env(text.rstrip("\n")).keys() == {"-p 8080:8080", "BARK_API_KEY", "HF_HOME"}
+    assert parse_env(text.rstrip("\n")).keys() == {
+        "-p 8080:8080", "BARK_API_KEY", "HF_HOME", *GUARDED}
+
+
+@pytest.mark.parametrize(("words", "settings", "passed"), [
+    ("--idle-stop 0", {}, {"BARK_START_LIMIT": "60"}),
+    ("--idle-stop=.5 --max-hours 8", {}, {**GUARDED, "BARK_IDLE_STOP": ".5",
+                                          "BARK_MAX_HOURS": "8"}),
+    ("", {"BARK_IDLE_STOP": "0.0", "BARK_START_LIMIT": "0"}, {}),
+    ("", {"BARK_IDLE_STOP": "5", "BARK_START_LIMIT": "7", "BARK_MAX_HOURS": "0.25"},
+     {"BARK_IDLE_STOP": "5", "BARK_START_LIMIT": "7", "BARK_MAX_HOURS": "0.25"}),
+    ("--idle-stop 6 --max-hours 0", {"BARK_IDLE_STOP": "5", "BARK_MAX_HOURS": "3"},
+     {**GUARDED, "BARK_IDLE_STOP": "6"}),
+    ("--timeout 7200", {}, {**GUARDED, "BARK_START_LIMIT": "121"}),
+    ("--timeout 7200", {"BARK_START_LIMIT": "9"}, {**GUARDED, "BARK_START_LIMIT": "9"}),
+])
+def test_guards_are_passed_as_they_were_asked_for(words: str, settings: dict[str, str],
+                                                  passed: dict[str, str]) -> None:
+    text = answer(f"parse_start {words}; run_key=k; container_env", **settings)
+    assert {name: value for name, value in parse_env(text.rstrip("\n")).items()
+            if name.endswith(("_STOP", "_LIMIT", "_HOURS"))} == passed
+
+
+@pytest.mark.parametrize(("words", "settings", "complaint"), [
+    (["--idle-stop", "-1"], {}, "--idle-stop is '-1'; it must be a number from 0 to 10080"),
+    (["--idle-stop", "soon"], {}, "--idle-stop is 'soon'"), (["--idle-stop"], {}, "needs a value"),
+    (["--max-hours", "8761"], {}, "--max-hours is '8761'; it must be a number from 0 to 8760"),
+    ([], {"BARK_IDLE_STOP": "30m"}, "BARK_IDLE_STOP is '30m'; it must be a number from 0 to"),
+    ([], {"BARK_START_LIMIT": "a b"}, "BARK_START_LIMIT is 'a b'"),
+    ([], {"BARK_MAX_HOURS": "inf"}, "BARK_MAX_HOURS is 'inf'"),
+])
+def test_a_guard_that_is_no_number_stops_the_start(
+        words: list[str], settings: dict[str, str], complaint: str, bare_path: Path) -> None:
+    done = command("start", "--yes", *words, path=bare_path, **settings)
+    assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
+
+
+def test_the_worker_takes_what_the_manager_takes(bark: ModuleType) -> None:
+    minutes, hours = answer('echo "$MOST_MINUTES $MOST_HOURS"').split()
+    for value in ("0", ".5", "1.", "0.0000001", minutes):
+        assert bark.Config.from_env({"BARK_IDLE_STOP": value, "BARK_START_LIMIT": value})
+    assert bark.Config.from_env({"BARK_MAX_HOURS": hours}).max_hours == float(hours)
 
 
 def test_the_builtin_voice_is_the_images() -> None:
@@ -258,7 +302,7 @@ def test_values_that_the_cli_would_mangle_are_refused(name: str, value: str,
 
 
 def test_the_workers_settings_are_passed_on_and_no_others(bark: ModuleType) -> None:
-    """The others are the manager's own choice: address, device, key; model and voice by option."""
+    """The others are the manager's own choice: address, device, key; or options have them, too."""
     own = {"PORT", "HOST", "BARK_DEVICE", "BARK_API_KEY", "BARK_MODEL", "BARK_VOICE",
            "BARK_IDLE_STOP", "BARK_START_LIMIT", "BARK_MAX_HOURS"}
     passed = answer('printf "%s\\n" "$PASSED_ON"').split()
@@ -351,7 +395,8 @@ def test_an_endpoints_worker_runs_in_the_same_loop_with_what_vast_may_leave_unse
 
 
 def test_a_worker_of_an_endpoint_gets_the_settings_of_a_single_one_but_no_key() -> None:
-    text = answer("parse_up --voice male --model suno/bark-small; endpoint_env", BARK_TIMEOUT="77")
+    text = answer("parse_up --voice male --model suno/bark-small; endpoint_env", BARK_TIMEOUT="77",
+                  BARK_IDLE_STOP="5", BARK_START_LIMIT="6", BARK_MAX_HOURS="7")
     assert parse_env(text.rstrip("\n")) == {
         "-p 3000:3000": "1", "BARK_LABEL": "bark-worker", "HF_HOME": "/workspace/models",
         "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "male", "BARK_TIMEOUT": "77"}
@@ -624,6 +669,29 @@ def test_a_word_in_the_images_name_is_no_error(image: str | None, message: str,
                                                state: str) -> None:
     one = row(actual_status="loading", image_uuid=image, status_msg=message)
     assert facts("instance.state", one) == state
+
+
+@pytest.mark.parametrize(("armed", "health", "told"), [
+    ({}, None, ""), ({"BARK_IDLE_STOP": "0"}, {"guard": {}}, ""), ({"BARK_IDLE_STOP": "x"}, {}, ""),
+    ({"BARK_IDLE_STOP": "30"}, None, "\n  stops itself after 30 min without speech"),
+    ({"BARK_IDLE_STOP": "30"}, {"guard": None}, "\n  stops itself after 30 min without speech"),
+    ({"BARK_IDLE_STOP": "30", "BARK_START_LIMIT": "60", "BARK_MAX_HOURS": ".5"},
+     {"guard": {"idle_stop": {"limit": 1800, "left": 1501.5},
+                "start_limit": {"limit": 3600, "left": None},
+                "max_hours": {"limit": 1800, "left": 7200}}},
+     "\n  stops itself after 30 min without speech (25 min left), 60 min without a worker that is"
+     " ready, 0.5 h in all (2.0 h left)"),
+    ({"BARK_IDLE_STOP": "30"},
+     {"guard": {"idle_stop": {"left": 0}, "error": "HTTP 403;\n stop it"}},
+     "\n  stops itself after 30 min without speech (0 min left)"
+     "\n  cannot stop itself: HTTP 403; stop it"),
+])
+def test_what_stops_an_instance_is_told_with_the_time_left(
+        armed: dict[str, str], health: object, told: str) -> None:
+    """Without the worker, what it was rented with; from odd answers, nothing odd."""
+    pairs = [list(pair) for pair in armed.items()]
+    assert facts("[(.[0] | instance), .[1]] | visible | guards + guards_fault",
+                 [row(extra_env=pairs), health]) == told
 
 
 def test_a_long_message_keeps_its_end_where_the_cause_stands() -> None:
@@ -1182,7 +1250,7 @@ def completion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     (["st"], ["start", "status", "stop"]),
     (["x"], []),
     (["help", "l"], ["logs", "local"]),
-    (["start", "--m"], ["--min-vram", "--max-price", "--max-traffic",
+    (["start", "--m"], ["--max-hours", "--min-vram", "--max-price", "--max-traffic",
                          "--min-reliability", "--model"]),
     (["start", "--yes", "--dr"], ["--dry-run"]),
     (["logs", "-"], ["-f", "--follow", "--tail", "--daemon"]),

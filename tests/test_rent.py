@@ -58,7 +58,8 @@ def plain_order(stage: Scene) -> None:
     assert_rented(stage, run, best)
     assert re.fullmatch(r"[0-9a-f]{48}", stage.only().key or "")
     assert_body(stage, {"-p 8080:8080": "1", "BARK_API_KEY": stage.only().key,
-                        "HF_HOME": "/workspace/models"})
+                        "HF_HOME": "/workspace/models", "BARK_IDLE_STOP": "30",
+                        "BARK_START_LIMIT": "60"})
     assert "0.0704 $/h (1.69 $ a day)" in run.stderr
 
 
@@ -72,7 +73,7 @@ def order_with_every_option(stage: Scene) -> None:
     assert_rented(stage, run, best)
     env = {"-p 8080:8080": "1", "BARK_API_KEY": stage.only().key, "HF_HOME": "/workspace/models",
            "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "female", "TTS_MAX_LENGTH": "900",
-           "BARK_MAX_BATCH": "3"}
+           "BARK_MAX_BATCH": "3", "BARK_IDLE_STOP": "30", "BARK_START_LIMIT": "60"}
     assert_body(stage, env, image="ghcr.io/me/bark:9", disk=40.0, price=0.0375)
 
 

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_model
-from conftest import ROOT, wait_until
-from fake_vast import Instance, Request
+from conftest import wait_until
+from fake_vast import Instance
 from manager import RUN_SECONDS, Run, executable
-from renting import Act, Acts, Scene, acts_of, ids_named, plays
+from renting import Act, Acts, Scene, acts_of, ids_named, make_worker_real, plays
 
 GB_AT_50 = 0.15 * 50 / 720  # $/h that 50 GB of an ordinary offer cost
 NASTY_KEY = "q\"u'o\\t$e`*;#&(!~"  # all of it may be in a worker's key
@@ -189,21 +188,6 @@ def start_wakes(stage: Scene, worker: Instance) -> None:
     path = os.pathsep.join((str(player.parent), stage.path))
     assert "s of speech" in says(stage, "test", "Hello again.", "--play", PATH=path)
     assert (stage.manager.home / "played").read_text() == "bark-test.wav\n"
-
-
-def make_worker_real(stage: Scene) -> None:
-    """The next instance gets the real worker, before it runs, and finds a toy model."""
-    toy = stage.manager.home / "toy"
-    toy_model.build(toy)
-    stage.vast.models["suno/bark-small"] = toy
-    stage.vast.provisioning = 1.0
-
-    def install(request: Request) -> None:
-        app = stage.only().container.root / "app"
-        for name in ("bark-worker.py", "builtin-voice"):
-            (app / name).unlink()
-            (app / name).symlink_to(ROOT / name)
-    stage.vast.on("PUT", "/asks/", install, when="after")
 
 
 def whole_story(stage: Scene) -> None:

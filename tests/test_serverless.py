@@ -227,7 +227,8 @@ def served(toy: Path, tmp_path_factory: pytest.TempPathFactory,
     """An endpoint whose only worker the first request has brought, and that request's result."""
     with ServerlessVast(tmp_path_factory.mktemp("served"), {"suno/bark-small": toy}) as vast:
         vast.add_offer()
-        add_endpoint(vast, max_workers=1, BARK_API_KEY="of-no-use-here")
+        add_endpoint(vast, max_workers=1, BARK_API_KEY="of-no-use-here", BARK_IDLE_STOP="0.01",
+                     BARK_START_LIMIT="0.01", BARK_MAX_HOURS="0.0001")
         assert vast.workers() == []
         (first,) = ask(vast, {"text": "Hello there.", "seed": 7})
         (worker,) = vast.workers()
@@ -330,6 +331,17 @@ def test_its_log_has_neither_keys_nor_signatures_nor_what_was_said(served: Serve
     assert [secret for secret in secrets if secret in worker.log] == []
     assert "BARK_API_KEY is of no use with --serverless" in worker.log
     assert not re.search(r"DEBUG|api_key=|Worker Status", worker.log)
+
+
+def test_nothing_has_it_stop_by_itself(served: Served) -> None:
+    """It has been there for much longer than what it was given, idle for the most part."""
+    vast, worker, _ = served
+    with urllib.request.urlopen(f"http://127.0.0.1:{worker.port}/health", timeout=60) as reply:
+        health = json.load(reply)
+    assert health["guard"] == {} and health["uptime"] > 0.6
+    assert (worker.intended, vast.calls("PUT", r"/instances/\d+/?$")) == ("running", [])
+    assert ("BARK_IDLE_STOP, BARK_START_LIMIT, BARK_MAX_HOURS: of no effect here: Vast itself ends"
+            " the workers of an endpoint") in worker.log and "bark-guard" not in worker.log
 
 
 def test_terminated_it_finishes_and_leaves_nothing_behind(served: Served) -> None:
