@@ -818,6 +818,7 @@ def ready_one_whose_start_was_killed(stage: Scene) -> None:
     assert "status=ready" in stopped(stage, RUN_SECONDS).log
 
 
+@pytest.mark.long
 @plays(idle_one_is_woken)
 def test_an_idle_instance_stops_itself_and_is_woken(act: Act, acts: Acts) -> None:
     acts.end_of(act)
