@@ -597,7 +597,7 @@ vast() {
 }
 
 # Runs the CLI beside this script and deaf to signals: a trap here runs at once, and what is being
-# ordered is not cut in the middle. Prints, when it has ended, an empty line, one as call_end, and
+# ordered is not cut in the middle. Prints, when it has ended, two empty lines, one as call_end, and
 # its answer.
 run_vast() {
   local said errors answer status=0
@@ -608,7 +608,7 @@ run_vast() {
   } 4>&1)"
   errors="${said%%"$RECORD"*}"
   said="${said#*"$RECORD"}"
-  printf '\n%s %s\n%s\n' "${said%% *}" "${errors//$'\n'/$LINE}" "${said#* }"
+  printf '\n\n%s %s\n%s\n' "${said%% *}" "${errors//$'\n'/$LINE}" "${said#* }"
 }
 
 # Waits for the call to end, or for a signal: then `finish_call` goes on where this stopped. Until
@@ -616,7 +616,7 @@ run_vast() {
 # this script, with all that it knows of what is to be given back.
 hear_vast() {
   local began=$SECONDS misses=0 said='137 killed'
-  # Of a longer line than an empty one, time that runs out could take a part away.
+  # Time that runs out may take away what `read` has by then: one of two empty lines, no more.
   while ! IFS= read -r -t 1 -u 9 && ((misses < 3)); do
     # Bash 3.2 has one status for time that ran out and for an end, which comes at once: the CLI was
     # killed. A signal may end `read` early, too.
@@ -626,6 +626,7 @@ hear_vast() {
     began=$SECONDS
   done
   if ((misses < 3)); then said="$(trap '' HUP INT TERM; cat <&9)"; fi
+  said="${said#$'\n'}"
   call_end="${said%%$'\n'*}" reply="${said#*$'\n'}" calling=''    # one command: no signal splits it
   if [[ "$reply" == "$call_end" ]]; then reply=''; fi
   exec 9</dev/null

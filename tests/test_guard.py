@@ -435,6 +435,7 @@ def test_a_worker_that_is_asked_for_everything_but_speech_stops_its_instance(
     assert len(vast.calls("PUT", f"/{instance.id}/")) == 2
 
 
+@pytest.mark.long
 def test_long_work_outlasts_the_limit(vast: FakeVast, toy: Path) -> None:
     """It takes several times as long as the worker may be idle."""
     instance = vast.add_instance(fate="silent")
@@ -578,6 +579,7 @@ def test_a_young_heartbeat_goes_on_counting_and_an_old_one_begins_anew(
         assert note["max_hours"] == pytest.approx(time.monotonic() + 3600 - spent, abs=20)
 
 
+@pytest.mark.long
 def test_refusals_are_met_with_pauses_and_told_in_the_note(watch: str, vast: FakeVast) -> None:
     instance = vast.add_instance(fate="silent")
     vast.fault("PUT", f"/{instance.id}/", status=403, body="no")
