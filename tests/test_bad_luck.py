@@ -111,7 +111,7 @@ def unclear_answers(stage: Scene) -> None:
     assert len(stage.orders()) == len(UNCLEAR)
 
 
-@plays(lost_reply_and_a_list_that_never_answers, lost_reply_while_the_list_fails, empty_answer)
+@plays(lost_reply_and_a_list_that_never_answers, lost_reply_while_the_list_fails)
 def test_while_an_order_has_no_clear_answer_there_is_no_other(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -246,7 +246,7 @@ def own_row_that_turns_odd(stage: Scene) -> None:
     assert (stage.billed(), len(stage.vast.destroyed)) == ({}, 1)
 
 
-@plays(one_odd_row, own_row_that_turns_odd)
+@plays(one_odd_row)
 def test_a_row_that_cannot_be_read_is_named_and_the_rest_goes_on(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -349,7 +349,7 @@ def list_that_loses_it_once(stage: Scene) -> None:
     assert waiting.wait().stdout == f"{stage.only().worker_url}\n"
 
 
-@plays(rented_one_that_is_stopped, rented_one_that_is_destroyed, woken_one_that_is_stopped)
+@plays(rented_one_that_is_stopped, rented_one_that_is_destroyed)
 def test_what_somebody_else_ended_stays_as_he_left_it(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -453,7 +453,7 @@ def ports_that_never_come(stage: Scene) -> None:
     assert "Vast tells no port of it" in done.stderr
 
 
-@plays(settings_refused_in_the_log, settings_refused_on_health, ports_that_never_come)
+@plays(settings_refused_in_the_log, settings_refused_on_health)
 def test_what_no_waiting_helps_is_said_once_and_ends_it(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -566,8 +566,7 @@ def slow_order_that_is_cut(stage: Scene) -> None:
     assert (stage.billed(), len(stage.vast.destroyed)) == ({}, 1)
 
 
-@plays(destroy_cut_in_a_slow_call, slow_order_that_is_cut, destroy_cut_between_two,
-       replace_cut_while_the_old_one_goes)
+@plays(destroy_cut_in_a_slow_call, slow_order_that_is_cut, destroy_cut_between_two)
 def test_whatever_ends_a_change_the_last_lines_name_what_is_billed(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -709,12 +708,12 @@ def test_what_is_said_helps(act: Act, acts: Acts) -> None:
 
 
 @pytest.mark.long  # not by themselves, but run.sh is full
-@plays(order_that_never_arrived, unclear_answers, other_lists_that_are_none,
-       pages_without_end, every_odd_row, woken_one_that_is_destroyed,
+@plays(empty_answer, own_row_that_turns_odd, woken_one_that_is_stopped, ports_that_never_come,
+       replace_cut_while_the_old_one_goes, order_that_never_arrived, unclear_answers,
+       other_lists_that_are_none, pages_without_end, every_odd_row, woken_one_that_is_destroyed,
        running_one_that_is_stopped, replacement_that_is_destroyed, list_that_loses_it_once,
        host_away_for_a_moment, host_away_at_the_first_look, sleeping_one_whose_host_is_away,
-       destroy_cut_while_vast_is_out_of_order,
-       running_one_that_is_destroyed, stop_that_is_refused, stop_cut_in_the_middle,
-       folder_that_is_swept)
+       destroy_cut_while_vast_is_out_of_order, running_one_that_is_destroyed,
+       stop_that_is_refused, stop_cut_in_the_middle, folder_that_is_swept)
 def test_rarer_luck_costs_no_more(act: Act, acts: Acts) -> None:
     acts.end_of(act)

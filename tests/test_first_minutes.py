@@ -176,6 +176,7 @@ def test_without_a_gpu_the_cpu_build_comes_once_and_only_the_workers_part(
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 @pytest.mark.parametrize(("settings", "build", "place"), [
     ({"PIP_INDEX_URL": "{url}/pypi"}, "", "/pypi/"),
     ({"PIP_INDEX_URL": "{url}/cpu", "PIP_EXTRA_INDEX_URL": "{url}/pypi"}, "+cpu", "/cpu/"),
@@ -214,6 +215,7 @@ def test_an_index_that_does_not_answer_is_told_of_and_pips_own_is_taken(
     assert "pip's own, as its cpu build cannot be had from http://127.0.0.1:" in done.stderr
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_torch_that_is_there_stays(clone: Path, bare: Path, indexes: Indexes) -> None:
     """As in a .venv that an older version of the script made, with pip's build for CUDA."""
     subprocess.run([clone / ".venv/bin/python", "-m", "pip", "install", "-q", "--no-index",
@@ -224,6 +226,7 @@ def test_torch_that_is_there_stays(clone: Path, bare: Path, indexes: Indexes) ->
     assert done.returncode == 0 and torch_of(clone) == VERSION and fetched(indexes) == []
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_a_package_that_was_cut_short_is_installed_again(
         clone: Path, bare: Path, indexes: Indexes) -> None:
     assert install(clone, bare).returncode == 0
@@ -238,6 +241,7 @@ def test_a_package_that_was_cut_short_is_installed_again(
 # With a GPU
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 @pytest.mark.parametrize(("cuda", "capability", "build"), [
     ("12.4", "8.6", "+cu126"), ("13.1", "12.0", ""), ("13.0", "6.1", "+cu126"), ("N/A", "8.6", ""),
 ])
@@ -249,6 +253,7 @@ def test_with_a_gpu_the_build_that_fits_its_driver_comes_at_once(
     assert torch_of(clone) == VERSION + build and len(fetched(indexes)) == 1
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_a_cpu_build_makes_way_for_one_that_fits_the_gpu(
         clone: Path, bare: Path, tmp_path: Path) -> None:
     assert install(clone, bare).returncode == 0
@@ -271,6 +276,7 @@ def test_an_old_driver_without_the_index_stops_with_the_advice_and_fetches_nothi
     assert torch_of(clone) == "" and indexes.asked == []
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_torch_that_fails_on_the_gpu_ends_the_worker_that_began_meanwhile(
         clone: Path, bare: Path, tmp_path: Path) -> None:
     path = Path(gpu(tmp_path, "13.0") + str(bare))
@@ -295,6 +301,7 @@ def test_a_first_start_takes_six_lines_at_most_beside_pips_bar(clone: Path, bare
     assert "a warning" in "".join(shown) and "chooses" not in "".join(shown)
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_verbose_shows_the_rest(clone: Path, bare: Path) -> None:
     with running_local(bare, "--verbose", script=clone / SCRIPT.name, **NO_PIP_SETTINGS) as local:
         local.wait_until_callable()
@@ -305,6 +312,7 @@ def test_verbose_shows_the_rest(clone: Path, bare: Path) -> None:
     assert "chooses" not in said
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_what_pip_says_is_shown_when_it_fails(clone: Path, bare: Path) -> None:
     requirements = clone / "requirements.txt"
     requirements.write_text(requirements.read_text().replace("other==1.0", "other==9.9"))
@@ -337,6 +345,7 @@ def test_clean_leaves_what_is_not_of_its_making(clone: Path, bare: Path) -> None
     assert (clone / ".venv/bin/python").exists()
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_clean_follows_no_link(clone: Path, bare: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     (clone / ".venv").rename(elsewhere)
@@ -346,6 +355,7 @@ def test_clean_follows_no_link(clone: Path, bare: Path, tmp_path: Path) -> None:
     assert (elsewhere / "bin/python").exists()
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_clean_leaves_a_venv_in_use(clone: Path, bare: Path) -> None:
     (clone / f".venv/run-{os.getpid()}").mkdir()
     done = clean(clone, bare, "--yes")
@@ -353,6 +363,7 @@ def test_clean_leaves_a_venv_in_use(clone: Path, bare: Path) -> None:
     assert (clone / ".venv/bin/python").exists()
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_clean_removes_no_model(clone: Path, bare: Path) -> None:
     model = clone / ".venv/hub/models--suno--bark/snapshots/1/model.safetensors"
     model.parent.mkdir(parents=True)
@@ -397,6 +408,7 @@ def test_what_orders_offers_to_install_vastai_and_takes_no_for_an_answer(
     assert not has_vastai(clone) and indexes.asked == []
 
 
+@pytest.mark.long  # not by itself, but run.sh is full
 def test_vastai_is_installed_for_who_says_yes(clone: Path, renting_path: str) -> None:
     _, said = typed("y", clone, renting_path, "search")
     assert has_vastai(clone) and torch_of(clone) == "" and "installing vastai" in said
