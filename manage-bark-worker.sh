@@ -515,15 +515,20 @@ need_number() {
 
 agreed=''    # yes, if --yes was said
 
+# usage: says_yes QUESTION    (asks a person at the terminal)
+says_yes() {
+  local answer=''
+  printf '%s [y/N] ' "$1" >&2 || true
+  read -r answer || true
+  [[ "$answer" == [yY] || "$answer" == [yY]es ]]
+}
+
 # usage: agree QUESTION DOING DONE    (ends unless --yes was said or a person says yes)
 agree() {
-  local answer=''
   [[ -z "$agreed" ]] || return 0
   [[ -t 0 ]] ||
     die "$EX_USAGE" "not $2 without being told to: this is no terminal, so say --yes"
-  printf '%s [y/N] ' "$1" >&2 || true
-  read -r answer || true
-  [[ "$answer" == [yY] || "$answer" == [yY]es ]] || die "$EX_UNHEALTHY" "nothing is $3"
+  says_yes "$1" || die "$EX_UNHEALTHY" "nothing is $3"
 }
 
 # usage: need_whole COMMAND OPTION VALUE LOW HIGH
@@ -699,10 +704,13 @@ read_reply() {
 # usage: vast_json object|array WORDS...    (fails too unless the reply is one)
 vast_json() {
   vast "${@:2}" || return 1
-  if [[ "$(feed "$reply" jq -r type 2>/dev/null)" == "$1" ]]; then return 0; fi
+  if reply_is "$1"; then return 0; fi
   no_answer
   return 1
 }
+
+# usage: reply_is object|array
+reply_is() { [[ "$(feed "$reply" jq -r type 2>/dev/null)" == "$1" ]]; }
 
 # An answer that is not what was asked for is none.
 no_answer() { complaint='Vast answered, but not what was asked for'; }
@@ -764,12 +772,10 @@ find_vastai() {
 # Where vastai is missing, asks a person whether to install it. Only commands that order something
 # new call this: what ends a rent at night must not wait for pip.
 offer_vastai() {
-  local answer='' packages_before list="$VENV/requirements-renting.txt"
+  local packages_before list="$VENV/requirements-renting.txt"
   if find_vastai || [[ ! -t 0 || ! -f "$ROOT/requirements.txt" ]]; then return 0; fi
-  printf 'vastai is missing: install it into .venv (32 packages, borb among them under the AGPL)?\
- [y/N] ' >&2
-  read -r answer || true
-  [[ "$answer" == [yY] || "$answer" == [yY]es ]] || return 0    # `require_tools` says what to do
+  says_yes 'vastai is missing: install it into .venv (32 packages, borb among them under the'\
+' AGPL)?' || return 0    # `require_tools` says what to do
   venv_works || make_venv
   requirements_of renting >"$list"
   say 'installing vastai into .venv'
@@ -2397,7 +2403,7 @@ keep_sound() {
   local seconds
   seconds="$(check_sound "$scratch/sound")" || die "$EX_UNHEALTHY" "the sound is no good: $seconds"
   cp -- "$scratch/sound" "$out" || die "$EX_MISSING" "$out cannot be written; cp says why above"
-  tell "$out: $(printf 'null\n' | facts "speed($took; $seconds)")${1:-}"
+  tell "$out: $(feed null facts "speed($took; $seconds)")${1:-}"
 }
 
 # Has the worker at address say text; leaves the answer in $scratch/sound.
@@ -2829,7 +2835,7 @@ web_config() {
 # usage: web_json array|object KEY URL [BODY]
 web_json() {
   web "${@:2}" || return 1
-  if [[ "$(feed "$reply" jq -r type 2>/dev/null)" == "$1" ]]; then return 0; fi
+  if reply_is "$1"; then return 0; fi
   no_answer
   complaint="$complaint$(reply_says '": \(.error_msg // empty)"')"
   return 1
