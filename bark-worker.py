@@ -2011,7 +2011,7 @@ SPAN = 64  # columns: attention looks at a multiple of so many, for fewer and al
 BURST = 12  # tokens that a GPU makes before the host looks at them; a fifth of a coarse window, so
 # that windows which restart at different times restart at one of five, and then together
 GROUP = 8  # prefills or fine windows that a GPU does as one; more hardly fill it better
-PATIENCE = 30  # tokens; see Engine._admit
+PATIENCE = 30  # tokens; see Turns
 CODEC_LEAST = 16   # frames; twice the reach of EnCodec's first convolution
 CODEC_MOST = 2048  # frames decoded at once: 27 s of audio, some 300 MB on their way
 MAX_SLOTS = 64
@@ -2251,17 +2251,19 @@ class Sequence:
         digest = hashlib.sha256(f"{segment.seed}/{take}".encode()).digest()
         keys = struct.unpack_from("<3q", digest)
         self.keys = dict(zip(("semantic", "coarse", "fine"), keys, strict=True))  # random streams
+        self.waits = True        # for a heavy pass: a prefill or a fine window
+        self.since = 0           # when that began, in Turns.ticks
+        self.position = 0        # in the KV cache, of the next token
+        self.unread = 0          # tokens that the device has made and nobody has read
+        self.is_spoilt = False   # by NaN or infinity: it has to start over
         self.semantic: list[int] = []
         self.coarse: list[int] = []
-        self.history = (np.empty(0, int), np.empty(0, int))  # the voice's, for coarse windows
         self.coarse_length = 0   # coarse tokens to make
         self.window_left = 0     # of them before the next window; 0: it waits for a prefill
-        self.position = 0        # in the KV cache, of the next token
-        self.waits = True        # for a heavy pass: a prefill or a fine window
-        self.since = 0           # when that began, in Engine.ticks
-        self.unread = 0          # tokens that the device has made and nobody has read
+        self.history = (np.empty(0, int), np.empty(0, int))  # the voice's, for coarse windows
         self.codes: torch.Tensor | None = None  # (frames, codebooks), history first
         self.fine_window = 0
+        self.samples: np.ndarray | None = None  # float32
 
     def again(self, take: int, min_new_tokens: int) -> Sequence:
         return Sequence(self.segment, self.urgent, take, min_new_tokens)
@@ -2270,6 +2272,15 @@ class Sequence:
 # What a decode step knows of each slot: rows of Batch.ints, and after those above of Batch.floats
 POSITION, MADE, ACTIVE, KEY, TOP_K, MIN_NEW = range(6)
 STOP_P = 3
+
+class Shape(NamedTuple):
+    """How an engine works: segments at once, tokens made between two looks at them, and whether
+    every decode step has the one same shape."""
+
+    slots: int
+    burst: int
+    is_fixed: bool
+
 
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Reach], torch.Tensor]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
@@ -2307,14 +2318,14 @@ class Batch:
     """
 
     def __init__(self, stage: str, gpt: CausalGPT, choose: Choose, usual: Sampling, columns: int,
-                 burst: int, fixed_shape: bool):
-        self.stage, self.gpt, self.choose, self.fixed_shape = stage, gpt, choose, fixed_shape
+                 shape: Shape):
+        self.stage, self.gpt, self.choose, self.fixed_shape = stage, gpt, choose, shape.is_fixed
         self.usual, self.columns = usual, columns
         self.own = self.reach = reach_of([usual], columns)
         self.live: list[Sequence] = []
         self.ints = torch.zeros(6, gpt.slots, dtype=torch.int64, device=gpt.device)
         self.floats = torch.zeros(4, gpt.slots, device=gpt.device)
-        self.recent = torch.zeros(gpt.slots, burst + 1, dtype=torch.int64, device=gpt.device)
+        self.recent = torch.zeros(gpt.slots, shape.burst + 1, dtype=torch.int64, device=gpt.device)
         self.active: list[int] = []  # what ints[ACTIVE] says of the live ones
         self.graphs: dict[tuple[int, int], Callable[[], None]] = {}
 
@@ -2505,6 +2516,423 @@ def check_windows(model: BarkModel, facts: ModelFacts) -> None:
                          f" semantic_vocab_size, {semantic.semantic_vocab_size}")
 
 
+class Turns:
+    """Whose turn it is for a heavy pass, a prefill or a fine window, of which a step does few.
+
+    `everyone` yields all sequences in the works. While urgent ones are among them, all others
+    together get one pass in PATIENCE tokens: so speech starts early, and nobody stands still.
+    """
+
+    def __init__(self, group: int, everyone: Callable[[], Iterable[Sequence]]):
+        self.group, self.everyone = group, everyone  # passes that are done as one
+        self.ticks = 0    # tokens of time, by which waiting is measured
+        self.granted = 0  # when one that is not urgent last got a pass beside urgent ones
+
+    def wait(self, sequence: Sequence) -> None:
+        sequence.waits, sequence.since = True, self.ticks
+
+    def pick(self, due: Iterable[Sequence]) -> list[Sequence]:
+        """Those of `due` that get a pass now, as many as go together; who waited longest first."""
+        due = sorted(due, key=lambda s: (not s.urgent, s.since))
+        if any(s.urgent for s in self.everyone()):
+            chosen = [s for s in due if s.urgent]
+            if len(chosen) < len(due) and self.ticks - self.granted >= PATIENCE:
+                self.granted = self.ticks
+                chosen = [*chosen[: self.group - 1], due[len(chosen)]]
+            due = chosen
+        return due[: self.group]
+
+
+class CausalStage:
+    """A stage that makes token after token: sequences wait for a slot of its batch, then hold one.
+
+    Its verbs are every stage's: `add` a sequence, `step` until it comes out, `remove` and `clear`
+    what nobody wants, iterate over all that are in it. The two kinds of it tell what goes into a
+    prefill (`prompts`), how a token is chosen (`choose`) and when a sequence has enough (`take`).
+    """
+
+    def __init__(self, batch: Batch, turns: Turns):
+        self.batch, self.turns = batch, turns
+        self.queue: deque[Sequence] = deque()
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return itertools.chain(self.queue, self.batch.live)
+
+    def add(self, sequence: Sequence) -> None:
+        self.queue.append(sequence)
+
+    def step(self, steps: int) -> list[Sequence]:
+        """Slots for those that wait, and `steps` tokens more; returns who is through or spoilt."""
+        joining = [self.queue.popleft() for _ in range(min(len(self.queue), self.batch.room()))]
+        for sequence in joining:
+            self.turns.wait(sequence)
+        self.batch.join(joining)
+        if due := self.turns.pick(s for s in self.batch.live if s.waits):
+            self.batch.prefill(due, *self.prompts(due))
+        if running := [s for s in self.batch.live if not s.waits]:
+            self.batch.decode(self.burst(steps, running))
+        ended = [s for s, tokens in self.batch.read() if self.take(s, tokens)]
+        for sequence in ended:
+            self.batch.leave(sequence)
+            if sequence.is_spoilt:
+                self.batch.gpt.clear(len(self.batch.live))  # the slot that is free now
+        return ended
+
+    def burst(self, most: int, running: list[Sequence]) -> int:
+        """How many tokens to make at once."""
+        return most
+
+    def prompts(self, due: list[Sequence]) -> tuple[torch.Tensor, list[int]]:
+        """Embeddings (B, T, C) of their prefills, padded at the end, and their lengths."""
+        raise NotImplementedError
+
+    def take(self, sequence: Sequence, tokens: list[int]) -> bool:
+        """Keeps the tokens; whether the sequence leaves with them. -1 is one that was not finite.
+        """
+        raise NotImplementedError
+
+    def remove(self, segment: Segment) -> None:
+        for sequence in [s for s in self.batch.live if s.segment is segment]:
+            self.batch.leave(sequence)
+        for sequence in [s for s in self.queue if s.segment is segment]:
+            self.queue.remove(sequence)
+
+    def clear(self) -> None:
+        self.queue.clear()
+        self.batch.forget()
+
+
+class Semantic(CausalStage):
+    """Text to semantic tokens, 49.9 a second: what is said and how (BarkSemanticModel).
+
+    A prefill of 257 positions: text ids and the voice's last semantic tokens *summed* position by
+    position, then the infer token; after it one token a step until EOS.
+    """
+
+    def __init__(self, model: Any, facts: ModelFacts, shape: Shape, turns: Turns):
+        self.numbers, self.eos = facts.semantic, facts.semantic.semantic_vocab_size
+        gpt = CausalGPT(model, shape.slots, slice(0, self.eos + 1))
+        super().__init__(Batch("semantic", gpt, self.choose, facts.semantic_sampling,
+                               self.eos + 1, shape), turns)
+
+    def capture(self, capture: Capture) -> None:
+        """Records steps that look at half, three quarters or all columns of the cache."""
+        length = self.batch.gpt.length
+        few = () if self.batch.fixed_shape else (2 * (length // 4), 3 * (length // 4))
+        self.batch.capture(capture, [*few, length])
+
+    def step(self, steps: int) -> list[Sequence]:
+        ended = super().step(steps)
+        early = [s for s in ended if self._is_empty(s)]
+        self.queue.extend(s.again(s.take, self._plausible_length(s)) for s in early)
+        return [s for s in ended if s not in early]
+
+    def prompts(self, due: list[Sequence]) -> tuple[torch.Tensor, list[int]]:
+        length = self.numbers.max_input_semantic_length
+        ids = np.stack([self._prompt(s.segment) for s in due])
+        x = self.batch.gpt.embed(torch.from_numpy(ids).to(self.batch.gpt.device))
+        return (torch.cat([x[:, :length] + x[:, length:-1], x[:, -1:]], dim=1),
+                [length + 1] * len(due))
+
+    def _prompt(self, segment: Segment) -> np.ndarray:
+        """Token ids (513,): text, voice history, infer."""
+        numbers, length = self.numbers, self.numbers.max_input_semantic_length
+        text = np.full(length, numbers.text_pad_token)
+        text[: len(segment.text_ids)] = np.array(segment.text_ids) + numbers.text_encoding_offset
+        history = np.full(length, numbers.semantic_pad_token)
+        recent = segment.voice.semantic[-length:]
+        history[: len(recent)] = recent
+        return np.concatenate([text, history, [numbers.semantic_infer_token]])
+
+    def choose(self, scores: torch.Tensor, ints: torch.Tensor, floats: torch.Tensor,
+               reach: Reach) -> torch.Tensor:
+        """Draws tokens (B,) from scores (B, vocabulary + EOS); the last column ends the segment."""
+        eos = scores.shape[-1] - 1
+        scores[:, eos].masked_fill_(ints[MADE] < ints[MIN_NEW], -math.inf)
+        early = scores.softmax(-1)[:, eos] > floats[STOP_P]  # never where a score is not finite
+        states = stream_states(ints[KEY], ints[MADE])
+        return sample(scores, states, reach, floats, ints[TOP_K]).masked_fill(early, eos)
+
+    def take(self, sequence: Sequence, tokens: list[int]) -> bool:
+        limit = sequence.segment.max_new_tokens or self._most_tokens()
+        for token in tokens:
+            sequence.is_spoilt = token < 0
+            if 0 <= token < self.eos:
+                sequence.semantic.append(token)
+            if token < 0 or token == self.eos or len(sequence.semantic) >= limit:
+                return True
+        return False
+
+    def _most_tokens(self) -> int:
+        """The folder's limit, and no more than the position table has room for."""
+        room = self.batch.gpt.length - self.numbers.max_input_semantic_length
+        return min(self.numbers.max_new_tokens, room)
+
+    def _is_empty(self, sequence: Sequence) -> bool:
+        """Whether EOS came at once, though it was not barred yet."""
+        sampled = sequence.segment.semantic_sampling.temperature > 0
+        shortest = SHORTEST_SECONDS * self.numbers.semantic_rate_hz if sampled else 1
+        return not (sequence.is_spoilt or sequence.min_new_tokens
+                    or len(sequence.semantic) >= shortest)
+
+    def _plausible_length(self, sequence: Sequence) -> int:
+        """Tokens that its text takes at the least."""
+        seconds = max(SHORTEST_SECONDS, SHORTEST_PER_TOKEN * len(sequence.segment.text_ids))
+        return min(math.ceil(seconds * self.numbers.semantic_rate_hz), self._most_tokens())
+
+
+class Coarse(CausalStage):
+    """Semantic tokens to EnCodec's codebooks 0 and 1, in turn, 150 tokens a second: the rough
+    sound (BarkCoarseModel).
+
+    A window of 60 tokens (0.4 s) at a time, each with a prefill of its own: 256 semantic tokens
+    around the place, the infer token, and up to 630 coarse tokens so far, the voice's first.
+    """
+
+    def __init__(self, model: Any, facts: ModelFacts, shape: Shape, turns: Turns):
+        self.numbers, self.facts = facts.coarse, facts
+        self.books, self.book = facts.coarse.n_coarse_codebooks, facts.codebook_size
+        self.first_id = facts.semantic.semantic_vocab_size
+        ids = slice(self.first_id, self.first_id + self.books * self.book)
+        super().__init__(Batch("coarse", CausalGPT(model, shape.slots, ids), self.choose,
+                               facts.coarse_sampling, self.book, shape), turns)
+
+    def capture(self, capture: Capture) -> None:
+        self.batch.capture(capture, [self.batch.gpt.length])
+
+    def add(self, sequence: Sequence) -> None:
+        # in float32, as BarkCoarseModel.generate counts; whole frames, so that codebooks pair
+        frames = np.float32(len(sequence.semantic)) * self.facts.semantic_to_coarse / self.books
+        sequence.coarse_length = int(frames) * self.books
+        sequence.history = self._voice_history(sequence.segment.voice)
+        super().add(sequence)
+
+    def _voice_history(self, voice: Voice) -> tuple[np.ndarray, np.ndarray]:
+        """The voice's last semantic (n,) and coarse (m,) tokens that still belong together.
+
+        Coarse tokens are interleaved by frame; the last two are dropped, which "sounds better"
+        (Suno's generation.py).
+        """
+        ratio = self.facts.semantic_to_coarse
+        books = np.arange(self.books)[:, None] * self.book
+        coarse = (voice.coarse + books + self.first_id).T.reshape(-1)
+        semantic = voice.semantic
+        kept = min(int(self.numbers.max_coarse_history // ratio),
+                   len(semantic) - len(semantic) % 2, int(len(coarse) // ratio))
+        return semantic[-kept:], coarse[-round(kept * ratio):][:-2]
+
+    def burst(self, most: int, running: list[Sequence]) -> int:
+        return min(most, *(s.window_left for s in running))
+
+    def prompts(self, due: list[Sequence]) -> tuple[torch.Tensor, list[int]]:
+        prompts = [self._window(s) for s in due]
+        lengths = list(map(len, prompts))
+        numbers = self.numbers
+        longest = (numbers.max_coarse_input_length + 1 + numbers.max_coarse_history
+                   if self.batch.fixed_shape else max(lengths))
+        ids = np.stack([np.pad(p, (0, longest - len(p))) for p in prompts])
+        for sequence in due:
+            sequence.window_left = numbers.sliding_window_len
+        return self.batch.gpt.embed(torch.from_numpy(ids).to(self.batch.gpt.device)), lengths
+
+    def _window(self, sequence: Sequence) -> np.ndarray:
+        """Token ids of the next window's prefill."""
+        numbers, ratio = self.numbers, self.facts.semantic_to_coarse
+        old_semantic, old_coarse = sequence.history
+        semantic = np.concatenate([old_semantic, sequence.semantic]).astype(np.int64)
+        at = len(old_semantic) + round(len(sequence.coarse) / ratio)
+        first = max(0, at - int(numbers.max_coarse_history // ratio))
+        heard = semantic[first : first + numbers.max_coarse_input_length]
+        padding = numbers.max_coarse_input_length - len(heard)
+        coarse = np.concatenate([old_coarse, sequence.coarse]).astype(np.int64)
+        return np.concatenate([
+            np.pad(heard, (0, padding), constant_values=numbers.coarse_semantic_pad_token),
+            [numbers.coarse_infer_token], coarse[-numbers.max_coarse_history:]])
+
+    def choose(self, logits: torch.Tensor, ints: torch.Tensor, floats: torch.Tensor,
+               reach: Reach) -> torch.Tensor:
+        """Draws token ids (B,) among each one's own codebook, as Suno does, unlike `generate`."""
+        codebook = ints[MADE] % self.books
+        own = codebook[:, None, None].expand(-1, 1, self.book)
+        scores = logits.view(-1, self.books, self.book).gather(1, own)[:, 0]
+        tokens = sample(scores, stream_states(ints[KEY], ints[MADE]), reach, floats, ints[TOP_K])
+        ids = torch.add(tokens, codebook, alpha=self.book) + self.first_id
+        return torch.where(tokens >= 0, ids, -1)
+
+    def take(self, sequence: Sequence, tokens: list[int]) -> bool:
+        sequence.window_left -= len(tokens)
+        for token in tokens:
+            if token < 0:
+                sequence.is_spoilt = True
+                return True
+            sequence.coarse.append(token)
+            if len(sequence.coarse) >= sequence.coarse_length:
+                return True
+        if sequence.window_left == 0:
+            self.turns.wait(sequence)
+        return False
+
+
+class Codec:
+    """EnCodec's decoder: codes (frames, 8) at 75 frames a second to samples."""
+
+    def __init__(self, model: Any):
+        self.model, config = model, model.config
+        self.looks_back = config.use_causal_conv and config.trim_right_ratio == 1.0
+
+    def decode(self, codes: list[torch.Tensor]) -> Iterator[np.ndarray]:
+        """Samples of each clip's codes, float32, several clips at once where that is safe.
+
+        It looks back only, in its convolutions and its LSTM, so that padding at the end touches
+        nobody; clips shorter than its reflected padding at the start are made alone.
+        """
+        safe = self.looks_back and min(map(len, codes)) >= CODEC_LEAST
+        many = max(1, CODEC_MOST // max(map(len, codes))) if safe else 1
+        for first in range(0, len(codes), many):
+            yield from self._waves(codes[first : first + many])
+
+    def _waves(self, codes: list[torch.Tensor]) -> list[np.ndarray]:
+        """Samples of each, padded to the longest on their way."""
+        longest = max(map(len, codes))
+        padded = torch.stack([F.pad(c.clamp(min=0), (0, 0, 0, longest - len(c))) for c in codes])
+        waves = self.model.decoder(self.model.quantizer.decode(padded.permute(2, 0, 1)))[:, 0]
+        hop = waves.shape[1] // longest  # samples a frame
+        return [wave[: len(c) * hop]
+                for c, wave in zip(codes, waves.float().cpu().numpy(), strict=True)]
+
+
+class Fine:
+    """Codebooks 0 and 1 to all eight (BarkFineModel), and with EnCodec to samples.
+
+    Windows of 1024 frames, 512 of them new; one pass over a window predicts one codebook of it
+    from that and all lower ones, so a window takes six passes.
+    """
+
+    def __init__(self, model: Any, codec: Codec, facts: ModelFacts, turns: Turns):
+        self.model, self.codec, self.turns = model, codec, turns
+        self.numbers, self.book = facts.fine, facts.codebook_size
+        self.given = facts.coarse.n_coarse_codebooks
+        self.first_id = facts.semantic.semantic_vocab_size  # of the coarse ones
+        self.device = model.device
+        self.frames = torch.arange(facts.fine.max_fine_input_length, device=self.device)
+        self.queue: list[Sequence] = []
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self.queue)
+
+    def add(self, sequence: Sequence) -> None:
+        """Lays out codes (frames, 8): voice history, coarse codes, padding up to one window."""
+        numbers = self.numbers
+        coarse = (np.array(sequence.coarse).reshape(-1, self.given) - self.first_id) % self.book
+        history = sequence.segment.voice.fine[:, -numbers.max_fine_history_length:].T
+        frames = max(len(history) + len(coarse), numbers.max_fine_input_length)
+        codes = np.full((frames, numbers.n_fine_codebooks), self.book)
+        codes[: len(history)] = history
+        codes[len(history) : len(history) + len(coarse), : self.given] = coarse
+        sequence.codes = torch.from_numpy(codes).to(self.device)
+        self.turns.wait(sequence)
+        self.queue.append(sequence)
+
+    def step(self, steps: int) -> list[Sequence]:
+        """A window of those whose turn it is, however many `steps`; returns who is done."""
+        chosen = self.turns.pick(self.queue)
+        if not chosen:
+            return []
+        self._fill_windows(chosen)
+        for sequence in chosen:
+            sequence.fine_window += 1
+            self.turns.wait(sequence)
+        done = [s for s in chosen if s.fine_window == self._windows(s)]
+        for sequence in done:
+            self.queue.remove(sequence)
+        if done:
+            self._decode(done)
+        return done
+
+    def remove(self, segment: Segment) -> None:
+        self.queue = [s for s in self.queue if s.segment is not segment]
+
+    def clear(self) -> None:
+        self.queue.clear()
+
+    def _spans(self, sequence: Sequence) -> tuple[int, int, int]:
+        """Frames of its codes: the voice's, its own, and those the next window begins at."""
+        numbers = self.numbers
+        history = min(sequence.segment.voice.fine.shape[1], numbers.max_fine_history_length)
+        start = min(sequence.fine_window * numbers.max_fine_history_length,
+                    len(sequence.codes) - numbers.max_fine_input_length)
+        return history, len(sequence.coarse) // self.given, start
+
+    def _windows(self, sequence: Sequence) -> int:
+        """How many windows its codes take, in BarkFineModel's count."""
+        history, frames, _ = self._spans(sequence)
+        more = frames - (self.numbers.max_fine_input_length - history)
+        return 1 + max(0, math.ceil(more / self.numbers.max_fine_history_length))
+
+    def _fill_windows(self, chosen: list[Sequence]) -> None:
+        """Predicts the fine codebooks of each one's next window, from its first new frame on."""
+        length, hop = self.numbers.max_fine_input_length, self.numbers.max_fine_history_length
+        starts, fills = [], []
+        for sequence in chosen:
+            history, _, start = self._spans(sequence)
+            starts.append(start)
+            fills.append(min(history + sequence.fine_window * hop, len(sequence.codes) - hop))
+        codes = torch.stack([s.codes[start : start + length]
+                             for s, start in zip(chosen, starts, strict=True)])
+        frames = torch.tensor(starts, device=self.device)[:, None] + self.frames  # (B, T)
+        new = frames >= torch.tensor(fills, device=self.device)[:, None]
+        first = min(fill - start for fill, start in zip(fills, starts, strict=True))
+        self._predict_codebooks(chosen, codes, frames, new, first)
+        for sequence, start, filled in zip(chosen, starts, codes, strict=True):
+            sequence.codes[start : start + length] = filled
+
+    def _predict_codebooks(self, chosen: list[Sequence], codes: torch.Tensor,
+                           frames: torch.Tensor, new: torch.Tensor, first: int) -> None:
+        """Fills codes (B, T, 8) where `new` (B, T), which is false before column `first`.
+
+        A codebook is predicted from its own and all lower ones: the sum of their embeddings.
+        """
+        model, book, books = self.model, self.book, codes.shape[-1]
+        samplings = [s.segment.fine_sampling for s in chosen]
+        reach = reach_of(samplings, book)
+        frames = frames[:, first:]
+        floats, keys = (  # of each frame: (B x T, 3) and (B x T,)
+            torch.tensor(values, device=self.device).repeat_interleave(frames.shape[1], dim=0)
+            for values in ([sampling_floats(s) for s in samplings],
+                           [s.keys["fine"] for s in chosen]))
+
+        def embed(codebook: int) -> torch.Tensor:
+            ids = codes[..., codebook].clamp(min=0)  # -1 marks frames that were not finite
+            return model.input_embeds_layers[codebook](ids)
+
+        lower = sum(map(embed, range(self.given))) + model.position_embeds_layer(self.frames)
+        for codebook in range(self.given, books):
+            hidden = self._hidden(lower + embed(codebook))[:, first:]
+            scores = model.lm_heads[codebook - model.config.n_codes_given](hidden)[..., :book]
+            states = stream_states(keys, (frames * books + codebook).flatten())
+            tokens = sample(scores.flatten(0, 1).float(), states, reach, floats.T)
+            codes[:, first:, codebook] = torch.where(
+                new[:, first:], tokens.view(len(codes), -1), codes[:, first:, codebook])
+            lower = lower + embed(codebook)
+
+    def _hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """The network over x (B, T, C): every position looks at all of its window."""
+        rows, heads = len(x), self.model.config.num_heads
+        hidden = run_blocks(self.model, x.flatten(0, 1), lambda layer, qkv: attend_all(
+            qkv, rows, heads, causal=False)[0])
+        return hidden.view_as(x)
+
+    def _decode(self, done: list[Sequence]) -> None:
+        codes = [self._own_codes(s) for s in done]
+        for sequence, own, samples in zip(done, codes, self.codec.decode(codes), strict=True):
+            sequence.samples = samples
+            sequence.is_spoilt = bool((own < 0).any()) or not np.isfinite(samples).all()
+
+    def _own_codes(self, sequence: Sequence) -> torch.Tensor:
+        history, frames, _ = self._spans(sequence)
+        return sequence.codes[history : history + frames]
+
+
 class Engine:
     """Bark for any number of segments at once, `slots` of them in the works.
 
@@ -2521,91 +2949,76 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)  # for this thread: streams are made on it
-        self.fixed_shape = fixed_shape
         self._capture = capture or (CudaCapture if on_gpu else None)
-        self.burst = burst or (BURST if on_gpu else 1)
-        self.group = GROUP if on_gpu and not fixed_shape else 1  # heavy passes done as one
-        self.to_semantic: deque[Sequence] = deque()  # wait for a slot
-        self.to_coarse: deque[Sequence] = deque()
-        self.to_fine: list[Sequence] = []
+        self._shape = Shape(slots, burst or (BURST if on_gpu else 1), fixed_shape)
+        self.turns = Turns(GROUP if on_gpu and not fixed_shape else 1, self._sequences)
         self.finished: list[Finished] = []
-        self.ticks = 0    # tokens of time, by which waiting is measured
-        self.granted = 0  # when one that is not urgent last got a heavy pass beside urgent ones
-        self.frames = torch.arange(facts.fine.max_fine_input_length, device=self.device)
-        self._allocate(slots)
+        self._allocate()
 
-    def _allocate(self, slots: int) -> None:
+    @property
+    def slots(self) -> int:
+        return self._shape.slots
+
+    @property
+    def free_slots(self) -> int:
+        return self.slots - sum(1 for _ in self._sequences())
+
+    def _sequences(self) -> Iterator[Sequence]:
+        return itertools.chain.from_iterable(self.stages)
+
+    def _allocate(self) -> None:
         """Makes the slots and records their steps; fewer of them if memory is short."""
-        self.slots = slots
         while True:
             try:
-                self._make_batches()
+                self._make_stages()
                 return
             except torch.OutOfMemoryError:
                 if self.slots == 1:
                     raise
             self._halve()
 
-    def _halve(self) -> None:
-        self.slots //= 2
-        log.warning("out of memory: going on with %d segments at once", self.slots)
-        self._free()
-
-    def _free(self) -> None:
-        self.semantic = self.coarse = None  # type: ignore[assignment]
-        gc.collect()  # a captured graph and its batch know each other
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     @torch.inference_mode()
-    def _make_batches(self) -> None:
-        facts, model, book = self.facts, self.model, self.facts.codebook_size
-        eos = facts.semantic.semantic_vocab_size
-        ids = slice(eos, eos + facts.coarse.n_coarse_codebooks * book)
-        semantic = CausalGPT(model.semantic, self.slots, slice(0, eos + 1))
-        coarse = CausalGPT(model.coarse_acoustics, self.slots, ids)
-        self.semantic = Batch("semantic", semantic, self._choose_semantic,
-                              facts.semantic_sampling, eos + 1, self.burst, self.fixed_shape)
-        self.coarse = Batch("coarse", coarse, self._choose_coarse,
-                            facts.coarse_sampling, book, self.burst, self.fixed_shape)
+    def _make_stages(self) -> None:
+        model, facts, turns = self.model, self.facts, self.turns
+        self.semantic = Semantic(model.semantic, facts, self._shape, turns)
+        self.coarse = Coarse(model.coarse_acoustics, facts, self._shape, turns)
+        self.fine = Fine(model.fine_acoustics, Codec(model.codec_model), facts, turns)
+        self.stages = (self.semantic, self.coarse, self.fine)
         if self._capture:
             capture = self._capture()
-            self.semantic.capture(capture, spans_of(semantic, self.fixed_shape))
-            self.coarse.capture(capture, [coarse.length])
+            self.semantic.capture(capture)
+            self.coarse.capture(capture)
 
-    def _queues(self) -> tuple[Any, ...]:
-        return (self.to_semantic, self.to_coarse, self.to_fine, self.semantic.live,
-                self.coarse.live)
+    def _halve(self) -> None:
+        self._shape = self._shape._replace(slots=self.slots // 2)
+        log.warning("out of memory: going on with %d segments at once", self.slots)
+        self.semantic = self.coarse = self.fine = self.stages = None  # type: ignore[assignment]
+        gc.collect()  # a captured graph and its batch know each other
+        self._empty_cache()
 
-    @property
-    def free_slots(self) -> int:
-        return self.slots - sum(map(len, self._queues()))
+    def _empty_cache(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def add(self, segment: Segment, urgent: bool = False) -> None:
         """Takes a segment in; an `urgent` one goes before others wherever work has to wait."""
         assert self.free_slots > 0, f"all {self.slots} slots are taken"
         assert 0 < len(segment.text_ids) <= self.facts.semantic.max_input_semantic_length
-        self.to_semantic.append(Sequence(segment, urgent))
+        self.semantic.add(Sequence(segment, urgent))
 
     @torch.inference_mode()
     def abort(self, segment: Segment) -> None:
         """Forgets `segment` and frees its slot; nothing happens if it is not here."""
-        for batch in (self.semantic, self.coarse):
-            for sequence in [s for s in batch.live if s.segment is segment]:
-                batch.leave(sequence)
-        for queue in (self.to_semantic, self.to_coarse, self.to_fine):
-            for sequence in [s for s in queue if s.segment is segment]:
-                queue.remove(sequence)
+        for stage in self.stages:
+            stage.remove(segment)
 
     @torch.inference_mode()
     def reset(self) -> None:
         """Forgets everything, after an exception left a step half done."""
-        for queue in (self.to_semantic, self.to_coarse, self.to_fine, self.finished):
-            queue.clear()
-        for batch in (self.semantic, self.coarse):
-            batch.forget()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.finished.clear()
+        for stage in self.stages:
+            stage.clear()
+        self._empty_cache()
 
     def step(self) -> list[Finished]:
         """A few tokens for every live sequence, some prefills and fine windows.
@@ -2625,341 +3038,29 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        self.ticks += self.burst
-        self._step_stage(self.semantic, self.to_semantic, self._semantic_prompts, self.burst)
-        for sequence, tokens in self.semantic.read():
-            self._take_semantic(sequence, tokens)
-        self._step_stage(self.coarse, self.to_coarse, self._coarse_windows, self.burst)
-        for sequence, tokens in self.coarse.read():
-            self._take_coarse(sequence, tokens)
-        self._step_fine()
-
-    def _shrink(self) -> None:
-        again = [s.again(s.take, s.min_new_tokens) for queue in self._queues() for s in queue]
-        for queue in (self.to_semantic, self.to_coarse, self.to_fine):
-            queue.clear()
-        self._halve()
-        self._allocate(self.slots)
-        self.to_semantic.extend(again)
-
-    def _step_stage(self, batch: Batch, queue: deque[Sequence], prompts: Callable[
-            [list[Sequence]], tuple[torch.Tensor, list[int]]], steps: int) -> None:
-        joining = [queue.popleft() for _ in range(min(len(queue), batch.room()))]
-        for sequence in joining:
-            self._let_wait(sequence)
-        batch.join(joining)
-        if due := self._admit([s for s in batch.live if s.waits]):
-            batch.prefill(due, *prompts(due))
-        running = [s.window_left for s in batch.live if not s.waits]
-        if running:
-            batch.decode(min(steps, *running) if batch is self.coarse else steps)
-
-    def _let_wait(self, sequence: Sequence) -> None:
-        sequence.waits, sequence.since = True, self.ticks
-
-    def _admit(self, due: list[Sequence]) -> list[Sequence]:
-        """Those that get a heavy pass now, as many as go together; who waited longest first.
-
-        While urgent sequences are in the works, all others together get one pass in PATIENCE
-        tokens: so speech starts early, and nobody stands still.
-        """
-        due = sorted(due, key=lambda s: (not s.urgent, s.since))
-        if any(s.urgent for queue in self._queues() for s in queue):
-            chosen = [s for s in due if s.urgent]
-            if len(chosen) < len(due) and self.ticks - self.granted >= PATIENCE:
-                self.granted = self.ticks
-                chosen = [*chosen[: self.group - 1], due[len(chosen)]]
-            due = chosen
-        return due[: self.group]
-
-    # Semantic: 256 positions of text plus history, the infer token, then one token a step
-
-    def _semantic_prompts(self, due: list[Sequence]) -> tuple[torch.Tensor, list[int]]:
-        """Embeddings (B, 257, C): text and voice history *summed* position by position, infer."""
-        length = self.facts.semantic.max_input_semantic_length
-        ids = np.stack([self._semantic_prompt(s.segment) for s in due])
-        x = self.semantic.gpt.embed(torch.from_numpy(ids).to(self.device))
-        return (torch.cat([x[:, :length] + x[:, length:-1], x[:, -1:]], dim=1),
-                [length + 1] * len(due))
-
-    def _semantic_prompt(self, segment: Segment) -> np.ndarray:
-        """Token ids (513,): text, voice history, infer."""
-        numbers = self.facts.semantic
-        length = numbers.max_input_semantic_length
-        text = np.full(length, numbers.text_pad_token)
-        text[: len(segment.text_ids)] = np.array(segment.text_ids) + numbers.text_encoding_offset
-        history = np.full(length, numbers.semantic_pad_token)
-        recent = segment.voice.semantic[-length:]
-        history[: len(recent)] = recent
-        return np.concatenate([text, history, [numbers.semantic_infer_token]])
-
-    def _choose_semantic(self, scores: torch.Tensor, ints: torch.Tensor, floats: torch.Tensor,
-                         reach: Reach) -> torch.Tensor:
-        """Draws tokens (B,) from scores (B, vocabulary + EOS); the last column ends the segment."""
-        eos = scores.shape[-1] - 1
-        scores[:, eos].masked_fill_(ints[MADE] < ints[MIN_NEW], -math.inf)
-        early = scores.softmax(-1)[:, eos] > floats[STOP_P]  # never where a score is not finite
-        states = stream_states(ints[KEY], ints[MADE])
-        return sample(scores, states, reach, floats, ints[TOP_K]).masked_fill(early, eos)
-
-    def _take_semantic(self, sequence: Sequence, tokens: list[int]) -> None:
-        limit = sequence.segment.max_new_tokens or self._max_new_tokens()
-        for token in tokens:
-            if token < 0:
-                self._spoilt(self.semantic, sequence)
-                return
-            ends = token == self.facts.semantic.semantic_vocab_size
-            if not ends:
-                sequence.semantic.append(token)
-            if ends or len(sequence.semantic) >= limit:
-                self.semantic.leave(sequence)
-                self._start_coarse(sequence)
-                return
-
-    def _max_new_tokens(self) -> int:
-        """The folder's limit, and no more than the position table has room for."""
-        room = self.semantic.gpt.length - self.facts.semantic.max_input_semantic_length
-        return min(self.facts.semantic.max_new_tokens, room)
-
-    def _spoilt(self, batch: Batch, sequence: Sequence) -> None:
-        """The network gave NaN or infinity: the sequence starts over, its slot is wiped."""
-        batch.leave(sequence)
-        batch.gpt.clear(len(batch.live))  # the slot that is free now
-        self._retake(sequence)
+        """Each stage in order; what comes out of one goes into the next."""
+        self.turns.ticks += self._shape.burst
+        for stage, following in zip(self.stages, (self.coarse, self.fine, None), strict=True):
+            for sequence in stage.step(self._shape.burst):
+                if sequence.is_spoilt:
+                    self._retake(sequence)
+                elif following:
+                    following.add(sequence)
+                else:
+                    self.finished.append(Finished(sequence.segment, sequence.samples))
 
     def _retake(self, sequence: Sequence) -> None:
         """Starts over with another random stream after NaN or infinity, or gives up."""
         if sequence.take + 1 < TAKES:
-            self.to_semantic.append(sequence.again(sequence.take + 1, 0))
+            self.semantic.add(sequence.again(sequence.take + 1, 0))
         else:
             self.finished.append(Finished(sequence.segment, None, f"{TAKES} takes were not finite"))
 
-    # Coarse: a window of 60 tokens (0.4 s) at a time, each with a prefill of its own
-
-    def _start_coarse(self, sequence: Sequence) -> None:
-        numbers = self.facts.coarse
-        rate, sampled = self.facts.semantic.semantic_rate_hz, sequence.segment.semantic_sampling
-        shortest = SHORTEST_SECONDS * rate if sampled.temperature else 1
-        if len(sequence.semantic) < shortest and not sequence.min_new_tokens:
-            # EOS came at once: again, with EOS barred for a plausible while
-            seconds = max(SHORTEST_SECONDS, SHORTEST_PER_TOKEN * len(sequence.segment.text_ids))
-            tokens = min(math.ceil(seconds * rate), self._max_new_tokens())
-            self.to_semantic.append(sequence.again(sequence.take, tokens))
-            return
-        # in float32, as BarkCoarseModel.generate counts; whole frames, so that codebooks pair
-        frames = torch.floor(torch.tensor(len(sequence.semantic)) * self.facts.semantic_to_coarse
-                             / numbers.n_coarse_codebooks)
-        sequence.coarse_length = int(frames) * numbers.n_coarse_codebooks
-        sequence.history = self._voice_history(sequence.segment.voice)
-        self.to_coarse.append(sequence)
-
-    def _voice_history(self, voice: Voice) -> tuple[np.ndarray, np.ndarray]:
-        """The voice's last semantic (n,) and coarse (m,) tokens that still belong together.
-
-        Coarse tokens are interleaved by frame; the last two are dropped, which "sounds better"
-        (Suno's generation.py).
-        """
-        ratio, numbers = self.facts.semantic_to_coarse, self.facts.coarse
-        books = np.arange(numbers.n_coarse_codebooks)[:, None] * self.facts.codebook_size
-        coarse = (voice.coarse + books + self.facts.semantic.semantic_vocab_size).T.reshape(-1)
-        semantic = voice.semantic
-        kept = min(int(numbers.max_coarse_history // ratio), len(semantic) - len(semantic) % 2,
-                   int(len(coarse) // ratio))
-        return semantic[-kept:], coarse[-round(kept * ratio):][:-2]
-
-    def _coarse_windows(self, due: list[Sequence]) -> tuple[torch.Tensor, list[int]]:
-        """Embeddings (B, T, C) of the next windows' prompts, padded at the end, and lengths."""
-        prompts = [self._coarse_window(s) for s in due]
-        lengths = list(map(len, prompts))
-        numbers = self.facts.coarse
-        longest = (numbers.max_coarse_input_length + 1 + numbers.max_coarse_history
-                   if self.fixed_shape else max(lengths))
-        ids = np.stack([np.pad(p, (0, longest - len(p))) for p in prompts])
-        for sequence in due:
-            sequence.window_left = numbers.sliding_window_len
-        return self.coarse.gpt.embed(torch.from_numpy(ids).to(self.device)), lengths
-
-    def _coarse_window(self, sequence: Sequence) -> np.ndarray:
-        """Token ids of the next window's prefill: 256 semantic, infer, up to 630 coarse so far."""
-        numbers, ratio = self.facts.coarse, self.facts.semantic_to_coarse
-        old_semantic, old_coarse = sequence.history
-        semantic = np.concatenate([old_semantic, sequence.semantic]).astype(np.int64)
-        at = len(old_semantic) + round(len(sequence.coarse) / ratio)
-        first = max(0, at - int(numbers.max_coarse_history // ratio))
-        heard = semantic[first : first + numbers.max_coarse_input_length]
-        padding = numbers.max_coarse_input_length - len(heard)
-        coarse = np.concatenate([old_coarse, sequence.coarse]).astype(np.int64)
-        return np.concatenate([
-            np.pad(heard, (0, padding), constant_values=numbers.coarse_semantic_pad_token),
-            [numbers.coarse_infer_token], coarse[-numbers.max_coarse_history:]])
-
-    def _choose_coarse(self, logits: torch.Tensor, ints: torch.Tensor, floats: torch.Tensor,
-                       reach: Reach) -> torch.Tensor:
-        """Draws token ids (B,) among each one's own codebook, as Suno does, unlike `generate`."""
-        books, book = self.facts.coarse.n_coarse_codebooks, self.facts.codebook_size
-        codebook = ints[MADE] % books
-        own = codebook[:, None, None].expand(-1, 1, book)
-        scores = logits.view(-1, books, book).gather(1, own)[:, 0]
-        tokens = sample(scores, stream_states(ints[KEY], ints[MADE]), reach, floats, ints[TOP_K])
-        ids = torch.add(tokens, codebook, alpha=book) + self.facts.semantic.semantic_vocab_size
-        return torch.where(tokens >= 0, ids, -1)
-
-    def _take_coarse(self, sequence: Sequence, tokens: list[int]) -> None:
-        sequence.window_left -= len(tokens)
-        for token in tokens:
-            if token < 0:
-                self._spoilt(self.coarse, sequence)
-                return
-            sequence.coarse.append(token)
-            if len(sequence.coarse) >= sequence.coarse_length:
-                self.coarse.leave(sequence)
-                self._start_fine(sequence)
-                return
-        if sequence.window_left == 0:
-            self._let_wait(sequence)
-
-    # Fine: codebooks 2 to 7 of a 1024-frame window, one pass for each codebook; then the codec
-
-    def _start_fine(self, sequence: Sequence) -> None:
-        """Lays out codes (frames, 8): voice history, coarse codes, padding up to one window."""
-        numbers, book = self.facts.fine, self.facts.codebook_size
-        coarse = np.array(sequence.coarse).reshape(-1, self.facts.coarse.n_coarse_codebooks)
-        coarse = (coarse - self.facts.semantic.semantic_vocab_size) % book
-        history = sequence.segment.voice.fine[:, -numbers.max_fine_history_length:].T
-        frames = max(len(history) + len(coarse), numbers.max_fine_input_length)
-        codes = np.full((frames, numbers.n_fine_codebooks), book)
-        codes[: len(history)] = history
-        codes[len(history) : len(history) + len(coarse), : coarse.shape[1]] = coarse
-        sequence.codes = torch.from_numpy(codes).to(self.device)
-        self._let_wait(sequence)
-        self.to_fine.append(sequence)
-
-    def _step_fine(self) -> None:
-        chosen = self._admit(self.to_fine)
-        if not chosen:
-            return
-        self._fill_windows(chosen)
-        for sequence in chosen:
-            sequence.fine_window += 1
-            self._let_wait(sequence)
-        done = [s for s in chosen if s.fine_window == self._fine_windows(s)]
-        for sequence in done:
-            self.to_fine.remove(sequence)
-        if done:
-            self._decode_codes(done)
-
-    def _fine_spans(self, sequence: Sequence) -> tuple[int, int, int]:
-        """Frames of its codes: the voice's, its own, and those the next window begins at."""
-        numbers = self.facts.fine
-        history = min(sequence.segment.voice.fine.shape[1], numbers.max_fine_history_length)
-        frames = len(sequence.coarse) // self.facts.coarse.n_coarse_codebooks
-        start = min(sequence.fine_window * numbers.max_fine_history_length,
-                    len(sequence.codes) - numbers.max_fine_input_length)
-        return history, frames, start
-
-    def _fine_windows(self, sequence: Sequence) -> int:
-        """How many windows its codes take, in BarkFineModel's count."""
-        numbers = self.facts.fine
-        history, frames, _ = self._fine_spans(sequence)
-        more = frames - (numbers.max_fine_input_length - history)
-        return 1 + max(0, math.ceil(more / numbers.max_fine_history_length))
-
-    def _fill_windows(self, chosen: list[Sequence]) -> None:
-        """Predicts the fine codebooks of each one's next window, from its first new frame on."""
-        numbers = self.facts.fine
-        length, hop = numbers.max_fine_input_length, numbers.max_fine_history_length
-        starts, fills = [], []
-        for sequence in chosen:
-            history, _, start = self._fine_spans(sequence)
-            starts.append(start)
-            fills.append(min(history + sequence.fine_window * hop, len(sequence.codes) - hop))
-        codes = torch.stack([s.codes[start : start + length]
-                             for s, start in zip(chosen, starts, strict=True)])
-        frames = torch.tensor(starts, device=self.device)[:, None] + self.frames  # (B, T)
-        new = frames >= torch.tensor(fills, device=self.device)[:, None]
-        first = min(fill - start for fill, start in zip(fills, starts, strict=True))
-        self._predict_codebooks(chosen, codes, frames, new, first)
-        for sequence, start, filled in zip(chosen, starts, codes, strict=True):
-            sequence.codes[start : start + length] = filled
-
-    def _predict_codebooks(self, chosen: list[Sequence], codes: torch.Tensor,
-                           frames: torch.Tensor, new: torch.Tensor, first: int) -> None:
-        """Fills codes (B, T, 8) where `new` (B, T), which is false before column `first`.
-
-        A codebook is predicted from its own and all lower ones: the sum of their embeddings.
-        """
-        fine, book, books = self.model.fine_acoustics, self.facts.codebook_size, codes.shape[-1]
-        samplings = [s.segment.fine_sampling for s in chosen]
-        reach = reach_of(samplings, book)
-        frames = frames[:, first:]
-        floats, keys = (  # of each frame: (B x T, 3) and (B x T,)
-            torch.tensor(values, device=self.device).repeat_interleave(frames.shape[1], dim=0)
-            for values in ([sampling_floats(s) for s in samplings],
-                           [s.keys["fine"] for s in chosen]))
-
-        def embed(codebook: int) -> torch.Tensor:
-            ids = codes[..., codebook].clamp(min=0)  # -1 marks frames that were not finite
-            return fine.input_embeds_layers[codebook](ids)
-
-        given = self.facts.coarse.n_coarse_codebooks
-        lower = sum(map(embed, range(given))) + fine.position_embeds_layer(self.frames)
-        for codebook in range(given, books):
-            hidden = self._fine_hidden(lower + embed(codebook))[:, first:]
-            scores = fine.lm_heads[codebook - fine.config.n_codes_given](hidden)[..., :book]
-            states = stream_states(keys, (frames * books + codebook).flatten())
-            tokens = sample(scores.flatten(0, 1).float(), states, reach, floats.T)
-            codes[:, first:, codebook] = torch.where(
-                new[:, first:], tokens.view(len(codes), -1), codes[:, first:, codebook])
-            lower = lower + embed(codebook)
-
-    def _fine_hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """The fine network over x (B, T, C): every position looks at all of its window."""
-        fine, rows = self.model.fine_acoustics, len(x)
-        hidden = run_blocks(fine, x.flatten(0, 1), lambda layer, qkv: attend_all(
-            qkv, rows, fine.config.num_heads, causal=False)[0])
-        return hidden.view_as(x)
-
-    def _decode_codes(self, done: list[Sequence]) -> None:
-        """EnCodec turns codes (frames, 8) into samples, several clips at once where that is safe.
-
-        It looks back only, in its convolutions and its LSTM, so that padding at the end touches
-        nobody; clips shorter than its reflected padding at the start are made alone.
-        """
-        codes = [self._own_codes(s) for s in done]
-        config = self.model.codec_model.config
-        looks_back = config.use_causal_conv and config.trim_right_ratio == 1.0
-        safe = looks_back and min(map(len, codes)) >= CODEC_LEAST
-        many = max(1, CODEC_MOST // max(map(len, codes))) if safe else 1
-        for first in range(0, len(done), many):
-            part = slice(first, first + many)
-            waves = self._waves(codes[part])
-            for sequence, code, samples in zip(done[part], codes[part], waves, strict=True):
-                self._finish(sequence, code, samples)
-
-    def _own_codes(self, sequence: Sequence) -> torch.Tensor:
-        history, frames, _ = self._fine_spans(sequence)
-        return sequence.codes[history : history + frames]
-
-    def _waves(self, codes: list[torch.Tensor]) -> list[np.ndarray]:
-        """Samples of each codes (frames, 8), padded to the longest on their way."""
-        codec, longest = self.model.codec_model, max(map(len, codes))
-        padded = torch.stack([F.pad(c.clamp(min=0), (0, 0, 0, longest - len(c))) for c in codes])
-        waves = codec.decoder(codec.quantizer.decode(padded.permute(2, 0, 1)))[:, 0]
-        hop = waves.shape[1] // longest  # samples a frame
-        return [wave[: len(c) * hop]
-                for c, wave in zip(codes, waves.float().cpu().numpy(), strict=True)]
-
-    def _finish(self, sequence: Sequence, codes: torch.Tensor, samples: np.ndarray) -> None:
-        if bool((codes < 0).any()) or not np.isfinite(samples).all():
-            self._retake(sequence)
-        else:
-            self.finished.append(Finished(sequence.segment, samples))
-
-
-def spans_of(gpt: CausalGPT, fixed_shape: bool) -> list[int]:
-    """How many columns of the cache a recorded step may look at."""
-    quarter = gpt.length // 4
-    return [gpt.length] if fixed_shape else [2 * quarter, 3 * quarter, gpt.length]
+    def _shrink(self) -> None:
+        again = [s.again(s.take, s.min_new_tokens) for s in self._sequences()]
+        self._halve()
+        self._allocate()
+        self.semantic.queue.extend(again)
 
 
 def slots_for(model: BarkModel) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 EIGHT = list(TEXTS.items())[:8]
+HEAVY_WORK = ("semantic.prompts", "coarse.prompts", "fine._fill_windows")  # of an engine
 
 
 def recorder(spoil: float = 0.0, refuse: Callable[[int], bool] = lambda rows: False) -> Any:
@@ -50,6 +52,12 @@ def plain(bark: ModuleType, toy: Path) -> list[np.ndarray]:
     return bench.samples([bench.segment(*item) for item in EIGHT])
 
 
+def heavy_work(bench: Bench, place: str) -> tuple[Any, str]:
+    """Whose method that is, and its name."""
+    owner, _, name = place.rpartition(".")
+    return operator.attrgetter(owner)(bench.engine), name
+
+
 def samples_of(bench: Bench) -> list[np.ndarray]:
     return bench.samples([bench.segment(*item) for item in EIGHT])
 
@@ -73,24 +81,25 @@ def test_prefills_and_fine_windows_done_together_give_the_same_audio(
         bark: ModuleType, toy: Path, plain: list[np.ndarray],
         monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(bark, toy, burst=12)
-    monkeypatch.setattr(bench.engine, "group", 4)
+    monkeypatch.setattr(bench.engine.turns, "group", 4)
     sizes: dict[str, int] = {}
 
-    def watch(name: str) -> None:
-        work = getattr(bench.engine, name)
-        monkeypatch.setattr(bench.engine, name, lambda several: (
-            sizes.update({name: max(len(several), sizes.get(name, 0))}), work(several))[1])
+    def watch(place: str) -> None:
+        owner, name = heavy_work(bench, place)
+        work = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda several: (
+            sizes.update({place: max(len(several), sizes.get(place, 0))}), work(several))[1])
 
-    for name in ("_semantic_prompts", "_coarse_windows", "_fill_windows", "_waves"):
-        watch(name)
+    for place in (*HEAVY_WORK, "fine.codec._waves"):
+        watch(place)
     assert_all_same(bark, samples_of(bench), plain)
-    assert sizes["_semantic_prompts"] == 4 and min(sizes.values()) > 1 and len(sizes) == 4
+    assert sizes["semantic.prompts"] == 4 and min(sizes.values()) > 1 and len(sizes) == 4
 
 
 def test_one_fixed_shape_uses_one_recorded_step_a_stage(bark: ModuleType, toy: Path) -> None:
     capture, replayed = recorder()
     bench = Bench(bark, toy, slots=3, capture=capture, fixed_shape=True)
-    assert [list(b.graphs) for b in (bench.engine.semantic, bench.engine.coarse)] == [
+    assert [list(s.batch.graphs) for s in (bench.engine.semantic, bench.engine.coarse)] == [
         [(3, 1024)]] * 2
     bench.samples([bench.segment("Hi.", "v2/en_speaker_6")])
     assert set(replayed) == {3}
@@ -101,7 +110,7 @@ def test_a_step_that_cannot_be_recorded_is_left_out_with_a_warning(
         caplog: pytest.LogCaptureFixture) -> None:
     capture, replayed = recorder(refuse=lambda rows: rows == 4)
     bench = Bench(bark, toy, capture=capture)
-    assert {rows for rows, _ in bench.engine.semantic.graphs} == {1, 2, 8}
+    assert {rows for rows, _ in bench.engine.semantic.batch.graphs} == {1, 2, 8}
     assert "no CUDA graph for 4 semantic slots: CUDA error: operation not permitted" in caplog.text
     assert_all_same(bark, samples_of(bench), plain)
     assert 4 not in replayed
@@ -112,7 +121,7 @@ def test_a_recorded_step_that_differs_is_left_out_with_a_warning(
         caplog: pytest.LogCaptureFixture) -> None:
     capture, replayed = recorder(spoil=10.0)
     bench = Bench(bark, toy, capture=capture)
-    assert bench.engine.semantic.graphs == bench.engine.coarse.graphs == {}
+    assert bench.engine.semantic.batch.graphs == bench.engine.coarse.batch.graphs == {}
     assert "its logits differ by" in caplog.text
     replayed.clear()
     assert_all_same(bark, samples_of(bench), plain)
@@ -130,7 +139,7 @@ def test_a_recorded_step_that_moves_nothing_on_is_left_out(
             batch.ints.copy_(kept)
         return replay, result
 
-    assert Bench(bark, toy, slots=1, capture=lambda: capture).engine.coarse.graphs == {}
+    assert Bench(bark, toy, slots=1, capture=lambda: capture).engine.coarse.batch.graphs == {}
     assert "does not move its slots on" in caplog.text
 
 
@@ -222,10 +231,11 @@ def test_steps_hold_nothing_that_a_cuda_graph_could_not_replay(
         bark: ModuleType, toy: Path, plain: list[np.ndarray], taped_cuda: list[Any],
         caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(bark, toy, capture=bark.CudaCapture, burst=12)
-    assert len(bench.engine.semantic.graphs) == 4 * 3 and len(bench.engine.coarse.graphs) == 4
+    semantic, coarse = bench.engine.semantic.batch, bench.engine.coarse.batch
+    assert len(semantic.graphs) == 4 * 3 and len(coarse.graphs) == 4
     assert taped_cuda == [None] + [1] * 15  # the first one's memory serves all
     assert "no CUDA graph" not in caplog.text
-    for batch in (bench.engine.semantic, bench.engine.coarse):
+    for batch in (semantic, coarse):
         batch.step = None  # only replays are left
     assert_all_same(bark, samples_of(bench), plain)
 
@@ -233,7 +243,7 @@ def test_steps_hold_nothing_that_a_cuda_graph_could_not_replay(
 @pytest.mark.parametrize("stage", ["semantic", "coarse"])
 def test_a_decode_step_is_few_kernels(bark: ModuleType, toy: Path, stage: str) -> None:
     """Alone, a segment waits for kernels to start: 9 a layer, and 45 or 46 for all the rest."""
-    batch = getattr(Bench(bark, toy, slots=2).engine, stage)
+    batch = getattr(Bench(bark, toy, slots=2).engine, stage).batch
     with torch.inference_mode(), Tape() as tape:
         batch.step(2, 512)
     assert len(tape.done) <= 9 * len(batch.gpt.model.layers) + 46
@@ -324,12 +334,13 @@ def test_one_slot_that_does_not_fit_is_an_error(
         Bench(bark, toy, slots=2)
 
 
-@pytest.mark.parametrize("work", ["_semantic_prompts", "_coarse_windows", "_fill_windows"])
+@pytest.mark.parametrize("place", HEAVY_WORK)
 def test_memory_that_runs_out_costs_slots_and_no_segment(
-        bark: ModuleType, toy: Path, plain: list[np.ndarray], work: str,
+        bark: ModuleType, toy: Path, plain: list[np.ndarray], place: str,
         monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(bark, toy)
-    monkeypatch.setattr(bench.engine, work, short_of_memory(getattr(bench.engine, work), 1))
+    owner, name = heavy_work(bench, place)
+    monkeypatch.setattr(owner, name, short_of_memory(getattr(owner, name), 1))
     assert_all_same(bark, samples_of(bench), plain)
     assert bench.engine.slots == 4 and bench.engine.free_slots == 4
 
@@ -337,7 +348,7 @@ def test_memory_that_runs_out_costs_slots_and_no_segment(
 def test_memory_that_runs_out_with_one_slot_is_an_error(
         bark: ModuleType, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(bark, toy, slots=1)
-    monkeypatch.setattr(bench.engine, "_fill_windows", short_of_memory(lambda chosen: None, 1))
+    monkeypatch.setattr(bench.engine.fine, "_fill_windows", short_of_memory(lambda chosen: None, 1))
     with pytest.raises(torch.OutOfMemoryError):
         bench.samples([bench.segment("Hi.", "v2/en_speaker_6")])
 
@@ -352,7 +363,7 @@ def test_half_precision_logits_err_no_more_than_transformers_own(
     ids = torch.randint(0, 10_000, (2, 300), generator=torch.Generator().manual_seed(1))
     for stage, name, head in (("semantic", "semantic", slice(0, 10_001)),
                               ("coarse", "coarse_acoustics", slice(10_000, 12_048))):
-        expected, ours = (forced(getattr(b.engine, stage).gpt, ids) for b in (exact, half))
+        expected, ours = (forced(getattr(b.engine, stage).batch.gpt, ids) for b in (exact, half))
         with torch.inference_mode():
             theirs = getattr(generate_parts(toy)[1], name).bfloat16()(ids).logits.float()
         error, usual = (float((x - expected).norm() / expected.norm())

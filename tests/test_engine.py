@@ -91,9 +91,9 @@ def test_min_eos_p_ends_speech_sooner_just_as_in_generate(
 def test_coarse_tokens_stay_in_their_own_codebook(
         bark: ModuleType, sampling: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    start = bark.Engine._start_fine
-    monkeypatch.setattr(bark.Engine, "_start_fine",
-                        lambda engine, s: (seen.extend(s.coarse), start(engine, s))[1])
+    start = bark.Fine.add
+    monkeypatch.setattr(bark.Fine, "add",
+                        lambda fine, s: (seen.extend(s.coarse), start(fine, s))[1])
     sampling.samples([sampling.segment("Hello there.", "v2/en_speaker_6")])
     assert len(seen) > 60
     assert all(10_000 + 1024 * (i % 2) <= token < 11_024 + 1024 * (i % 2)
@@ -249,7 +249,7 @@ def test_a_slot_that_was_not_finite_once_does_not_spoil_its_next_holder(
     bench = Bench(bark, toy, slots=2)
     long_text = "The rain came down in sheets, and nobody spoke."
     segments = [bench.segment(long_text, "v2/en_speaker_9"), bench.segment("Hi", "v2/en_speaker_6")]
-    for batch in (bench.engine.semantic, bench.engine.coarse):
+    for batch in (bench.engine.semantic.batch, bench.engine.coarse.batch):
         with torch.inference_mode():
             batch.gpt.kv[:, :, 1, :, -1] = math.nan  # past every token, but under the mask
         batch.fixed_shape = True  # every step looks at every column

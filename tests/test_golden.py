@@ -59,17 +59,17 @@ def worker_tokens(bark: ModuleType, folder: Path, device: str, monkeypatch: Any)
     """TEXT through the worker's engine, greedy, with the tokens that each stage hands on."""
     found: dict[str, Any] = {}
 
-    def record(method: str, tokens: Any) -> None:
-        original = getattr(bark.Engine, method)
+    def record(stage: Any, method: str, tokens: Any) -> None:
+        original = getattr(stage, method)
 
-        def recording(engine: Any, sequence: Any, *rest: Any) -> None:
-            found[method] = tokens(sequence, *rest)
-            original(engine, sequence, *rest)
-        monkeypatch.setattr(bark.Engine, method, recording)
+        def recording(self: Any, handed: Any) -> Any:
+            found[stage.__name__] = tokens(handed)
+            return original(self, handed)
+        monkeypatch.setattr(stage, method, recording)
 
-    record("_start_coarse", lambda sequence: list(sequence.semantic))
-    record("_start_fine", lambda sequence: list(sequence.coarse))
-    record("_finish", lambda sequence, codes, samples: codes.T.tolist())
+    record(bark.Coarse, "add", lambda sequence: list(sequence.semantic))
+    record(bark.Fine, "add", lambda sequence: list(sequence.coarse))
+    record(bark.Codec, "decode", lambda codes: codes[0].T.tolist())
     facts, greedy = bark.ModelFacts(folder), bark.Sampling(0.0)
     model = bark.load_weights(folder, torch.device(device), torch.float32)
     engine = bark.Engine(model, facts, slots=1)
@@ -77,7 +77,7 @@ def worker_tokens(bark: ModuleType, folder: Path, device: str, monkeypatch: Any)
                             facts.semantic.min_eos_p))
     while not engine.step():
         pass
-    return Tokens(found["_start_coarse"], found["_start_fine"], found["_finish"])
+    return Tokens(found["Coarse"], found["Fine"], found["Codec"])
 
 
 def generate_tokens(folder: Path, monkeypatch: Any) -> Tokens:
