@@ -2821,7 +2821,11 @@ class Fine:
         return iter(self.queue)
 
     def add(self, sequence: Sequence) -> None:
-        """Lays out codes (frames, 8): voice history, coarse codes, padding up to one window."""
+        self.turns.wait(sequence)
+        self.queue.append(sequence)
+
+    def _lay_out(self, sequence: Sequence) -> torch.Tensor:
+        """Codes (frames, 8): voice history, coarse codes, padding up to one window."""
         numbers = self.numbers
         coarse = (np.array(sequence.coarse).reshape(-1, self.given) - self.first_id) % self.book
         history = sequence.segment.voice.fine[:, -numbers.max_fine_history_length:].T
@@ -2829,24 +2833,25 @@ class Fine:
         codes = np.full((frames, numbers.n_fine_codebooks), self.book)
         codes[: len(history)] = history
         codes[len(history) : len(history) + len(coarse), : self.given] = coarse
-        sequence.codes = torch.from_numpy(codes).to(self.device)
-        self.turns.wait(sequence)
-        self.queue.append(sequence)
+        return torch.from_numpy(codes).to(self.device)
 
     def step(self, steps: int) -> list[Sequence]:
         """A window of those whose turn it is, however many `steps`; returns who is done."""
         chosen = self.turns.pick(self.queue)
         if not chosen:
             return []
+        for sequence in chosen:
+            if sequence.codes is None:
+                sequence.codes = self._lay_out(sequence)
         self._fill_windows(chosen)
         for sequence in chosen:
             sequence.fine_window += 1
             self.turns.wait(sequence)
         done = [s for s in chosen if s.fine_window == self._windows(s)]
-        for sequence in done:
-            self.queue.remove(sequence)
         if done:
             self._decode(done)
+        for sequence in done:  # not before: if memory runs out, who is in the queue starts over
+            self.queue.remove(sequence)
         return done
 
     def remove(self, segment: Segment) -> None:

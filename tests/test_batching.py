@@ -334,7 +334,7 @@ def test_one_slot_that_does_not_fit_is_an_error(
         Bench(bark, toy, slots=2)
 
 
-@pytest.mark.parametrize("place", HEAVY_WORK)
+@pytest.mark.parametrize("place", [*HEAVY_WORK, "fine._lay_out", "fine.codec._waves"])
 def test_memory_that_runs_out_costs_slots_and_no_segment(
         bark: ModuleType, toy: Path, plain: list[np.ndarray], place: str,
         monkeypatch: pytest.MonkeyPatch) -> None:
