@@ -2363,7 +2363,7 @@ class Batch:
             if replay:
                 replay()
             else:
-                self.step(rows, span)
+                self.decode_step(rows, span)
         for sequence, active in zip(self.live, self.active, strict=True):
             sequence.position += steps * active
             sequence.unread += steps * active
@@ -2385,7 +2385,7 @@ class Batch:
         return min((shape for shape in self.graphs if shape[0] >= rows and shape[1] >= span),
                    default=(rows, self.gpt.length))
 
-    def step(self, rows: int, span: int) -> torch.Tensor:
+    def decode_step(self, rows: int, span: int) -> torch.Tensor:
         """One decode step of slots [0, rows), on the device alone; its logits (rows, V)."""
         at = self.ints[POSITION, :rows].clamp(max=span - 1)  # a slot that ended may run on
         logits = self.gpt.decode(self.recent[:rows, -1].clamp(min=0), at, span)
@@ -2438,23 +2438,25 @@ class Batch:
         for rows in (self.gpt.slots,) if self.fixed_shape else buckets(self.gpt.slots):
             for span in sorted(spans, reverse=True):
                 try:
-                    replay, logits = capture(lambda rows=rows, span=span: self.step(rows, span))
-                    self._check(replay, logits, rows, span)
+                    self.graphs[rows, span] = self._record(capture, rows, span)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:
                     log.warning("no CUDA graph for %d %s slots: %s; that step is slower",
                                 rows, self.stage, first_line(error))
-                else:
-                    self.graphs[rows, span] = replay
         self.forget()
+
+    def _record(self, capture: Capture, rows: int, span: int) -> Callable[[], None]:
+        replay, logits = capture(lambda: self.decode_step(rows, span))
+        self._check(replay, logits, rows, span)
+        return replay
 
     def _check(self, replay: Callable[[], None], captured: torch.Tensor, rows: int,
                span: int) -> None:
         """Raises RuntimeError unless the replay does what the step does, on random input."""
         self._randomize(span)
         ints, recent = self.ints.clone(), self.recent.clone()
-        expected = self.step(rows, span).clone(), self.ints.clone()
+        expected = self.decode_step(rows, span).clone(), self.ints.clone()
         self.ints.copy_(ints)
         self.recent.copy_(recent)
         replay()
@@ -3899,7 +3901,7 @@ def build_guard(config: Config, folders: Iterable[Path]) -> Guard:
 
 
 # -----------------------------------------------------------------------------
-# HTTP: JSON in, audio out, and an answer to everything else that arrives
+# HTTP: the mechanics of connections, requests and answers, whatever they are about
 
 MAX_BODY = 1 << 20          # bytes
 MAX_CONNECTIONS = 1024
@@ -3910,30 +3912,7 @@ HEADER_DEFECTS = (
     email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
     email.errors.MisplacedEnvelopeHeaderDefect, email.errors.InvalidHeaderDefect)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
-MAX_INPUT = 4096            # characters of OpenAI's `input`
-MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # that clients ask for; all are the one here
-MODELS_PATH = "/v1/models/"
 EXPOSED = "X-Request-Id, X-Bark-Seed, X-Bark-Duration, Retry-After"  # to pages of other origins
-MEDIA_TYPES = {form.mime: name for name, form in FORMATS.items()} | {
-    "audio/x-wav": "wav", "audio/wave": "wav", "audio/vnd.wave": "wav", "audio/mp3": "mp3",
-    "audio/opus": "opus", "audio/x-flac": "flac"}
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # answered without a key
-
-INDEX = """\
-bark-worker {version}: text to speech with Bark
-
-  curl -s {url}/synthesize -H 'Content-Type: application/json' \\
-       -H 'Accept: audio/wav' -d '{{"text": "Good evening, and welcome."}}' -o hello.wav
-
-GET  /health      what the worker is doing
-GET  /ready       200 when it can speak, else 503
-GET  /voices      the voices a request may name
-POST /synthesize  {{"text": ..., "voice": ..., "seed": ...}}; only text is required
-
-and OpenAI's, for a client whose base URL is {url}/v1
-
-POST /v1/audio/speech  GET /v1/audio/voices  GET /v1/models  GET /v1/models/NAME
-"""
 
 
 class HttpError(InvalidRequest):
@@ -3969,6 +3948,429 @@ def status_and_headers(error: WorkerError) -> tuple[HTTPStatus, dict[str, str]]:
 def error_body(error: WorkerError) -> dict[str, Any]:
     return {"status": "error", "error": {"message": str(error), "type": error.kind,
                                          "param": error.param, "code": error.code}}
+
+
+def has_left(connection: socket.socket) -> bool:
+    """Whether the client has closed its side, be it for sending only: who left cannot be told
+    from who is merely done. Never blocks, takes nothing from the stream.
+    """
+    hung_up = getattr(select, "POLLRDHUP", 0)  # Linux: seen even behind unread bytes
+    try:
+        poll = select.poll()
+        poll.register(connection, select.POLLIN | hung_up)
+        events = dict(poll.poll(0)).get(connection.fileno(), 0)
+        if events & (hung_up | select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            return True
+        return bool(events & select.POLLIN) and connection.recv(1, socket.MSG_PEEK) == b""
+    except (OSError, ValueError):
+        return True
+
+
+def blocks(body: bytes) -> Iterator[bytes]:
+    """Pieces for one write each, whose timeout is for all of its bytes."""
+    for at in range(0, len(body), 1 << 16):
+        yield body[at : at + (1 << 16)]
+
+
+class Connections:
+    """The open connections; those that the worker is waiting on, the longest waiting first."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[socket.socket, float] = OrderedDict()  # since when
+        self._busy: set[socket.socket] = set()
+
+    def admit(self, connection: socket.socket) -> bool:
+        """Makes room by cutting the longest waiting one; False if all are at work."""
+        with self._lock:
+            if len(self._waiting) + len(self._busy) >= self.limit:
+                if not self._waiting:
+                    return False
+                oldest, _ = self._waiting.popitem(last=False)
+                cut(oldest, socket.SHUT_RDWR)
+            self._waiting[connection] = time.monotonic()
+            return True
+
+    def busy(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._waiting.pop(connection, None)
+            self._busy.add(connection)
+
+    def waiting(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._busy.discard(connection)
+            self._waiting[connection] = time.monotonic()
+            self._waiting.move_to_end(connection)
+
+    def forget(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._waiting.pop(connection, None)
+            self._busy.discard(connection)
+
+    def cut_slow(self) -> None:
+        """Stops reading from clients that have taken READ_SECONDS; they may still be answered."""
+        with self._lock:
+            limit = time.monotonic() - READ_SECONDS
+            slow = [c for c, since in self._waiting.items() if since < limit]
+            for connection in slow:
+                cut(connection, socket.SHUT_RD)
+
+    def wait_idle(self, seconds: float) -> None:
+        """Returns when nobody is being answered, or after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._busy and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def cut(connection: socket.socket, how: int) -> None:
+    with contextlib.suppress(OSError):  # it may be closed already
+        connection.shutdown(how)
+
+
+class HttpServer(ThreadingHTTPServer):
+    """A thread for each of so many connections; past that the oldest idle one makes room.
+
+    Raises OSError where it cannot listen, and TypeError for a HOST that is no host's name.
+    """
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, config: Config, handler: type[HttpHandler], connections: int):
+        self.config, self.connections = config, Connections(connections)
+        if ":" in config.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((config.host, config.port), handler)
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{host}:{self.server_address[1]}"
+
+    def server_bind(self) -> None:
+        # HTTPServer's own looks the host's name up, which may take seconds
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.connections.admit(request):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.forget(request)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        self.connections.cut_slow()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):  # an OSError is a client that went away
+            log.error("connection failed", exc_info=error)
+
+
+class Route(NamedTuple):
+    """A path's method, and who answers it; an open one needs no key."""
+
+    method: str
+    answer: Callable[[Any], None]
+    is_open: bool = False
+
+
+class HttpAnswers(BaseHTTPRequestHandler):
+    """How answers are written: heads, bodies whole or in chunks, errors, and for other origins.
+
+    Of the request at hand: what its answer's status is (`sent_status`, 0 before it has begun), its
+    `request_id`, whether bytes of its body may still arrive (`body_pending`), `notes` for the log.
+    """
+
+    server: HttpServer
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # so that even a garbled request line gets a status line
+
+    def begin(self, body_pending: bool) -> None:
+        self.began, self.sent_status, self.notes = time.monotonic(), 0, ""
+        self.request_id, self.body_pending = secrets.token_hex(8), body_pending
+
+    def version_string(self) -> str:
+        return f"bark-worker/{VERSION}"
+
+    def send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
+        self.sent_status = int(status)
+        if self.request_version == "HTTP/0.9":  # to which http.server sends no status line
+            self.request_version = "HTTP/1.0"
+        self.send_response(status)
+        for name, value in {"Cache-Control": "no-store", "X-Request-Id": self.request_id,
+                            **self.cors_headers(), **headers}.items():
+            self.send_header(name, value)
+        if self.close_connection or self.body_pending:
+            self.send_header("Connection", "close")
+        self.end_headers()
+
+    def cors_headers(self) -> dict[str, str]:
+        """What lets a page read the answer, if its origin may."""
+        allowed = self.server.config.cors_origins
+        headers = vars(self).get("headers")  # none of a request line that is garbled
+        origin = headers.get("Origin", "") if headers else ""
+        if not allowed or not origin:
+            return {}
+        if origin not in allowed and "*" not in allowed:
+            return {"Vary": "Origin"}
+        return {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
+                "Access-Control-Expose-Headers": EXPOSED, "Vary": "Origin"}
+
+    def send_options(self, allow: str) -> None:
+        headers = {"Allow": allow}
+        if "Access-Control-Allow-Origin" in self.cors_headers():  # a * does not mean Authorization
+            headers |= {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600",
+                        "Access-Control-Allow-Headers": "Authorization, *"}
+        self.send_head(HTTPStatus.NO_CONTENT, headers)
+
+    def send_body(self, status: HTTPStatus, kind: str, body: bytes,
+                  headers: Mapping[str, str] | None = None) -> None:
+        self.send_head(status, {"Content-Type": kind, "Content-Length": str(len(body)),
+                                **(headers or {})})
+        if self.command != "HEAD":
+            for piece in blocks(body):
+                self.wfile.write(piece)
+
+    def send_chunks(self, kind: str, chunks: Iterator[bytes], headers: Mapping[str, str]) -> None:
+        """Sends chunks as they come. Nothing goes out before the first, so that an error up to
+        then is an answer; a later one cuts the connection, so that nobody takes a part for all.
+        """
+        if not self.has_chunks():
+            self.send_body(HTTPStatus.OK, kind, b"".join(chunks), headers)
+            return
+        first = next(filter(None, chunks))
+        self.send_head(HTTPStatus.OK, {"Content-Type": kind, "Transfer-Encoding": "chunked",
+                                       "X-Accel-Buffering": "no", **headers})  # nginx: hand it on
+        for chunk in itertools.chain([first], chunks):
+            for piece in blocks(chunk):  # none for an empty one, which would mean the end
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def has_chunks(self) -> bool:
+        """HTTP/1.0 has none: there, an end and a cut look the same."""
+        return self.request_version >= "HTTP/1.1"
+
+    def send_json(self, payload: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK,
+                  headers: Mapping[str, str] | None = None) -> None:
+        self.send_body(status, "application/json", json.dumps(payload).encode(), headers)
+
+    def send_failure(self, error: WorkerError) -> None:
+        status, headers = status_and_headers(error)
+        self.notes += f" code={error.code}"
+        if self.sent_status:  # an answer has begun, and must not look complete
+            self.close_connection = True
+            return
+        try:
+            self.send_json(error_body(error), status, headers)
+        except OSError:
+            self.close_connection = True
+
+
+class HttpHandler(HttpAnswers):
+    """Answers one connection's requests, one after the other: all of that but the answers.
+
+    `routes` says who gives them, by path; one that ends with a slash has all paths below it. They
+    read with `read_body`, and write with `send_json`, `send_body` or `send_chunks`, or raise.
+    """
+
+    routes: Mapping[str, Route] = MappingProxyType({})
+    timeout = STALL_SECONDS
+    disable_nagle_algorithm = True
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        if name.startswith("do_"):  # BaseHTTPRequestHandler asks for do_GET, do_POST, ...
+            return self.dispatch
+        raise AttributeError(name)
+
+    def parse_request(self) -> bool:
+        parsed = super().parse_request()
+        if not self.raw_requestline.strip():  # http.server says nothing to a blank line
+            self.send_error(HTTPStatus.BAD_REQUEST)
+        return parsed
+
+    def dispatch(self) -> None:
+        """One request: find who answers it, and turn whatever goes wrong into an error's JSON."""
+        self.begin(self.declares_body())
+        try:
+            answer = self.find_answer()
+            if not self.body_pending:
+                self.server.connections.busy(self.connection)
+            answer(self)
+        except Abandoned:
+            self.close_connection, self.sent_status = True, 499
+        except WorkerError as error:
+            self.send_failure(error)
+        except OSError:
+            self.close_connection = True
+            self.notes += " broken_off"
+        except Exception as error:
+            log.error("request failed", exc_info=error)
+            self.send_failure(WorkerError("internal error; the worker's log has more",
+                                          code="internal_error"))
+        self.log_answer()
+        self.finish_body()
+        self.server.connections.waiting(self.connection)
+
+    def log_answer(self) -> None:
+        path = self.path.partition("?")[0]
+        route = self.routes.get(path)
+        level = logging.DEBUG if route and route.is_open else logging.INFO  # probes come often
+        log.log(level, "%s %s status=%d ms=%d id=%s%s",
+                self.command if self.command in METHODS else "?",
+                path if route else "?", self.sent_status,
+                1000 * (time.monotonic() - self.began), self.request_id, self.notes)
+
+    def declares_body(self) -> bool:
+        """Whether bytes that are no request may follow; unless read, the connection ends."""
+        lengths = self.headers.get_all("Content-Length", [])
+        return (self.command == "POST" or "Transfer-Encoding" in self.headers
+                or any(length.strip() != "0" for length in lengths) or self.has_broken_header())
+
+    def has_broken_header(self) -> bool:
+        """Whether a line among the headers is none: the parser takes all after it for the body."""
+        return any(isinstance(defect, HEADER_DEFECTS) for defect in self.headers.defects)
+
+    def find_route(self, path: str) -> tuple[str, Route | None]:
+        known = next((p for p in self.routes if p[1:].endswith("/") and path.startswith(p)), path)
+        return known, self.routes.get(known)
+
+    def find_answer(self) -> Callable[[Any], None]:
+        if self.has_broken_header():
+            raise HttpError(HTTPStatus.BAD_REQUEST, "malformed_request",
+                            "a header line is not of the form 'Name: value'")
+        try:
+            path = urlsplit(self.path).path
+        except ValueError:
+            raise HttpError(HTTPStatus.BAD_REQUEST, "malformed_request",
+                            "the request's address is malformed") from None
+        known, route = self.find_route(path)
+        if not (route and route.is_open) and self.command != "OPTIONS":
+            self.check_key()
+        if not route:
+            raise HttpError(HTTPStatus.NOT_FOUND, "not_found", f"there is no {shown(path)};"
+                            f" there are {', '.join(self.routes)}")
+        allow = "GET, HEAD, OPTIONS" if route.method == "GET" else f"{route.method}, OPTIONS"
+        if self.command == "OPTIONS":
+            return lambda handler: handler.send_options(allow)
+        if self.command not in allow.split(", "):
+            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "method_not_allowed",
+                            f"{known} takes {allow}, not {shown(self.command, 16)}",
+                            {"Allow": allow})
+        return route.answer
+
+    def check_key(self) -> None:
+        key = self.server.config.api_key
+        given = self.headers.get("Authorization", "")
+        scheme, _, token = given.partition(" ")
+        sent = token.strip().encode("utf-8", "surrogateescape")
+        if key and not (hmac.compare_digest(sent, key.encode()) and scheme.lower() == "bearer"):
+            what = "is wrong" if given else "is missing"
+            raise HttpError(HTTPStatus.UNAUTHORIZED, "invalid_api_key", f"the API key {what}; send"
+                            " the header 'Authorization: Bearer KEY'",
+                            {"WWW-Authenticate": "Bearer"})
+
+    def handle_expect_100(self) -> bool:
+        return True  # answered in read_body, when it is clear that the body is wanted
+
+    def read_body(self) -> bytes:
+        """The JSON body. Raises HttpError: 400, 408, 411, 413 or 415."""
+        length = self.body_length()
+        kind = self.headers.get_content_type() if "Content-Type" in self.headers else ""
+        if kind and kind != "application/json" and not kind.endswith("+json"):
+            raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type",
+                            f"the body is {shown(kind)}; send JSON with"
+                            " 'Content-Type: application/json'")
+        if (self.headers.get("Expect", "").lower() == "100-continue"
+                and self.request_version >= "HTTP/1.1"):
+            self.send_response_only(HTTPStatus.CONTINUE)
+            self.end_headers()
+        body = b""
+        with contextlib.suppress(TimeoutError):
+            body = self.rfile.read(length)
+        if len(body) < length:
+            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "incomplete_body", f"the {length} bytes"
+                            " that Content-Length announces did not arrive in time")
+        self.body_pending = False
+        self.server.connections.busy(self.connection)
+        return body
+
+    def body_length(self) -> int:
+        if "Transfer-Encoding" in self.headers:
+            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "length_required",
+                            "chunked bodies are not taken; send Content-Length")
+        lengths = set(self.headers.get_all("Content-Length", []))
+        if not lengths:
+            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "length_required",
+                            "Content-Length is missing")
+        value = lengths.pop().strip()
+        if lengths or not re.fullmatch(r"[0-9]{1,30}", value):
+            raise HttpError(HTTPStatus.BAD_REQUEST, "invalid_length", f"Content-Length is"
+                            f" {shown(value)}; it must be one whole number, 0 or more")
+        if int(value) > MAX_BODY:
+            raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large",
+                            f"the body has {value} bytes; at most {MAX_BODY} are allowed")
+        return int(value)
+
+    def finish_body(self) -> None:
+        """Closes after an unread body, but only once the client had time to read the answer.
+
+        Closing at once would make its system throw the answer away (RFC 9112, section 9.6).
+        """
+        if not self.body_pending:
+            return
+        self.close_connection = True
+        deadline = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER_SECONDS)
+            while time.monotonic() < deadline and self.connection.recv(1 << 16):
+                pass
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself finds wrong. Its message quotes the client: dropped."""
+        self.begin(body_pending=True)
+        self.close_connection = True
+        status = HTTPStatus(code)
+        self.send_failure(HttpError(status, "malformed_request",
+                                    f"malformed HTTP request: {status.phrase}"))
+        log.info("malformed request status=%d", code)
+        self.finish_body()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass  # `dispatch` writes one line a request, without what the client sent
+
+
+# -----------------------------------------------------------------------------
+# Endpoints: JSON in, audio out
+
+MAX_INPUT = 4096            # characters of OpenAI's `input`
+MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # that clients ask for; all are the one here
+MODELS_PATH = "/v1/models/"
+MEDIA_TYPES = {form.mime: name for name, form in FORMATS.items()} | {
+    "audio/x-wav": "wav", "audio/wave": "wav", "audio/vnd.wave": "wav", "audio/mp3": "mp3",
+    "audio/opus": "opus", "audio/x-flac": "flac"}
+
+INDEX = """\
+bark-worker {version}: text to speech with Bark
+
+  curl -s {url}/synthesize -H 'Content-Type: application/json' \\
+       -H 'Accept: audio/wav' -d '{{"text": "Good evening, and welcome."}}' -o hello.wav
+
+GET  /health      what the worker is doing
+GET  /ready       200 when it can speak, else 503
+GET  /voices      the voices a request may name
+POST /synthesize  {{"text": ..., "voice": ..., "seed": ...}}; only text is required
+
+and OpenAI's, for a client whose base URL is {url}/v1
+
+POST /v1/audio/speech  GET /v1/audio/voices  GET /v1/models  GET /v1/models/NAME
+"""
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -4190,378 +4592,20 @@ def event(payload: Mapping[str, Any]) -> bytes:
     return b"data: " + json_line(payload) + b"\n"
 
 
-def has_left(connection: socket.socket) -> bool:
-    """Whether the client has closed its side, be it for sending only: who left cannot be told
-    from who is merely done. Never blocks, takes nothing from the stream.
-    """
-    hung_up = getattr(select, "POLLRDHUP", 0)  # Linux: seen even behind unread bytes
-    try:
-        poll = select.poll()
-        poll.register(connection, select.POLLIN | hung_up)
-        events = dict(poll.poll(0)).get(connection.fileno(), 0)
-        if events & (hung_up | select.POLLHUP | select.POLLERR | select.POLLNVAL):
-            return True
-        return bool(events & select.POLLIN) and connection.recv(1, socket.MSG_PEEK) == b""
-    except (OSError, ValueError):
-        return True
-
-
-def blocks(body: bytes) -> Iterator[bytes]:
-    """Pieces for one write each, whose timeout is for all of its bytes."""
-    for at in range(0, len(body), 1 << 16):
-        yield body[at : at + (1 << 16)]
-
-
-class Connections:
-    """The open connections; those that the worker is waiting on, the longest waiting first."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self._lock = threading.Lock()
-        self._waiting: OrderedDict[socket.socket, float] = OrderedDict()  # since when
-        self._busy: set[socket.socket] = set()
-
-    def admit(self, connection: socket.socket) -> bool:
-        """Makes room by cutting the longest waiting one; False if all are at work."""
-        with self._lock:
-            if len(self._waiting) + len(self._busy) >= self.limit:
-                if not self._waiting:
-                    return False
-                oldest, _ = self._waiting.popitem(last=False)
-                cut(oldest, socket.SHUT_RDWR)
-            self._waiting[connection] = time.monotonic()
-            return True
-
-    def busy(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._waiting.pop(connection, None)
-            self._busy.add(connection)
-
-    def waiting(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._busy.discard(connection)
-            self._waiting[connection] = time.monotonic()
-            self._waiting.move_to_end(connection)
-
-    def forget(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._waiting.pop(connection, None)
-            self._busy.discard(connection)
-
-    def cut_slow(self) -> None:
-        """Stops reading from clients that have taken READ_SECONDS; they may still be answered."""
-        with self._lock:
-            limit = time.monotonic() - READ_SECONDS
-            slow = [c for c, since in self._waiting.items() if since < limit]
-            for connection in slow:
-                cut(connection, socket.SHUT_RD)
-
-    def wait_idle(self, seconds: float) -> None:
-        """Returns when nobody is being answered, or after `seconds`."""
-        deadline = time.monotonic() + seconds
-        while self._busy and time.monotonic() < deadline:
-            time.sleep(0.02)
-
-
-def cut(connection: socket.socket, how: int) -> None:
-    with contextlib.suppress(OSError):  # it may be closed already
-        connection.shutdown(how)
-
-
-class WorkerServer(ThreadingHTTPServer):
-    """A thread for each of so many connections; past that the oldest idle one makes room."""
-
-    daemon_threads = True
-    request_queue_size = 256
+class WorkerServer(HttpServer):
+    """What the endpoints speak for."""
 
     def __init__(self, config: Config, state: State, scheduler: Scheduler, guard: Guard,
                  connections: int):
-        self.config, self.state, self.scheduler, self.guard = config, state, scheduler, guard
-        self.connections = Connections(connections)
+        self.state, self.scheduler, self.guard = state, scheduler, guard
         self.started, self.created = time.monotonic(), int(time.time())
-        if ":" in config.host:
-            self.address_family = socket.AF_INET6
-        super().__init__((config.host, config.port), RequestHandler)
-
-    @property
-    def url(self) -> str:
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        return f"http://{host}:{self.server_address[1]}"
-
-    def server_bind(self) -> None:
-        # HTTPServer's own looks the host's name up, which may take seconds
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self.connections.admit(request):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def shutdown_request(self, request: Any) -> None:
-        self.connections.forget(request)
-        super().shutdown_request(request)
-
-    def service_actions(self) -> None:
-        self.connections.cut_slow()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # an OSError is a client that went away
-            log.error("connection failed", exc_info=error)
+        super().__init__(config, RequestHandler, connections)
 
 
-class RequestHandler(BaseHTTPRequestHandler):
-    """Answers one connection's requests, one after the other."""
+class RequestHandler(HttpHandler):
+    """The endpoints: a method for each, and its row in ROUTES."""
 
     server: WorkerServer
-    protocol_version = "HTTP/1.1"
-    default_request_version = "HTTP/1.0"  # so that even a garbled request line gets a status line
-    timeout = STALL_SECONDS
-    disable_nagle_algorithm = True
-
-    def version_string(self) -> str:
-        return f"bark-worker/{VERSION}"
-
-    def __getattr__(self, name: str) -> Callable[[], None]:
-        if name.startswith("do_"):  # BaseHTTPRequestHandler asks for do_GET, do_POST, ...
-            return self.dispatch
-        raise AttributeError(name)
-
-    def parse_request(self) -> bool:
-        parsed = super().parse_request()
-        if not self.raw_requestline.strip():  # http.server says nothing to a blank line
-            self.send_error(HTTPStatus.BAD_REQUEST)
-        return parsed
-
-    def dispatch(self) -> None:
-        """One request: find who answers it, and turn whatever goes wrong into an error's JSON."""
-        self.began, self.sent_status, self.notes = time.monotonic(), 0, ""
-        self.request_id = secrets.token_hex(8)
-        self.body_pending = self.declares_body()
-        try:
-            route = self.find_route()
-            if not self.body_pending:
-                self.server.connections.busy(self.connection)
-            route(self)
-        except Abandoned:
-            self.close_connection, self.sent_status = True, 499
-        except WorkerError as error:
-            self.send_failure(error)
-        except OSError:
-            self.close_connection = True
-            self.notes += " broken_off"
-        except Exception as error:
-            log.error("request failed", exc_info=error)
-            self.send_failure(WorkerError("internal error; the worker's log has more",
-                                          code="internal_error"))
-        self.log_answer()
-        self.finish_body()
-        self.server.connections.waiting(self.connection)
-
-    def log_answer(self) -> None:
-        path = self.path.partition("?")[0]
-        level = logging.DEBUG if path in OPEN_PATHS else logging.INFO  # probes come every second
-        log.log(level, "%s %s status=%d ms=%d id=%s%s",
-                self.command if self.command in METHODS else "?",
-                path if path in ROUTES else "?", self.sent_status,
-                1000 * (time.monotonic() - self.began), self.request_id, self.notes)
-
-    def declares_body(self) -> bool:
-        """Whether bytes that are no request may follow; unless read, the connection ends."""
-        lengths = self.headers.get_all("Content-Length", [])
-        return (self.command == "POST" or "Transfer-Encoding" in self.headers
-                or any(length.strip() != "0" for length in lengths) or self.has_broken_header())
-
-    def has_broken_header(self) -> bool:
-        """Whether a line among the headers is none: the parser takes all after it for the body."""
-        return any(isinstance(defect, HEADER_DEFECTS) for defect in self.headers.defects)
-
-    def find_route(self) -> Callable[[RequestHandler], None]:
-        if self.has_broken_header():
-            raise HttpError(HTTPStatus.BAD_REQUEST, "malformed_request",
-                            "a header line is not of the form 'Name: value'")
-        try:
-            path = urlsplit(self.path).path
-        except ValueError:
-            raise HttpError(HTTPStatus.BAD_REQUEST, "malformed_request",
-                            "the request's address is malformed") from None
-        if path not in OPEN_PATHS and self.command != "OPTIONS":
-            self.check_key()
-        known = MODELS_PATH if path.startswith(MODELS_PATH) else path
-        if known not in ROUTES:
-            raise HttpError(HTTPStatus.NOT_FOUND, "not_found", f"there is no {shown(path)};"
-                            f" there are {', '.join(ROUTES)}")
-        method, route = ROUTES[known]
-        allow = "GET, HEAD, OPTIONS" if method == "GET" else f"{method}, OPTIONS"
-        if self.command == "OPTIONS":
-            return lambda handler: handler.send_options(allow)
-        if self.command not in allow.split(", "):
-            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "method_not_allowed",
-                            f"{known} takes {allow}, not {shown(self.command, 16)}",
-                            {"Allow": allow})
-        return route
-
-    def check_key(self) -> None:
-        key = self.server.config.api_key
-        given = self.headers.get("Authorization", "")
-        scheme, _, token = given.partition(" ")
-        sent = token.strip().encode("utf-8", "surrogateescape")
-        if key and not (hmac.compare_digest(sent, key.encode()) and scheme.lower() == "bearer"):
-            what = "is wrong" if given else "is missing"
-            raise HttpError(HTTPStatus.UNAUTHORIZED, "invalid_api_key", f"the API key {what}; send"
-                            " the header 'Authorization: Bearer KEY'",
-                            {"WWW-Authenticate": "Bearer"})
-
-    # Reading
-
-    def handle_expect_100(self) -> bool:
-        return True  # answered in read_body, when it is clear that the body is wanted
-
-    def read_body(self) -> bytes:
-        """The JSON body. Raises HttpError: 400, 408, 411, 413 or 415."""
-        length = self.body_length()
-        kind = self.headers.get_content_type() if "Content-Type" in self.headers else ""
-        if kind and kind != "application/json" and not kind.endswith("+json"):
-            raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type",
-                            f"the body is {shown(kind)}; send JSON with"
-                            " 'Content-Type: application/json'")
-        if (self.headers.get("Expect", "").lower() == "100-continue"
-                and self.request_version >= "HTTP/1.1"):
-            self.send_response_only(HTTPStatus.CONTINUE)
-            self.end_headers()
-        body = b""
-        with contextlib.suppress(TimeoutError):
-            body = self.rfile.read(length)
-        if len(body) < length:
-            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "incomplete_body", f"the {length} bytes"
-                            " that Content-Length announces did not arrive in time")
-        self.body_pending = False
-        self.server.connections.busy(self.connection)
-        return body
-
-    def body_length(self) -> int:
-        if "Transfer-Encoding" in self.headers:
-            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "length_required",
-                            "chunked bodies are not taken; send Content-Length")
-        lengths = set(self.headers.get_all("Content-Length", []))
-        if not lengths:
-            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "length_required",
-                            "Content-Length is missing")
-        value = lengths.pop().strip()
-        if lengths or not re.fullmatch(r"[0-9]{1,30}", value):
-            raise HttpError(HTTPStatus.BAD_REQUEST, "invalid_length", f"Content-Length is"
-                            f" {shown(value)}; it must be one whole number, 0 or more")
-        if int(value) > MAX_BODY:
-            raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large",
-                            f"the body has {value} bytes; at most {MAX_BODY} are allowed")
-        return int(value)
-
-    def finish_body(self) -> None:
-        """Closes after an unread body, but only once the client had time to read the answer.
-
-        Closing at once would make its system throw the answer away (RFC 9112, section 9.6).
-        """
-        if not self.body_pending:
-            return
-        self.close_connection = True
-        deadline = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(LINGER_SECONDS)
-            while time.monotonic() < deadline and self.connection.recv(1 << 16):
-                pass
-
-    # Writing
-
-    def send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
-        self.sent_status = int(status)
-        if self.request_version == "HTTP/0.9":  # to which http.server sends no status line
-            self.request_version = "HTTP/1.0"
-        self.send_response(status)
-        for name, value in {"Cache-Control": "no-store", "X-Request-Id": self.request_id,
-                            **self.cors_headers(), **headers}.items():
-            self.send_header(name, value)
-        if self.close_connection or self.body_pending:
-            self.send_header("Connection", "close")
-        self.end_headers()
-
-    def cors_headers(self) -> dict[str, str]:
-        """What lets a page read the answer, if its origin may."""
-        allowed = self.server.config.cors_origins
-        headers = vars(self).get("headers")  # none of a request line that is garbled
-        origin = headers.get("Origin", "") if headers else ""
-        if not allowed or not origin:
-            return {}
-        if origin not in allowed and "*" not in allowed:
-            return {"Vary": "Origin"}
-        return {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
-                "Access-Control-Expose-Headers": EXPOSED, "Vary": "Origin"}
-
-    def send_options(self, allow: str) -> None:
-        headers = {"Allow": allow}
-        if "Access-Control-Allow-Origin" in self.cors_headers():  # a * does not mean Authorization
-            headers |= {"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600",
-                        "Access-Control-Allow-Headers": "Authorization, *"}
-        self.send_head(HTTPStatus.NO_CONTENT, headers)
-
-    def send_body(self, status: HTTPStatus, kind: str, body: bytes,
-                  headers: Mapping[str, str] | None = None) -> None:
-        self.send_head(status, {"Content-Type": kind, "Content-Length": str(len(body)),
-                                **(headers or {})})
-        if self.command != "HEAD":
-            for piece in blocks(body):
-                self.wfile.write(piece)
-
-    def send_chunks(self, kind: str, chunks: Iterator[bytes], headers: Mapping[str, str]) -> None:
-        """Sends chunks as they come. Nothing goes out before the first, so that an error up to
-        then is an answer; a later one cuts the connection, so that nobody takes a part for all.
-        """
-        if not self.has_chunks():
-            self.send_body(HTTPStatus.OK, kind, b"".join(chunks), headers)
-            return
-        first = next(filter(None, chunks))
-        self.send_head(HTTPStatus.OK, {"Content-Type": kind, "Transfer-Encoding": "chunked",
-                                       "X-Accel-Buffering": "no", **headers})  # nginx: hand it on
-        for chunk in itertools.chain([first], chunks):
-            for piece in blocks(chunk):  # none for an empty one, which would mean the end
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-        self.wfile.write(b"0\r\n\r\n")
-
-    def has_chunks(self) -> bool:
-        """HTTP/1.0 has none: there, an end and a cut look the same."""
-        return self.request_version >= "HTTP/1.1"
-
-    def send_json(self, payload: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK,
-                  headers: Mapping[str, str] | None = None) -> None:
-        self.send_body(status, "application/json", json.dumps(payload).encode(), headers)
-
-    def send_failure(self, error: WorkerError) -> None:
-        status, headers = status_and_headers(error)
-        self.notes += f" code={error.code}"
-        if self.sent_status:  # an answer has begun, and must not look complete
-            self.close_connection = True
-            return
-        try:
-            self.send_json(error_body(error), status, headers)
-        except OSError:
-            self.close_connection = True
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself finds wrong. Its message quotes the client: dropped."""
-        self.close_connection, self.body_pending, self.notes = True, True, ""
-        self.sent_status, self.request_id = 0, secrets.token_hex(8)
-        status = HTTPStatus(code)
-        self.send_failure(HttpError(status, "malformed_request",
-                                    f"malformed HTTP request: {status.phrase}"))
-        log.info("malformed request status=%d", code)
-        self.finish_body()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass  # `dispatch` writes one line a request, without what the client sent
-
-    # Endpoints
 
     def get_index(self) -> None:
         page = INDEX.format(version=VERSION, url=self.server.url.replace("0.0.0.0", "127.0.0.1"))
@@ -4707,17 +4751,18 @@ class RequestHandler(BaseHTTPRequestHandler):
                 "voice": delivery.speech.voice, "seed": delivery.speech.seed}
 
 
-ROUTES: dict[str, tuple[str, Callable[[RequestHandler], None]]] = {
-    "/": ("GET", RequestHandler.get_index),
-    "/health": ("GET", RequestHandler.get_health),
-    "/ready": ("GET", RequestHandler.get_ready),
-    "/voices": ("GET", RequestHandler.get_voices),
-    "/synthesize": ("POST", RequestHandler.post_synthesize),
-    "/v1/audio/speech": ("POST", RequestHandler.post_speech),
-    "/v1/audio/voices": ("GET", RequestHandler.get_audio_voices),
-    "/v1/models": ("GET", RequestHandler.get_models),
-    MODELS_PATH: ("GET", RequestHandler.get_model),  # and all below it
+ROUTES = {
+    "/": Route("GET", RequestHandler.get_index, is_open=True),
+    "/health": Route("GET", RequestHandler.get_health, is_open=True),
+    "/ready": Route("GET", RequestHandler.get_ready, is_open=True),
+    "/voices": Route("GET", RequestHandler.get_voices),
+    "/synthesize": Route("POST", RequestHandler.post_synthesize),
+    "/v1/audio/speech": Route("POST", RequestHandler.post_speech),
+    "/v1/audio/voices": Route("GET", RequestHandler.get_audio_voices),
+    "/v1/models": Route("GET", RequestHandler.get_models),
+    MODELS_PATH: Route("GET", RequestHandler.get_model),  # and all below it
 }
+RequestHandler.routes = ROUTES
 
 
 # -----------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_what_an_endpoint_costs_at_most_is_the_managers_own_sum() -> None:
 
 def test_every_endpoint_is_described_and_no_other(bark: ModuleType) -> None:
     listed = {tuple(call.split()) for row in rows("HTTP") for call in codes(row[0])}
-    assert listed == {(method, path) for path, (method, _) in bark.ROUTES.items()}
+    assert listed == {(route.method, path) for path, route in bark.ROUTES.items()}
 
 
 def error_codes() -> set[str]:

@@ -12,10 +12,10 @@ import pytest
 from conftest import WORKER
 
 SECTIONS = ("Errors", "Configuration", "Text", "Expression", "Audio", "Takes", "Model", "Engine",
-            "Narrator", "Scheduler", "Guard", "HTTP", "Serverless", "Main")
+            "Narrator", "Scheduler", "Guard", "HTTP", "Endpoints", "Serverless", "Main")
 KNOW_TENSORS = {"Model", "Engine", "Main"}
 TENSORS = {"torch", "F", "BarkModel", "AutoTokenizer", "transformers", "cuda"}
-KNOW_THE_WORLD = {"Scheduler", "Guard", "HTTP", "Serverless", "Main"}
+KNOW_THE_WORLD = {"Scheduler", "Guard", "HTTP", "Endpoints", "Serverless", "Main"}
 WORLD = {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "RequestHandler", "wfile",
          "rfile", "http", "socket", "socketserver", "threading", "Thread", "Lock", "Condition",
          "Future", "signal"}

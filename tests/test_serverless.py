@@ -138,8 +138,8 @@ def test_pyworker_serves_every_path_that_takes_a_text_and_one_has_the_benchmark(
     from vastai.serverless.server import worker as sdk
 
     made = bark.handlers(sdk, bark.Config(timeout=77.0, max_text_length=9))
-    assert [one.route for one in made] == [path for path, (method, _) in bark.ROUTES.items()
-                                           if method == "POST"]
+    assert [one.route for one in made] == [path for path, route in bark.ROUTES.items()
+                                           if route.method == "POST"]
     assert [one.workload_calculator({"input": "four"}) for one in made] == [0.0, 4.0]
     assert {(one.allow_parallel_requests, one.max_queue_time) for one in made} == {(True, 77.0)}
     (benchmark,) = [one.benchmark_config for one in made if one.benchmark_config]
