@@ -236,7 +236,7 @@ def test_steps_hold_nothing_that_a_cuda_graph_could_not_replay(
     assert taped_cuda == [None] + [1] * 15  # the first one's memory serves all
     assert "no CUDA graph" not in caplog.text
     for batch in (semantic, coarse):
-        batch.step = None  # only replays are left
+        batch.decode_step = None  # only replays are left
     assert_all_same(bark, samples_of(bench), plain)
 
 
@@ -245,7 +245,7 @@ def test_a_decode_step_is_few_kernels(bark: ModuleType, toy: Path, stage: str) -
     """Alone, a segment waits for kernels to start: 9 a layer, and 45 or 46 for all the rest."""
     batch = getattr(Bench(bark, toy, slots=2).engine, stage).batch
     with torch.inference_mode(), Tape() as tape:
-        batch.step(2, 512)
+        batch.decode_step(2, 512)
     assert len(tape.done) <= 9 * len(batch.gpt.model.layers) + 46
 
 
