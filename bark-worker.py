@@ -69,18 +69,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
-from transformers import AutoTokenizer, BarkModel
-from transformers.models.bark.generation_configuration_bark import (
-    BarkCoarseGenerationConfig,
-    BarkFineGenerationConfig,
-    BarkSemanticGenerationConfig,
-)
-from transformers.utils.logging import disable_progress_bar
-
 VERSION = "0.1.0"
 
 log = logging.getLogger("bark-worker")
@@ -388,6 +376,38 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Names in `environ` that look like ours and are not, so that a typing error is noticed."""
     known = {variable.name for variable in VARIABLES} | MANAGER_VARIABLES
     return sorted(name for name in environ if name.startswith("BARK_") and name not in known)
+
+
+def read_settings(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    """What the command line and the environment say. Ends the process as argparse does: with 0
+    for --help and --version, and with 2 and every mistake for what is wrong."""
+    parser = argument_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options, Config.from_env(os.environ, options.serverless)
+    except ConfigError as error:
+        parser.exit(error.exit_status, f"{error}\n")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    width = max(len(variable.name) for variable in (*VARIABLES, *SERVERLESS_VARIABLES))
+    rows = [f"  {v.name:<{width}}  {v.meaning} (default: {v.default})" for v in VARIABLES]
+    rows.append(f"  {'HF_HOME':<{width}}  where models are kept (default: as Hugging Face's)")
+    rows.append("\nthose that --serverless needs too; Vast sets most of them:")
+    rows += [f"  {v.name.format(port='N'):<{width}}  {v.meaning}" for v in SERVERLESS_VARIABLES]
+    parser = argparse.ArgumentParser(
+        prog="bark-worker.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Serves the Bark text-to-speech model over HTTP.",
+        epilog="environment variables:\n" + "\n".join(rows))
+    parser.add_argument("--version", action="version", version=VERSION)
+    parser.add_argument("--serverless", action="store_true", help="serve an endpoint of Vast.ai:"
+                        " behind Vast's PyWorker, which takes requests on WORKER_PORT, with PORT"
+                        " and BARK_API_KEY of no use")
+    return parser
+
+
+if __name__ == "__main__":
+    read_settings(sys.argv[1:])  # before all else, torch's import above all: it takes seconds
 
 
 # -----------------------------------------------------------------------------
@@ -1322,6 +1342,9 @@ def express(text: str, spans: list[Span], language: str) -> list[str]:
 # -----------------------------------------------------------------------------
 # Audio: float samples to bytes
 
+import numpy as np
+
+
 def to_pcm16(samples: np.ndarray) -> np.ndarray:
     """float32 in [-1, 1] to int16; louder samples are clipped."""
     return np.round(np.clip(samples, -1.0, 1.0) * 32767.0).astype(np.int16)
@@ -1562,6 +1585,17 @@ def polish(samples: np.ndarray, rate: int, found: Verdict) -> np.ndarray:
 
 # -----------------------------------------------------------------------------
 # Model: a folder in the hub's layout, found or downloaded, read and checked
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoTokenizer, BarkModel
+from transformers.models.bark.generation_configuration_bark import (
+    BarkCoarseGenerationConfig,
+    BarkFineGenerationConfig,
+    BarkSemanticGenerationConfig,
+)
+from transformers.utils.logging import disable_progress_bar
 
 TABLE_FILE = "speaker_embeddings_path.json"
 NEEDED_FILES = ("config.json", "generation_config.json", TABLE_FILE)
@@ -5046,23 +5080,6 @@ def warm_up(engine: Engine, narrator: Narrator) -> None:
                          " BARK_DTYPE")
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    width = max(len(variable.name) for variable in (*VARIABLES, *SERVERLESS_VARIABLES))
-    rows = [f"  {v.name:<{width}}  {v.meaning} (default: {v.default})" for v in VARIABLES]
-    rows.append(f"  {'HF_HOME':<{width}}  where models are kept (default: as Hugging Face's)")
-    rows.append("\nthose that --serverless needs too; Vast sets most of them:")
-    rows += [f"  {v.name.format(port='N'):<{width}}  {v.meaning}" for v in SERVERLESS_VARIABLES]
-    parser = argparse.ArgumentParser(
-        prog="bark-worker.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Serves the Bark text-to-speech model over HTTP.",
-        epilog="environment variables:\n" + "\n".join(rows))
-    parser.add_argument("--version", action="version", version=VERSION)
-    parser.add_argument("--serverless", action="store_true", help="serve an endpoint of Vast.ai:"
-                        " behind Vast's PyWorker, which takes requests on WORKER_PORT, with PORT"
-                        " and BARK_API_KEY of no use")
-    return parser.parse_args(arguments)
-
-
 def allowed_connections() -> int:
     """MAX_CONNECTIONS, or fewer where the system's limit of open files is too low for them."""
     import resource
@@ -5209,16 +5226,11 @@ def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    options, config = read_settings(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        config = Config.from_env(os.environ, options.serverless)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
     warnings = [f"{name} is set, but there is no such setting; --help lists them"
                 for name in unknown_variables(os.environ)]
     if options.serverless and config.api_key:

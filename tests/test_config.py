@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import WORKER, clean_environment
 
 DOCUMENTED = {
     "BARK_VOICE", "TTS_MAX_LENGTH", "PORT", "HOST", "HF_HOME", "BARK_MODEL", "BARK_DEVICE",
@@ -161,9 +165,24 @@ def test_a_wrong_start_prints_why_and_exits_with_2_before_serving(
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bark.os, "environ", {"PORT": "x", "BARK_DTYPE": "fp16"})
     monkeypatch.setattr(bark, "serve", lambda *_: pytest.fail("served all the same"))
-    assert bark.main([]) == 2
+    with pytest.raises(SystemExit) as end:
+        bark.main([])
     output = capsys.readouterr()
+    assert end.value.code == 2
     assert output.out == "" and "PORT is 'x'" in output.err and "BARK_DTYPE" in output.err
+
+
+@pytest.mark.parametrize(("words", "settings", "status"), [
+    (["--help"], {}, 0), (["--version"], {}, 0), (["--hlep"], {}, 2), ([], {"PORT": "x"}, 2)])
+def test_nobody_waits_for_torch_to_learn_what_takes_none(
+        tmp_path: Path, words: list[str], settings: dict[str, str], status: int) -> None:
+    """Torch, transformers and numpy are not even touched, with which it would take seconds."""
+    for name in ("torch", "transformers", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} was asked for')")
+    done = subprocess.run([sys.executable, WORKER, *words], capture_output=True, text=True,
+                          env=clean_environment(PYTHONPATH=str(tmp_path), **settings))
+    assert (done.returncode, "asked for" in done.stderr) == (status, False)
+    assert done.stdout or "PORT is 'x'" in done.stderr or "--hlep" in done.stderr
 
 
 def test_an_unknown_variable_of_ours_is_told_apart(

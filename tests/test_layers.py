@@ -22,6 +22,7 @@ WORLD = {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "Request
 ENGINE_ONLY = {"json", "Config"}  # what Model and Engine may name only in these two functions:
 EXCEPTIONS = {("read_json", "json"), ("resolve_device", "Config")}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "expandvars"}
+IMPORTED_IN = {"numpy": "Audio", "torch": "Model", "transformers": "Model"}
 ALLOWED_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "transformers"}
 MAX_FUNCTION_LINES, MAX_COLUMNS = 60, 100
 
@@ -100,10 +101,10 @@ def wrong_sections(source: str) -> list[str]:
 
 
 def environment_readers(source: str) -> list[str]:
-    """Whoever reads the process's environment but `main`, which hands it to Config."""
+    """Whoever reads the process's environment but `main` and `read_settings`, for Config."""
     wrong = []
     for node in parse(source).body:
-        if getattr(node, "name", "") == "main":
+        if getattr(node, "name", "") in ("main", "read_settings"):
             continue
         for part in ast.walk(node):
             name = getattr(part, "attr", "") or (isinstance(part, ast.alias) and part.name)
@@ -158,6 +159,19 @@ def scheduler_in_the_guard(source: str) -> list[str]:
             for used in sorted(free_names(part) & scheduling)]
 
 
+def early_imports(source: str) -> list[str]:
+    """Packages that are imported above the section that may first name them."""
+    lines = section_starts(source)
+    wrong = []
+    for node in parse(source).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or node.names[0].name
+            home = IMPORTED_IN.get(module.split(".")[0])
+            if home and node.lineno < lines[home]:
+                wrong.append(f"line {node.lineno} imports {module} above {home}")
+    return wrong
+
+
 def foreign_imports(source: str) -> list[str]:
     """Packages at the top level that are not there wherever torch and transformers are."""
     wrong = []
@@ -195,8 +209,8 @@ def missing_annotations(source: str) -> list[str]:
 
 
 RULES = (wrong_sections, environment_readers, tensors_out_of_place, world_in_the_engine,
-         names_from_below, scheduler_in_the_guard, foreign_imports, long_functions, long_lines,
-         missing_annotations)
+         names_from_below, scheduler_in_the_guard, early_imports, foreign_imports, long_functions,
+         long_lines, missing_annotations)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -236,6 +250,8 @@ BREACHES = [
     (scheduler_in_the_guard, "Guard", "class Bad:\n    scheduler: Scheduler"),
     (scheduler_in_the_guard, "Guard", "def bad(state: State) -> None:\n    state.enter('ready')"),
     (names_from_below, "Guard", "def bad(x: Any) -> None:\n    raise HttpError(x, x, x)"),
+    (early_imports, "Configuration", "import numpy as np"),
+    (early_imports, "Text", "from torch.nn import functional"),
     (foreign_imports, "Text", "import requests"),
     (foreign_imports, "Model", "from huggingface_hub import snapshot_download"),
     (long_functions, "Audio", "def bad() -> None:\n" + "    x = 1\n" * 60),

@@ -838,7 +838,9 @@ def test_wrong_configuration_names_every_wrong_variable_and_no_key(
              "BARK_DETERMINISTIC": "yes", "BARK_API_KEY": "my secret"}
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)
-    assert bark.main([]) == 2
+    with pytest.raises(SystemExit) as end:
+        bark.main([])
+    assert end.value.code == 2
     output = "".join(capsys.readouterr())
     for name, value in wrong.items():
         assert name in output and (name == "BARK_API_KEY" or repr(value) in output)

@@ -74,7 +74,9 @@ def test_a_start_without_vasts_variables_ends_with_2_and_one_message(
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bark.os, "environ", {"PORT": "0"})
     monkeypatch.setattr(bark, "serve", lambda *_: pytest.fail("served all the same"))
-    assert bark.main(["--serverless"]) == 2
+    with pytest.raises(SystemExit) as end:
+        bark.main(["--serverless"])
+    assert end.value.code == 2
     output = capsys.readouterr()
     assert output.out == "" and len(output.err.splitlines()) == 6
 
