@@ -76,6 +76,10 @@ log = logging.getLogger("bark-worker")
 
 # -----------------------------------------------------------------------------
 # Errors: what can go wrong, in words for the person who has to act on it
+#
+# All that can go wrong on purpose is one of these. Their words are for the person who has to act:
+# what is wrong, which value, what is allowed, what to do next. The request's text is never in them.
+
 
 class WorkerError(Exception):
     """Something a person is told about. `code` is for programs, `param` names the field at fault.
@@ -147,6 +151,9 @@ def shown(value: object, limit: int = 60) -> str:
 
 # -----------------------------------------------------------------------------
 # Configuration: the only place that reads the environment
+#
+# One table lists every setting with its default, what may be said and what it means; --help and the
+# checks are made of it, and README's table is held to it. All wrong values are named at once.
 
 MANAGER_VARIABLES = frozenset({"BARK_LABEL", "BARK_IMAGE", "BARK_POLL"})  # of the manager script
 
@@ -1341,6 +1348,9 @@ def express(text: str, spans: list[Span], language: str) -> list[str]:
 
 # -----------------------------------------------------------------------------
 # Audio: float samples to bytes
+#
+# The engine's samples are float32 in [-1, 1]; what is sent is int16, mono, at the model's rate. All
+# formats go through FFmpeg's libraries (PyAV), which is imported at the first use.
 
 import numpy as np
 
@@ -1468,6 +1478,10 @@ def stretch(samples: np.ndarray, rate: int, speed: float) -> np.ndarray:
 
 # -----------------------------------------------------------------------------
 # Takes: what came of a generation, judged, trimmed and brought to one loudness
+#
+# Bark invents: now and then it goes on after the text's end, falls silent, hums or stops half way.
+# So each take is looked at before it is sent, and a bad one is made again with another seed. What
+# counts is in the numbers below; the judgement depends on the take and the text's length alone.
 
 FRAME_SECONDS = 0.02
 SPEECH_RANGE = 35.0    # dB below the loud parts that speech still has
@@ -1585,6 +1599,11 @@ def polish(samples: np.ndarray, rate: int, found: Verdict) -> np.ndarray:
 
 # -----------------------------------------------------------------------------
 # Model: a folder in the hub's layout, found or downloaded, read and checked
+#
+# What is known of a model comes from its folder: windows and sampling from its configuration files,
+# voices from its table, never from constants here. A folder is used where it lies; a hub's model is
+# downloaded, and broken downloads go on where they stopped. The weights stay Hugging Face's
+# classes.
 
 import torch
 import torch.nn.functional as F
@@ -2037,51 +2056,14 @@ def keep_copy(model: BarkModel, copy: Path) -> None:
 
 
 # -----------------------------------------------------------------------------
-# Engine: segments in, PCM out. Knows tensors; no text, no threads, no HTTP
+# Sampling: which token comes next
+#
+# Noise comes from counters instead of a generator's state: a draw depends on the segment's own
+# stream and its place there alone, so a segment's audio is the same beside any neighbours, and
+# nothing has to be kept between steps. All of it is tensors on the device; nothing waits for it.
 
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: what SplitMix64 counts in
-SPAN = 64  # columns: attention looks at a multiple of so many, for fewer and aligned shapes
-BURST = 12  # tokens that a GPU makes before the host looks at them; a fifth of a coarse window, so
-# that windows which restart at different times restart at one of five, and then together
-GROUP = 8  # prefills or fine windows that a GPU does as one; more hardly fill it better
-PATIENCE = 30  # tokens; see Turns
-CODEC_LEAST = 16   # frames; twice the reach of EnCodec's first convolution
-CODEC_MOST = 2048  # frames decoded at once: 27 s of audio, some 300 MB on their way
-MAX_SLOTS = 64
-WORKING_BYTES = 1 << 30  # of a GPU's memory for all that is not weights or KV cache
-STEP_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # by rounding alone
-TAKES = 3  # generations tried for a segment before it counts as failed
-SHORTEST_SECONDS = 0.2  # a shorter sampled take is no speech; a greedy one only if it is empty
-SHORTEST_PER_TOKEN = 0.1  # seconds; a text token of running speech lasts about 0.3
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """One generation to make. The same segment gives the same audio, whatever runs beside it."""
-
-    text_ids: list[int]
-    voice: Voice
-    seed: int                     # 64 bits
-    semantic_sampling: Sampling
-    coarse_sampling: Sampling
-    fine_sampling: Sampling
-    min_eos_p: float | None = None
-    max_new_tokens: int | None = None  # semantic; None is the model's own limit
-
-    @property
-    def identity(self) -> Hashable:
-        """What decides the audio of one model: equal here, equal there."""
-        return (tuple(self.text_ids), self.voice, self.seed, self.semantic_sampling,
-                self.coarse_sampling, self.fine_sampling, self.min_eos_p, self.max_new_tokens)
-
-
-class Finished(NamedTuple):
-    """A segment's samples, float32 in [-1, 1] at the model's rate, or None and why not."""
-
-    segment: Segment
-    samples: np.ndarray | None
-    error: str = ""
 
 
 def as_int64(value: int) -> int:
@@ -2177,6 +2159,48 @@ def keep_nucleus(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     barred = chance.cumsum(-1) - chance >= top_p[:, None]  # the probability of all before
     barred[:, 0] = False
     return scores.masked_fill(barred, -math.inf)
+
+
+# -----------------------------------------------------------------------------
+# Decoding: many sequences, one token a step, each in a slot of a KV cache
+#
+# Two of Bark's networks are GPTs that make token after token (CausalGPT). The cache has a fixed
+# number of slots, so that a step has one of a few shapes and can be recorded as a CUDA graph; a
+# segment on its way (Sequence) holds one, and those that hold one (Batch) are decoded together, as
+# a step costs a GPU nearly the same for one and for many. What a step needs to know of its slots
+# lies on the device and is moved on there: steps follow each other, and the host looks at a burst
+# of tokens at once, which is the one time that it waits.
+
+SPAN = 64  # columns: attention looks at a multiple of so many, for fewer and aligned shapes
+STEP_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # by rounding alone
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One generation to make. The same segment gives the same audio, whatever runs beside it."""
+
+    text_ids: list[int]
+    voice: Voice
+    seed: int                     # 64 bits
+    semantic_sampling: Sampling
+    coarse_sampling: Sampling
+    fine_sampling: Sampling
+    min_eos_p: float | None = None
+    max_new_tokens: int | None = None  # semantic; None is the model's own limit
+
+    @property
+    def identity(self) -> Hashable:
+        """What decides the audio of one model: equal here, equal there."""
+        return (tuple(self.text_ids), self.voice, self.seed, self.semantic_sampling,
+                self.coarse_sampling, self.fine_sampling, self.min_eos_p, self.max_new_tokens)
+
+
+class Finished(NamedTuple):
+    """A segment's samples, float32 in [-1, 1] at the model's rate, or None and why not."""
+
+    segment: Segment
+    samples: np.ndarray | None
+    error: str = ""
 
 
 def add_linear(x: torch.Tensor, layer: Any, y: torch.Tensor) -> None:
@@ -2306,6 +2330,7 @@ class Sequence:
 # What a decode step knows of each slot: rows of Batch.ints, and after those above of Batch.floats
 POSITION, MADE, ACTIVE, KEY, TOP_K, MIN_NEW = range(6)
 STOP_P = 3
+
 
 class Shape(NamedTuple):
     """How an engine works: segments at once, tokens made between two looks at them, and whether
@@ -2524,32 +2549,20 @@ def buckets(slots: int) -> list[int]:
     return [slots, *reversed(steps)]
 
 
-def check_windows(model: BarkModel, facts: ModelFacts) -> None:
-    """Raises ModelError if the two configuration files of the folder contradict each other."""
-    semantic, coarse, fine = facts.semantic, facts.coarse, facts.fine
-    lengths = {
-        "semantic": (model.semantic, semantic.max_input_semantic_length + 1),
-        "coarse_acoustics": (model.coarse_acoustics, coarse.max_coarse_input_length + 1
-                             + coarse.max_coarse_history + coarse.sliding_window_len - 1),
-        "fine_acoustics": (model.fine_acoustics, fine.max_fine_input_length),
-    }
-    for name, (stage, needed) in lengths.items():
-        if needed > stage.config.block_size:
-            raise ModelError(f"config.json: {name} has {stage.config.block_size} positions, but"
-                             f" generation_config.json asks for {needed}")
-    ids = {  # one id too many would be read past a table's end, on a GPU with no way back
-        "semantic_config.input_vocab_size": (
-            model.semantic, len(facts.tokenizer) + semantic.text_encoding_offset),
-        "coarse_acoustics_config.input_vocab_size": (
-            model.coarse_acoustics, semantic.semantic_vocab_size
-            + coarse.n_coarse_codebooks * facts.codebook_size)}
-    for name, (stage, needed) in ids.items():
-        if needed > stage.config.input_vocab_size:
-            raise ModelError(f"config.json: {name} is {stage.config.input_vocab_size}, but"
-                             f" tokenizer and generation_config.json need {needed}")
-    if semantic.eos_token_id != semantic.semantic_vocab_size:
-        raise ModelError(f"generation_config.json: eos_token_id is {semantic.eos_token_id}, not"
-                         f" semantic_vocab_size, {semantic.semantic_vocab_size}")
+# -----------------------------------------------------------------------------
+# Stages: Bark's own three models, and EnCodec
+#
+# Text becomes semantic tokens, these coarse codes, these fine codes, and these samples; each stage
+# is a class that can be read beside the one of transformers that it names. All have the same verbs:
+# `add` a sequence, `step` until it comes out, `remove` and `clear` what nobody wants, iterate over
+# what is in it. Windows, offsets and limits come from the model's folder (`facts`), so that other
+# Barks than Suno's fit too; a stage knows no other, and what comes next is the engine's.
+
+PATIENCE = 30  # tokens; see Turns
+CODEC_LEAST = 16   # frames; twice the reach of EnCodec's first convolution
+CODEC_MOST = 2048  # frames decoded at once: 27 s of audio, some 300 MB on their way
+SHORTEST_SECONDS = 0.2  # a shorter sampled take is no speech; a greedy one only if it is empty
+SHORTEST_PER_TOKEN = 0.1  # seconds; a text token of running speech lasts about 0.3
 
 
 class Turns:
@@ -2974,6 +2987,50 @@ class Fine:
         return sequence.codes[history : history + frames]
 
 
+# -----------------------------------------------------------------------------
+# Engine: segments in, PCM out, any number at once
+#
+# The order of the stages, and what becomes of a sequence between them. A step does a little of
+# each: the GPU is kept full by many segments, and the first sound of one does not wait for the end
+# of others. Where memory runs out, slots become fewer and what was in them starts over; where a
+# network gives NaN, the sequence does. No text, no threads, no HTTP.
+
+BURST = 12  # tokens that a GPU makes before the host looks at them; a fifth of a coarse window, so
+# that windows which restart at different times restart at one of five, and then together
+GROUP = 8  # prefills or fine windows that a GPU does as one; more hardly fill it better
+MAX_SLOTS = 64
+WORKING_BYTES = 1 << 30  # of a GPU's memory for all that is not weights or KV cache
+TAKES = 3  # generations tried for a segment before it counts as failed
+
+
+def check_windows(model: BarkModel, facts: ModelFacts) -> None:
+    """Raises ModelError if the two configuration files of the folder contradict each other."""
+    semantic, coarse, fine = facts.semantic, facts.coarse, facts.fine
+    lengths = {
+        "semantic": (model.semantic, semantic.max_input_semantic_length + 1),
+        "coarse_acoustics": (model.coarse_acoustics, coarse.max_coarse_input_length + 1
+                             + coarse.max_coarse_history + coarse.sliding_window_len - 1),
+        "fine_acoustics": (model.fine_acoustics, fine.max_fine_input_length),
+    }
+    for name, (stage, needed) in lengths.items():
+        if needed > stage.config.block_size:
+            raise ModelError(f"config.json: {name} has {stage.config.block_size} positions, but"
+                             f" generation_config.json asks for {needed}")
+    ids = {  # one id too many would be read past a table's end, on a GPU with no way back
+        "semantic_config.input_vocab_size": (
+            model.semantic, len(facts.tokenizer) + semantic.text_encoding_offset),
+        "coarse_acoustics_config.input_vocab_size": (
+            model.coarse_acoustics, semantic.semantic_vocab_size
+            + coarse.n_coarse_codebooks * facts.codebook_size)}
+    for name, (stage, needed) in ids.items():
+        if needed > stage.config.input_vocab_size:
+            raise ModelError(f"config.json: {name} is {stage.config.input_vocab_size}, but"
+                             f" tokenizer and generation_config.json need {needed}")
+    if semantic.eos_token_id != semantic.semantic_vocab_size:
+        raise ModelError(f"generation_config.json: eos_token_id is {semantic.eos_token_id}, not"
+                         f" semantic_vocab_size, {semantic.semantic_vocab_size}")
+
+
 class Engine:
     """Bark for any number of segments at once, `slots` of them in the works.
 
@@ -3121,6 +3178,10 @@ def slots_for(model: BarkModel) -> int:
 
 # -----------------------------------------------------------------------------
 # Narrator: what a request asks for, as segments
+#
+# A request's text becomes segments: cut, with cues and emphasis put in, tokenized, each with its
+# voice, seed and sampling. All of that is decided here and now, before anything waits, so that the
+# same request is the same segments and gives the same audio.
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1
@@ -3279,6 +3340,10 @@ def unknown_voice(name: str, known: list[str]) -> InvalidRequest:
 
 # -----------------------------------------------------------------------------
 # Scheduler: one thread owns the engine; requests wait, take turns and come back as audio
+#
+# Threads of HTTP hand in a request and wait for its takes, segment by segment. The scheduler's
+# thread alone touches the engine: it frees what nobody waits for, fills free slots in turns, takes
+# a step, and hands on what came out of it. Nothing here knows of tensors or of sockets.
 
 DRAIN_SECONDS = 10.0
 RETRY_FULL, RETRY_LOADING, RETRY_DRAINING = 5, 10, 30  # seconds, for Retry-After
@@ -3618,10 +3683,11 @@ def not_ready(state: State) -> Unavailable:
 
 
 # -----------------------------------------------------------------------------
-# Guard: an instance of Vast's whose speech nobody wants stops itself, as nothing else may be left
-# to end what it costs. It knows neither who speaks nor how requests arrive. What has to hold while
-# no worker lives, BARK_START_LIMIT and BARK_MAX_HOURS, is the on-start command's (see the manager
-# script), which leaves a note here.
+# Guard: an instance of Vast's whose speech nobody wants stops itself
+#
+# Nothing else may be left to end what it costs. It knows neither who speaks nor how requests
+# arrive. What has to hold while no worker lives, BARK_START_LIMIT and BARK_MAX_HOURS, is the
+# on-start command's (see the manager script), which leaves a note here.
 
 GUARDS = {"BARK_IDLE_STOP": "idle_stop", "BARK_START_LIMIT": "start_limit",
           "BARK_MAX_HOURS": "max_hours"}
@@ -3936,6 +4002,10 @@ def build_guard(config: Config, folders: Iterable[Path]) -> Guard:
 
 # -----------------------------------------------------------------------------
 # HTTP: the mechanics of connections, requests and answers, whatever they are about
+#
+# A thread for each connection, from the standard library. This section reads requests within limits
+# of size and time, finds who answers them, and writes the answers, errors among them, in one form.
+# What the answers are, it does not know: they come from a table of routes.
 
 MAX_BODY = 1 << 20          # bytes
 MAX_CONNECTIONS = 1024
@@ -4382,6 +4452,11 @@ class HttpHandler(HttpAnswers):
 
 # -----------------------------------------------------------------------------
 # Endpoints: JSON in, audio out
+#
+# What a client may send is checked field by field, with an error that names the field, the value
+# and what is allowed. Then the text is planned and handed to the scheduler, and sent as it comes:
+# whole, as a stream, as lines of JSON or as server-sent events. A new endpoint is a method and a
+# row in ROUTES.
 
 MAX_INPUT = 4096            # characters of OpenAI's `input`
 MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # that clients ask for; all are the one here
@@ -4990,6 +5065,10 @@ def quiet_pyworker() -> None:
 
 # -----------------------------------------------------------------------------
 # Main: the wiring
+#
+# Everything is made here and handed to those who need it; nobody fetches anything by himself. The
+# model loads in the scheduler's thread while HTTP already answers, so that /health tells how far it
+# is.
 
 FAILED_SECONDS = 60.0  # that a failed worker stays up, so that a person can still ask why
 PROGRESS_SECONDS = 5.0  # between two log lines about a download

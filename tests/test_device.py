@@ -11,7 +11,7 @@ import ast
 from collections.abc import Iterator
 
 import pytest
-from test_layers import SOURCE, definitions, units, with_added
+from test_layers import ENGINE, SOURCE, definitions, units, with_added
 
 # Of torch's functions, those whose result is where their arguments are, or that make no tensor.
 FOLLOW = {"torch.add", "torch.addcmul", "torch.cat", "torch.equal", "torch.log", "torch.stack",
@@ -34,7 +34,7 @@ Place = tuple[str, ast.AST]
 
 def places(source: str) -> list[Place]:
     """The methods and functions of the engine, each with its name."""
-    return [unit for title, node in definitions(source) if title == "Engine"
+    return [unit for title, node in definitions(source) if title in ENGINE
             for unit in units(node)]
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from conftest import WORKER
 
-SECTIONS = ("Errors", "Configuration", "Text", "Expression", "Audio", "Takes", "Model", "Engine",
+SECTIONS = ("Errors", "Configuration", "Text", "Expression", "Audio", "Takes", "Model",
+            "Sampling", "Decoding", "Stages", "Engine",
             "Narrator", "Scheduler", "Guard", "HTTP", "Endpoints", "Serverless", "Main")
-KNOW_TENSORS = {"Model", "Engine", "Main"}
+ENGINE = ("Sampling", "Decoding", "Stages", "Engine")
+KNOW_TENSORS = {"Model", *ENGINE, "Main"}
 TENSORS = {"torch", "F", "BarkModel", "AutoTokenizer", "transformers", "cuda"}
 KNOW_THE_WORLD = {"Scheduler", "Guard", "HTTP", "Endpoints", "Serverless", "Main"}
 WORLD = {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "RequestHandler", "wfile",
@@ -126,7 +128,7 @@ def world_in_the_engine(source: str) -> list[str]:
         for name, part in units(node):
             names = names_in(part)
             used = names & WORLD if title not in KNOW_THE_WORLD else set()
-            if title in ("Model", "Engine"):
+            if title in ("Model", *ENGINE):
                 used |= {n for n in names & ENGINE_ONLY if (name, n) not in EXCEPTIONS}
             if used:
                 wrong.append(f"{title}: {name} uses {used}")
