@@ -8,18 +8,33 @@
 
     python bark-worker.py --serverless    # a worker of a Vast.ai endpoint, which routes and scales
 
-Endpoints: GET /health, GET /ready, GET /voices, POST /synthesize, OpenAI's POST /v1/audio/speech,
-GET /v1/models and GET /v1/audio/voices, and a short page at GET /.
+The map: sections in order. Each uses what stands above it, and of the world what it may touch.
 
-Reading order is bottom-up, each section knows only what stands above it: errors, configuration,
-text, expression, audio, takes, model, engine, narrator, scheduler, guard, HTTP, serverless, main.
+  section        what it owns                                     may touch          watched by
+  Errors         what can go wrong, in words for who has to act  -                  test_scheduler
+  Configuration  settings and --help, before anything else        environment        test_config
+  Text           where a text is cut, and for how long            -                  test_text
+  Expression     cues and emphasis that the author asks for       -                  test_expression
+  Audio          samples to bytes, in six formats                 -                  test_audio
+  Takes          what came of a generation: judged and trimmed    -                  test_takes
+  Model          folders, downloads, weights, voices              tensors            test_weights
+  Sampling       which token comes next                           tensors            test_engine
+  Decoding       one token a step in slots of a KV cache          tensors            test_batching
+  Stages         semantic, coarse and fine, and the codec         tensors            test_engine
+  Engine         the stages' order; segments in, PCM out          tensors            test_batching
+  Narrator       a request's text as segments                     -                  test_openai
+  Scheduler      whose turn it is; the engine's one thread        threads            test_scheduler
+  Guard          an idle instance of Vast's stops itself          threads, net       test_guard
+  HTTP           connections, limits, framing, errors             threads, net       test_server
+  Endpoints      what a client may ask for, and how it is sent    threads, net       test_openai
+  Serverless     Vast's PyWorker in front                         threads, net       test_serverless
+  Main           the wiring                                       all                test_server
 
     HTTP threads --- request ---> scheduler thread --- segments ---> engine --- tensors ---> Bark
     HTTP threads <-- audio ------ scheduler thread <-- finished ---- engine <-- tokens ----- Bark
 
-A *request* is a text to speak, a *segment* a piece of it that fits one Bark generation. Bark makes
-a segment's audio in four stages: semantic tokens from text, coarse codes (codebooks 0 and 1) from
-semantic tokens, fine codes (codebooks 2 to 7) from coarse ones, and a waveform from the codes.
+A *request* is a text to speak, a *segment* a piece of it that fits one Bark generation, a *take*
+one generation of a segment.
 """
 
 from __future__ import annotations
