@@ -14,7 +14,10 @@ The map: sections in order. Each uses what stands above it, and of the world wha
   Errors         what can go wrong, in words for who has to act  -                  test_scheduler
   Configuration  settings and --help, before anything else        environment        test_config
   Text           where a text is cut, and for how long            -                  test_text
-  Expression     cues and emphasis that the author asks for       -                  test_expression
+  Reading        what a text's signs stand for, for every model   -                  test_expression
+  Lexicon        words by which narration tells how lines sound   -                  test_expression
+  Grammar        patterns made of them: who makes which sound     -                  test_expression
+  Placement      cues and emphasis put in, the words kept         -                  test_expression
   Audio          samples to bytes, in six formats                 -                  test_audio
   Takes          what came of a generation: judged and trimmed    -                  test_takes
   Model          folders, downloads, weights, voices              tensors            test_weights
@@ -745,14 +748,20 @@ class Paragraph:
 
 
 # -----------------------------------------------------------------------------
-# Expression: from what the author wrote to how Bark is told to say it
+# Reading: which words and pauses a text's signs stand for, whoever speaks it
+#
+# What a person reads out where the author wrote a sign and no word: markup, lists, entities,
+# directions that are not for speaking, what a tokenizer cannot write. It holds for every model,
+# also with expression off, and says nothing of how a word is said: that is the lexicon's, the
+# grammar's and the placement's below. No word is lost or added but for a short list, which stands
+# here. So far these are Bark's own cues, which stay what they are wherever an author types them.
 
 CUES = ("[laughs]", "[laughter]", "[sighs]", "[gasps]", "[clears throat]", "[music]")  # Suno's
 TYPED_CUE_RE = re.compile("|".join(map(re.escape, CUES)), re.IGNORECASE)
-CUES_A_SEGMENT, CUES_A_PARAGRAPH = 1, 2
-EMPHATIC_WORDS = 3  # most words in capitals at once: more would be shouted, and Bark loses them
-MAX_NARRATION = 300  # characters of a sentence that is asked how a line is spoken
 
+
+# -----------------------------------------------------------------------------
+# Lexicon: the words that expression goes by, as data
 
 def one_of(words: str) -> str:
     """A pattern for any of the words, which may be patterns themselves."""
@@ -765,32 +774,6 @@ def inflected(stems: str, ending: str) -> str:
     return " ".join(stem + ending for stem in cut)
 
 
-# Markup, by the kinds of it, the first that fits.
-
-NOTES, LETTER = "♩-♬", r"[^\W\d_]"
-HELD = r"(?=[\"“‘'(]?[^\W_])(?:[^{sign}\n]|\n(?=[^\n])){{1,300}}(?<!\s)"  # between two signs
-MARKUP = {
-    # From note to note within a paragraph; an unclosed one lasts to the end of its line.
-    "lyric": rf"[{NOTES}]+(?:[^{NOTES}\n]|\n(?=[^\S\n]*\S))+[{NOTES}]+|[{NOTES}]+[^{NOTES}\n]*",
-    "bracket": r"\[[^\[\]\n]{2,60}\]",
-    "round": r"(?<!\w)\([^()\n]{2,60}\)",  # not as in "boy(s)"
-    "stars": rf"(?<![\w*/\\`])(?P<mark>\*{{1,3}}){HELD.format(sign='*')}(?P=mark)(?![\w*])",
-    "under": rf"(?<![\w/\\`.])(?<!\w\()_{HELD.format(sign='_')}_(?![\w(/])",
-    "dash": rf"(?<={LETTER})--{{1,2}}(?={LETTER}|[\"”’')\s]|$)"  # no range, option or rule
-            rf"|(?<=[,.!?\"”’])--{{1,2}}(?={LETTER}|[\"”’\s]|$)"
-            r"|(?<=[\w,.!?\"”’)*][ \n])--{1,2}(?=[ \n\"“])"
-            rf"|(?<=[\"“])--{{1,2}}(?={LETTER})"
-            rf"|(?<={LETTER}{{2}} )-(?= (?:{LETTER}{{2}}|[IAa]\b))"
-            rf"|(?<={LETTER}[ ,])–(?=\s)|(?<=[^\W_])–(?=[\"”’\s]|$)",
-    "dots": r"…+|(?<!\.)\.(?:[ \u00a0]\.){2,3}(?![ \u00a0]?\.)",
-}
-MARKUP_RE = re.compile("|".join(f"(?P<{kind}>{signs})" for kind, signs in MARKUP.items()))
-HESITATION = {"dash": "—", "dots": "..."}  # as Suno writes it
-CUE_LEFT_RE = re.compile(r"(?<!\A)(?<!\s)[\"']\Z|[^\s\"'“‘«(—]\Z")
-CUE_RIGHT_RE = re.compile(r"[\w“‘«(]|[\"'](?=\w)")
-UNSPACED_DOTS = ("zh", "ja")  # have …… and —— as marks of their own
-
-# Stage directions: what Bark has no cue for is left out. "" stands for nothing.
 LAUGHS = "laugh chuckle giggle snicker snigger cackle guffaw titter chortle"
 LEFT_OUT = ("whisper shout smile grin nod shrug pause wink frown sob sniff sniffle smirk mutter"
             " murmur blush whimper yawn scream wince blink scoff tremble hesitate")
@@ -820,35 +803,9 @@ ACTS = (
          f"{inflected(LEFT_OUT, 'ing')} crying weeping pause beat whisper smile"
          r" softly quietly angrily sarcastically sadly happily nervously"),
 )
-MANNER = (r"(?:\s+(?:\w+ly|again|loudly|aloud|out\s+loud|a\s+(?:little|bit)|hard|"
-          r"to\s+(?:him|her|my)self|(?:in|with)\s+(?:disbelief|relief|surprise|shock|delight|"
-          r"amusement|frustration|exasperation|horror|joy|pain)|at\s+(?:him|her|them|this|that)))")
-DIRECTIONS = tuple(
-    (acts.cue, free, re.compile(
-        rf"(?:(?:he|she|they|i|we)\s+)?(?:\w+ly\s+)?{one_of(words)}{MANNER}{{0,2}}[.!]?", re.I))
-    for acts in ACTS for free, words in ((True, acts.anywhere), (False, acts.aside)))
-QUOTES = "\"“”‘’'"
-ARTICLE_LAST_RE = re.compile(r"\b(?:the|an?)\s+$", re.I)
-WORD_RE = re.compile(r"[^\W_]")
-ASIDE_AFTER = ".!?…,:;—–-\"“‘«»”("  # where a line may start: after these, or at a line's start
-SUBJECT_BEFORE_RE = re.compile(r"\b" + one_of(
-    "he she it they who that which i we you to never always the an? and not only") + "$", re.I)
-NAME_BEFORE_RE = re.compile(
-    r"\b(?:(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir)(?: \w+){1,2}|[A-Z][a-z]+)$")
-GOES_ON_RE = re.compile(r"\s+" + one_of(
-    "is was are were of at about with and or as like has had can will to for on from that than"
-    " because when if") + r"\b")
-
-# Narration. A finite verb needs its subject beside it, an adjunct one in its sentence.
-
-ADVERB = (r"(?:(?!(?:near|hard|bare|scarce|inward|silent|mental|practical|virtual|on)ly\b)\w+ly|"
-          + one_of("just then still even again both all also soon now too at\\s+last") + ")")
-ADJECTIVES = r"(?:\s+(?!(?:of|like|that|who)\b)[\w'’-]+,?){0,3}"
-ARTICLE = "(?:a|an|another|one|his|her|my|their)"
 GIVES = (r"gave gives give let\s+out lets\s+out heaved heaves uttered utters released releases"
          r" loosed breathed breathes forced managed emitted drew fetched barked")
 GIVING = r"giving letting\s+out heaving uttering releasing breathing forcing emitting drawing"
-BURSTS = r"(?:burst|bursts|broke|breaks|fell|dissolved|collapsed|erupted|exploded)\s+(?:out|into)"
 
 
 class Sound(NamedTuple):
@@ -873,6 +830,88 @@ SOUNDS = (
     Sound("[music]", r"(?:sang|sings|crooned|croons)(?!\s+(?:out|the\s+praises)\b)", "sing",
           "singing", "song"),
 )
+PERSON = (
+    r"\w*(?:man|woman|men|women|boy|boys|girl|girls|child|children|mother|father|sister|brother)"
+    r" lady gentleman gentlemen king queen prince nurse judge thief cook clerk monk nun priest"
+    r" guard guide aunt uncle cousin niece nephew friend friends wife husband son lad lass twin"
+    r" twins bride groom host guest butler maid servant pupil student parent dad mum mom nan gran"
+    r" grandpa grandma giant dwarf elf witch wizard knight squire monarch chief colonel general"
+    r" corporal major lieutenant cop pilot coach boss crowd audience class others couple pair"
+    r" stranger patient assistant lieutenant merchant sergeant duke count baron widow orphan kid"
+    r" kids people villain hero rogue fool clown duchess youth elder captain abbot bishop"
+    r" neighbou?r \w{2,}(?:er|or|ist|ess|ian|eer|ee)s?")
+THINGS = (
+    r"river water weather thunder tower boiler heater motor radiator tractor computer shutter"
+    r" shutters letter paper winter summer fever corner timber leather power elevator generator"
+    r" mower speaker loudspeaker printer cooker burner steamer door doors floor mirror tree trees"
+    r" coffee air wind winds leaves waves pines rain engine brakes pipes kettle silence theatre"
+    r" theater brook stream night darkness grass curtain curtains chair sofa bed mattress house"
+    r" thing something it nothing train bus car ship world sea ocean bird birds")
+NOT_NAMES = (
+    r"The An? And But Or So Then When While As If Because After Before Until Unless Though That"
+    r" Although This These Those There Here Nobody No None Neither Nothing Something Nor Not Never"
+    r" Everything It Its What Who Why How Where Had Did Was Were Would Could Has Have Is Are Do"
+    r" Does With Without In On At By For From To Of All Some Few Many Most Both Each Her His My Our"
+    r" Their Your Yes Well Oh Only Even Almost Nearly Hardly Perhaps Maybe Once Now Still Again"
+    r" Suddenly Finally Somewhere Outside Every Someone Somebody Anyone Anybody People Laughter One"
+    r" Another Others \w+ing \w+ly")
+SAID = one_of("said says say asked asks cried cries answered replied told whispered muttered added"
+              " called shouted began continued went\\s+on declared exclaimed repeated murmured"
+              " returned agreed admitted explained remarked observed demanded announced")
+
+
+# -----------------------------------------------------------------------------
+# Grammar: what a text's signs and its narration say of how it is spoken
+
+# Markup, by the kinds of it, the first that fits.
+
+NOTES, LETTER = "♩-♬", r"[^\W\d_]"
+HELD = r"(?=[\"“‘'(]?[^\W_])(?:[^{sign}\n]|\n(?=[^\n])){{1,300}}(?<!\s)"  # between two signs
+MARKUP = {
+    # From note to note within a paragraph; an unclosed one lasts to the end of its line.
+    "lyric": rf"[{NOTES}]+(?:[^{NOTES}\n]|\n(?=[^\S\n]*\S))+[{NOTES}]+|[{NOTES}]+[^{NOTES}\n]*",
+    "bracket": r"\[[^\[\]\n]{2,60}\]",
+    "round": r"(?<!\w)\([^()\n]{2,60}\)",  # not as in "boy(s)"
+    "stars": rf"(?<![\w*/\\`])(?P<mark>\*{{1,3}}){HELD.format(sign='*')}(?P=mark)(?![\w*])",
+    "under": rf"(?<![\w/\\`.])(?<!\w\()_{HELD.format(sign='_')}_(?![\w(/])",
+    "dash": rf"(?<={LETTER})--{{1,2}}(?={LETTER}|[\"”’')\s]|$)"  # no range, option or rule
+            rf"|(?<=[,.!?\"”’])--{{1,2}}(?={LETTER}|[\"”’\s]|$)"
+            r"|(?<=[\w,.!?\"”’)*][ \n])--{1,2}(?=[ \n\"“])"
+            rf"|(?<=[\"“])--{{1,2}}(?={LETTER})"
+            rf"|(?<={LETTER}{{2}} )-(?= (?:{LETTER}{{2}}|[IAa]\b))"
+            rf"|(?<={LETTER}[ ,])–(?=\s)|(?<=[^\W_])–(?=[\"”’\s]|$)",
+    "dots": r"…+|(?<!\.)\.(?:[ \u00a0]\.){2,3}(?![ \u00a0]?\.)",
+}
+MARKUP_RE = re.compile("|".join(f"(?P<{kind}>{signs})" for kind, signs in MARKUP.items()))
+CUE_LEFT_RE = re.compile(r"(?<!\A)(?<!\s)[\"']\Z|[^\s\"'“‘«(—]\Z")
+CUE_RIGHT_RE = re.compile(r"[\w“‘«(]|[\"'](?=\w)")
+
+# Stage directions: what Bark has no cue for is left out. "" stands for nothing.
+MANNER = (r"(?:\s+(?:\w+ly|again|loudly|aloud|out\s+loud|a\s+(?:little|bit)|hard|"
+          r"to\s+(?:him|her|my)self|(?:in|with)\s+(?:disbelief|relief|surprise|shock|delight|"
+          r"amusement|frustration|exasperation|horror|joy|pain)|at\s+(?:him|her|them|this|that)))")
+DIRECTIONS = tuple(
+    (acts.cue, free, re.compile(
+        rf"(?:(?:he|she|they|i|we)\s+)?(?:\w+ly\s+)?{one_of(words)}{MANNER}{{0,2}}[.!]?", re.I))
+    for acts in ACTS for free, words in ((True, acts.anywhere), (False, acts.aside)))
+ARTICLE_LAST_RE = re.compile(r"\b(?:the|an?)\s+$", re.I)
+WORD_RE = re.compile(r"[^\W_]")
+ASIDE_AFTER = ".!?…,:;—–-\"“‘«»”("  # where a line may start: after these, or at a line's start
+SUBJECT_BEFORE_RE = re.compile(r"\b" + one_of(
+    "he she it they who that which i we you to never always the an? and not only") + "$", re.I)
+NAME_BEFORE_RE = re.compile(
+    r"\b(?:(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir)(?: \w+){1,2}|[A-Z][a-z]+)$")
+GOES_ON_RE = re.compile(r"\s+" + one_of(
+    "is was are were of at about with and or as like has had can will to for on from that than"
+    " because when if") + r"\b")
+
+# Narration. A finite verb needs its subject beside it, an adjunct one in its sentence.
+
+ADVERB = (r"(?:(?!(?:near|hard|bare|scarce|inward|silent|mental|practical|virtual|on)ly\b)\w+ly|"
+          + one_of("just then still even again both all also soon now too at\\s+last") + ")")
+ADJECTIVES = r"(?:\s+(?!(?:of|like|that|who)\b)[\w'’-]+,?){0,3}"
+ARTICLE = "(?:a|an|another|one|his|her|my|their)"
+BURSTS = r"(?:burst|bursts|broke|breaks|fell|dissolved|collapsed|erupted|exploded)\s+(?:out|into)"
 
 
 def finite(sound: Sound) -> str:
@@ -900,32 +939,6 @@ SOUND_RE = re.compile(r"\b(?:" + "|".join(
     rf"(?P<finite{n}>{finite(sound)})|(?P<adjunct{n}>(?i:{adjunct(sound)}))"
     for n, sound in enumerate(SOUNDS)) + r")(?![\w-])")
 TOLD_RE = re.compile(one_of(f"{LAUGHS.replace('e ', ' ')} sigh gasp throat sang sing croon"), re.I)
-
-PERSON = (
-    r"\w*(?:man|woman|men|women|boy|boys|girl|girls|child|children|mother|father|sister|brother)"
-    r" lady gentleman gentlemen king queen prince nurse judge thief cook clerk monk nun priest"
-    r" guard guide aunt uncle cousin niece nephew friend friends wife husband son lad lass twin"
-    r" twins bride groom host guest butler maid servant pupil student parent dad mum mom nan gran"
-    r" grandpa grandma giant dwarf elf witch wizard knight squire monarch chief colonel general"
-    r" corporal major lieutenant cop pilot coach boss crowd audience class others couple pair"
-    r" stranger patient assistant lieutenant merchant sergeant duke count baron widow orphan kid"
-    r" kids people villain hero rogue fool clown duchess youth elder captain abbot bishop"
-    r" neighbou?r \w{2,}(?:er|or|ist|ess|ian|eer|ee)s?")
-THINGS = (
-    r"river water weather thunder tower boiler heater motor radiator tractor computer shutter"
-    r" shutters letter paper winter summer fever corner timber leather power elevator generator"
-    r" mower speaker loudspeaker printer cooker burner steamer door doors floor mirror tree trees"
-    r" coffee air wind winds leaves waves pines rain engine brakes pipes kettle silence theatre"
-    r" theater brook stream night darkness grass curtain curtains chair sofa bed mattress house"
-    r" thing something it nothing train bus car ship world sea ocean bird birds")
-NOT_NAMES = (
-    r"The An? And But Or So Then When While As If Because After Before Until Unless Though That"
-    r" Although This These Those There Here Nobody No None Neither Nothing Something Nor Not Never"
-    r" Everything It Its What Who Why How Where Had Did Was Were Would Could Has Have Is Are Do"
-    r" Does With Without In On At By For From To Of All Some Few Many Most Both Each Her His My Our"
-    r" Their Your Yes Well Oh Only Even Almost Nearly Hardly Perhaps Maybe Once Now Still Again"
-    r" Suddenly Finally Somewhere Outside Every Someone Somebody Anyone Anybody People Laughter One"
-    r" Another Others \w+ing \w+ly")
 PRONOUN = r"(?:[Hh]e|[Ss]he|[Tt]hey|[Ww]e|I|[Yy]ou)"
 GROUP = r"(?:[Ee]veryone|[Ee]verybody|[Tt]hey\s+all|[Ww]e\s+all|[Aa]ll\s+of\s+(?:them|us))"
 SOMEBODY = (  # "the old man", "her uncle"
@@ -946,9 +959,6 @@ COMMA_LAST_RE = re.compile(
     rf"(?:^|[,;—]|\b(?i:while|still|already|half|and))\s*(?:{ADVERB}\s+)?$")
 GROUP_RE = re.compile(rf"{GROUP}|[Tt]hey|[Ww]e|.*\b(?:crowd|audience|class|others|children|men|"
                       r"women|boys|girls|people|friends|twins)$", re.S)
-SAID = one_of("said says say asked asks cried cries answered replied told whispered muttered added"
-              " called shouted began continued went\\s+on declared exclaimed repeated murmured"
-              " returned agreed admitted explained remarked observed demanded announced")
 SAID_RE = re.compile(rf"\b{SAID}\b")
 TAG_RE = re.compile(r"\s*[a-z]+ed\s+(?:the|an?|my|his|her|our|their)\s+[a-z]")  # boomed the giant
 SAID_LAST_RE = re.compile(rf"\b{SAID}\s*$")
@@ -979,6 +989,77 @@ FIRST_CLAUSE_RE = re.compile(r"(?:(?!,?\s+and\b).)*", re.S)
 CLAUSE_END_RE = re.compile(r"[,;:.!?…—–][\"”’')\]]*\s+|\s(?=[\"“‘«(])")
 QUOTE_MARK_RE = re.compile(r"[\"“”]")
 APOSTROPHE_RE = re.compile(r"(?<!\w)['‘](?=\w)|(?<=[,.!?…—-])['’](?!\w)")
+
+
+def narrated_cue(narration: str, trailing: bool) -> str | None:
+    """The cue for the line that the narration before it, or with `trailing` after it, tells of."""
+    if narration.rstrip().endswith("?") or ELSEWHERE_RE.search(narration):
+        return None
+    if match := ESCAPED_RE.match(narration):
+        return next(s.cue for s in SOUNDS if re.fullmatch(one_of(s.noun), match["noun"]))
+    for match in SOUND_RE.finditer(narration):
+        kind, index = str(match.lastgroup)[:-1], int(str(match.lastgroup)[-1])
+        left, right = narration[: match.start()], narration[match.end() :]
+        if UNHEARD_RE.match(right):
+            continue
+        if kind == "adjunct":
+            subject = adjunct_subject(left, match[0], right, trailing)
+        else:
+            subject = finite_subject(left, right, trailing)
+        if subject:
+            cue = SOUNDS[index].cue
+            return "[laughter]" if cue == "[laughs]" and is_group(subject) else cue
+    return None
+
+
+def finite_subject(left: str, right: str, trailing: bool) -> str | None:
+    """Who did what the verb between `left` and `right` says, if it is the line's speaker."""
+    if not re.search(r"\w", left):  # "...," sighed Tom
+        match = SUBJECT_NEXT_RE.match(right) if trailing else None
+        return match[0].strip() if match else None
+    if match := SUBJECT_LAST_RE.search(left, max(0, len(left) - 80)):
+        before = left[: match.start(1)]
+        other = speaks_besides(match[1], before if trailing else right, trailing)
+        if DENIED_RE.search(before.rpartition(",")[2]) or (other and not is_group(match[1])):
+            return None
+        return match[1]
+    subject = SUBJECT_RE.search(left) if AND_LAST_RE.search(left) else None
+    return subject[0] if subject and not DENIED_RE.search(left) else None
+
+
+def speaks_besides(subject: str, told: str, inverted: bool) -> bool:
+    """Whether somebody else speaks there; `inverted` also finds it as "said Tom"."""
+    if match := SPEAKER_RE.search(told):
+        return match[1].lower() != subject.lower()
+    return inverted and SAID_RE.search(told) is not None
+
+
+def is_group(subject: str) -> bool:
+    return GROUP_RE.fullmatch(subject) is not None
+
+
+def adjunct_subject(left: str, phrase: str, right: str, trailing: bool) -> str | None:
+    """Whom "laughing" or "with a sigh" tells of, if it is the line's speaker."""
+    if re.match(r"\w+ing\b", phrase) and not (
+            COMMA_LAST_RE.search(left) and PARTICIPLE_GOES_ON_RE.match(right)):
+        return None
+    other = ANOTHER_RE.search(left)
+    if DENIED_RE.search(left) or (
+            other and speaks_besides(other[1], left[: other.start()], inverted=True)):
+        return None
+    near = left if trailing else left + right  # whatever speaks there is somebody
+    subject = SUBJECT_RE.search(near) or SAID_RE.search(near) or TAG_RE.match(near)
+    return subject[0] if subject else None
+
+
+# -----------------------------------------------------------------------------
+# Placement: cues, capitals and dashes in a text whose words stay the author's
+
+CUES_A_SEGMENT, CUES_A_PARAGRAPH = 1, 2
+EMPHATIC_WORDS = 3  # most words in capitals at once: more would be shouted, and Bark loses them
+MAX_NARRATION = 300  # characters of a sentence that is asked how a line is spoken
+HESITATION = {"dash": "—", "dots": "..."}  # as Suno writes it
+UNSPACED_DOTS = ("zh", "ja")  # have …… and —— as marks of their own
 
 
 class Edit(NamedTuple):
@@ -1113,67 +1194,6 @@ def quotations(text: str, start: int, end: int) -> list[Quotation]:
     if double and opened >= 0:
         found.append(Quotation(opened, end))
     return found
-
-
-def narrated_cue(narration: str, trailing: bool) -> str | None:
-    """The cue for the line that the narration before it, or with `trailing` after it, tells of."""
-    if narration.rstrip().endswith("?") or ELSEWHERE_RE.search(narration):
-        return None
-    if match := ESCAPED_RE.match(narration):
-        return next(s.cue for s in SOUNDS if re.fullmatch(one_of(s.noun), match["noun"]))
-    for match in SOUND_RE.finditer(narration):
-        kind, index = str(match.lastgroup)[:-1], int(str(match.lastgroup)[-1])
-        left, right = narration[: match.start()], narration[match.end() :]
-        if UNHEARD_RE.match(right):
-            continue
-        if kind == "adjunct":
-            subject = adjunct_subject(left, match[0], right, trailing)
-        else:
-            subject = finite_subject(left, right, trailing)
-        if subject:
-            cue = SOUNDS[index].cue
-            return "[laughter]" if cue == "[laughs]" and is_group(subject) else cue
-    return None
-
-
-def finite_subject(left: str, right: str, trailing: bool) -> str | None:
-    """Who did what the verb between `left` and `right` says, if it is the line's speaker."""
-    if not re.search(r"\w", left):  # "...," sighed Tom
-        match = SUBJECT_NEXT_RE.match(right) if trailing else None
-        return match[0].strip() if match else None
-    if match := SUBJECT_LAST_RE.search(left, max(0, len(left) - 80)):
-        before = left[: match.start(1)]
-        other = speaks_besides(match[1], before if trailing else right, trailing)
-        if DENIED_RE.search(before.rpartition(",")[2]) or (other and not is_group(match[1])):
-            return None
-        return match[1]
-    subject = SUBJECT_RE.search(left) if AND_LAST_RE.search(left) else None
-    return subject[0] if subject and not DENIED_RE.search(left) else None
-
-
-def speaks_besides(subject: str, told: str, inverted: bool) -> bool:
-    """Whether somebody else speaks there; `inverted` also finds it as "said Tom"."""
-    if match := SPEAKER_RE.search(told):
-        return match[1].lower() != subject.lower()
-    return inverted and SAID_RE.search(told) is not None
-
-
-def is_group(subject: str) -> bool:
-    return GROUP_RE.fullmatch(subject) is not None
-
-
-def adjunct_subject(left: str, phrase: str, right: str, trailing: bool) -> str | None:
-    """Whom "laughing" or "with a sigh" tells of, if it is the line's speaker."""
-    if re.match(r"\w+ing\b", phrase) and not (
-            COMMA_LAST_RE.search(left) and PARTICIPLE_GOES_ON_RE.match(right)):
-        return None
-    other = ANOTHER_RE.search(left)
-    if DENIED_RE.search(left) or (
-            other and speaks_besides(other[1], left[: other.start()], inverted=True)):
-        return None
-    near = left if trailing else left + right  # whatever speaks there is somebody
-    subject = SUBJECT_RE.search(near) or SAID_RE.search(near) or TAG_RE.match(near)
-    return subject[0] if subject else None
 
 
 class Narration:
