@@ -750,11 +750,11 @@ class Paragraph:
 # -----------------------------------------------------------------------------
 # Reading: which words and pauses a text's signs stand for, whoever speaks it
 #
-# What a person reads out where the author wrote a sign and no word: markup, lists, entities,
+# What a person who reads aloud makes of signs that are no words: markup, lists, entities,
 # directions that are not for speaking, what a tokenizer cannot write. It holds for every model,
-# also with expression off, and says nothing of how a word is said: that is the lexicon's, the
-# grammar's and the placement's below. No word is lost or added but for a short list, which stands
-# here. So far these are Bark's own cues, which stay what they are wherever an author types them.
+# also with expression off. How a word is said is not decided here but in the three sections below.
+# No word is lost or added; what may be left out instead is listed here. So far there are only
+# Bark's own cues, which stay what they are wherever an author types them.
 
 CUES = ("[laughs]", "[laughter]", "[sighs]", "[gasps]", "[clears throat]", "[music]")  # Suno's
 TYPED_CUE_RE = re.compile("|".join(map(re.escape, CUES)), re.IGNORECASE)
@@ -762,27 +762,41 @@ TYPED_CUE_RE = re.compile("|".join(map(re.escape, CUES)), re.IGNORECASE)
 
 # -----------------------------------------------------------------------------
 # Lexicon: the words that expression goes by, as data
+#
+# A list is one string: blanks part its entries, "_" is a blank inside of one ("let_out"), and an
+# entry may be a pattern where that is shorter than its words ("an?", "neighbou?r"). The comment
+# above a list says what a word does in it. All of it is English: narration is understood in no
+# other language, and stage directions are English words wherever they stand.
+
 
 def one_of(words: str) -> str:
-    """A pattern for any of the words, which may be patterns themselves."""
-    return f"(?:{'|'.join(words.split())})"
+    """A pattern for any of the words of a list."""
+    return f"(?:{'|'.join(words.split())})".replace("_", r"\s+")
+
+
+def either_case(words: str) -> str:
+    """The words, each with a small letter or a capital first."""
+    return " ".join(f"[{word[0].upper()}{word[0]}]{word[1:]}" for word in words.split())
 
 
 def inflected(stems: str, ending: str) -> str:
-    """The stems of regular verbs with -ed, -s or -ing, for `one_of`."""
+    """Regular verbs with -ed, -s or -ing, from their stems."""
     cut = [stem if ending == "s" else stem.removesuffix("e") for stem in stems.split()]
     return " ".join(stem + ending for stem in cut)
 
 
+# Each is [laughs], as a verb or a noun: Bark makes one sound of them all.
 LAUGHS = "laugh chuckle giggle snicker snigger cackle guffaw titter chortle"
-LEFT_OUT = ("whisper shout smile grin nod shrug pause wink frown sob sniff sniffle smirk mutter"
-            " murmur blush whimper yawn scream wince blink scoff tremble hesitate")
+# A direction that says this is not spoken, and Bark has no sound for it.
+LEFT_OUT = """
+    whisper shout smile grin nod shrug pause wink frown sob sniff sniffle smirk mutter murmur blush
+    whimper yawn scream wince blink scoff tremble hesitate"""
 
 
 class Acts(NamedTuple):
     """Words of stage directions: safe anywhere as "laughs" is, or only where a line may start."""
 
-    cue: str
+    cue: str  # "" for none: the direction is left out
     anywhere: str
     aside: str
 
@@ -790,31 +804,37 @@ class Acts(NamedTuple):
 ACTS = (
     Acts("[laughs]", f"{inflected(LAUGHS, 's')} chuckle giggle",
          f"{inflected(LAUGHS, 'ing')} {LAUGHS}"),
-    Acts("[laughter]", r"laughter\s+from\s+the\s+\w+ (?:audience|crowd|group|all)\s+laughs?",
-         "laughter"),
+    Acts("[laughter]", r"laughter_from_the_\w+ (?:audience|crowd|group|all)_laughs?", "laughter"),
     Acts("[sighs]", "sighs sigh exhales groans", "sighing exhaling groaning groan"),
-    Acts("[gasps]", r"gasps gasp inhales\s+sharply", "gasping"),
-    Acts("[clears throat]", r"clears\s+(?:\w+\s+)?throat coughs",
-         r"clearing\s+(?:\w+\s+)?throat clear\s+throat throat\s+clear(?:s|ing)? coughing cough"
-         " ahem"),
-    Acts("[music]", r"music\s+(?:plays|playing|starts|swells)", r"(?:soft\s+|loud\s+)?music"),
-    Acts("", inflected(LEFT_OUT, "s") + r" cries weeps clapping applause rolls\s+(?:\w+\s+)?eyes"
-         r" shakes\s+(?:\w+\s+)?head takes\s+a\s+(?:deep\s+)?breath",
-         f"{inflected(LEFT_OUT, 'ing')} crying weeping pause beat whisper smile"
-         r" softly quietly angrily sarcastically sadly happily nervously"),
+    Acts("[gasps]", "gasps gasp inhales_sharply", "gasping"),
+    Acts("[clears throat]", r"clears_(?:\w+_)?throat coughs",
+         r"clearing_(?:\w+_)?throat clear_throat throat_clear(?:s|ing)? coughing cough ahem"),
+    Acts("[music]", "music_(?:plays|playing|starts|swells)", "(?:soft_|loud_)?music"),
+    Acts("", inflected(LEFT_OUT, "s") + r" cries weeps clapping applause rolls_(?:\w+_)?eyes"
+         r" shakes_(?:\w+_)?head takes_a_(?:deep_)?breath",
+         f"{inflected(LEFT_OUT, 'ing')} crying weeping pause beat whisper smile softly quietly"
+         " angrily sarcastically sadly happily nervously"),
 )
-GIVES = (r"gave gives give let\s+out lets\s+out heaved heaves uttered utters released releases"
-         r" loosed breathed breathes forced managed emitted drew fetched barked")
-GIVING = r"giving letting\s+out heaving uttering releasing breathing forcing emitting drawing"
+# May follow the verb of a direction: "laughs out loud", "sighs with relief".
+MANNERS = r"""
+    \w+ly again aloud out_loud a_(?:little|bit) hard to_(?:him|her|my)self
+    (?:in|with)_(?:disbelief|relief|surprise|shock|delight|amusement|frustration|exasperation)
+    (?:in|with)_(?:horror|joy|pain) at_(?:him|her|them|this|that)"""
+# Before a word in stars they make it the clause's own: "he *laughs*", "a *laugh*".
+BEFORE_VERB = "he she it they who that which i we you to never always the an? and not only"
+# After stars or brackets they go on with the clause: "*laughing* is good for you".
+AFTER_VERB = """
+    is was are were of at about with and or as like has had can will to for on from that than
+    because when if"""
 
 
 class Sound(NamedTuple):
     """How narration tells that somebody makes the sound of a cue."""
 
     cue: str
-    told: str     # "sighed", "sighs"
-    base: str     # "sigh": after I, we, they, you
-    going: str    # "sighing"
+    told: str   # "sighed", "sighs"
+    base: str   # "sigh": after I, we, they, you
+    going: str  # "sighing"
     noun: str
 
 
@@ -823,58 +843,118 @@ SOUNDS = (
           inflected(LAUGHS, "ing"), LAUGHS),
     Sound("[sighs]", "sighed sighs", "sigh", "sighing", "sigh"),
     Sound("[gasps]", "gasped gasps", "gasp", "gasping", "gasp"),
-    Sound("[clears throat]", r"clear(?:ed|s)\s+(?:his|her|their|my|its|our)\s+throats?",
-          r"clear\s+(?:his|her|my|our|their|your)\s+throats?",
-          r"clearing\s+(?:his|her|their|my)\s+throats?",
-          r"(?:cough|clearing)\s+of\s+the\s+throat"),
-    Sound("[music]", r"(?:sang|sings|crooned|croons)(?!\s+(?:out|the\s+praises)\b)", "sing",
+    Sound("[clears throat]", "clear(?:ed|s)_(?:his|her|their|my|its|our)_throats?",
+          "clear_(?:his|her|my|our|their|your)_throats?",
+          "clearing_(?:his|her|their|my)_throats?", "(?:cough|clearing)_of_the_throat"),
+    Sound("[music]", r"(?:sang|sings|crooned|croons)(?!_(?:out|the_praises)\b)", "sing",
           "singing", "song"),
 )
-PERSON = (
-    r"\w*(?:man|woman|men|women|boy|boys|girl|girls|child|children|mother|father|sister|brother)"
-    r" lady gentleman gentlemen king queen prince nurse judge thief cook clerk monk nun priest"
-    r" guard guide aunt uncle cousin niece nephew friend friends wife husband son lad lass twin"
-    r" twins bride groom host guest butler maid servant pupil student parent dad mum mom nan gran"
-    r" grandpa grandma giant dwarf elf witch wizard knight squire monarch chief colonel general"
-    r" corporal major lieutenant cop pilot coach boss crowd audience class others couple pair"
-    r" stranger patient assistant lieutenant merchant sergeant duke count baron widow orphan kid"
-    r" kids people villain hero rogue fool clown duchess youth elder captain abbot bishop"
-    r" neighbou?r \w{2,}(?:er|or|ist|ess|ian|eer|ee)s?")
-THINGS = (
-    r"river water weather thunder tower boiler heater motor radiator tractor computer shutter"
-    r" shutters letter paper winter summer fever corner timber leather power elevator generator"
-    r" mower speaker loudspeaker printer cooker burner steamer door doors floor mirror tree trees"
-    r" coffee air wind winds leaves waves pines rain engine brakes pipes kettle silence theatre"
-    r" theater brook stream night darkness grass curtain curtains chair sofa bed mattress house"
-    r" thing something it nothing train bus car ship world sea ocean bird birds")
-NOT_NAMES = (
-    r"The An? And But Or So Then When While As If Because After Before Until Unless Though That"
-    r" Although This These Those There Here Nobody No None Neither Nothing Something Nor Not Never"
-    r" Everything It Its What Who Why How Where Had Did Was Were Would Could Has Have Is Are Do"
-    r" Does With Without In On At By For From To Of All Some Few Many Most Both Each Her His My Our"
-    r" Their Your Yes Well Oh Only Even Almost Nearly Hardly Perhaps Maybe Once Now Still Again"
-    r" Suddenly Finally Somewhere Outside Every Someone Somebody Anyone Anybody People Laughter One"
-    r" Another Others \w+ing \w+ly")
-SAID = one_of("said says say asked asks cried cries answered replied told whispered muttered added"
-              " called shouted began continued went\\s+on declared exclaimed repeated murmured"
-              " returned agreed admitted explained remarked observed demanded announced")
+# Before the sound as their object: "gave a short laugh".
+GIVES = """
+    gave gives give let_out lets_out heaved heaves uttered utters released releases loosed breathed
+    breathes forced managed emitted drew fetched barked"""
+# The same beside another verb: "he said, heaving a sigh".
+GIVING = "giving letting_out heaving uttering releasing breathing forcing emitting drawing"
+# Before "out" or "into" the sound: "burst out laughing", "dissolved into giggles".
+BURSTS = "burst bursts broke breaks fell dissolved collapsed erupted exploded"
+# Before "with laughter".
+ROARED = "roared howled shook shrieked screamed"
+
+# May stand beside the verb, as most words in -ly: "she still laughed", "slowly he sighed".
+ADVERBS = "just then still even again both all also soon now too at_last"
+# Before -ly: they say that there was no sound, or that nobody heard it.
+NOT_REALLY = "near hard bare scarce inward silent mental practical virtual on"
+# Whose: "a sigh in her voice", "gave his short laugh".
+OWNERS = "his her their my"
+# Before somebody or something: "the old man", "our uncle".
+DETERMINERS = f"the an? {OWNERS} our"
+# No adjectives between a determiner and its person: "the house of her brother" is nobody.
+BREAKS = "of where who which that and when in with on at for to from by"
+# Who may speak, and so make a sound. Most trades and many others end as the last entry says.
+PERSON = r"""
+    \w*(?:man|woman|men|women|boys?|girls?|child|children|mother|father|sister|brother) lady
+    gentleman gentlemen king queen prince nurse judge thief cook clerk monk nun priest guard guide
+    aunt uncle cousin niece nephew friends? wife husband son lad lass twins? bride groom host guest
+    butler maid servant pupil student parent dad mum mom nan gran grandpa grandma giant dwarf elf
+    witch wizard knight squire monarch chief colonel general corporal major lieutenant cop pilot
+    coach boss crowd audience class others couple pair stranger patient assistant merchant sergeant
+    duke count baron widow orphan kids? people villain hero rogue fool clown duchess youth elder
+    captain abbot bishop neighbou?r \w{2,}(?:er|or|ist|ess|ian|eer|ee)s?"""
+# Sigh and sing without speaking; many end as a trade does.
+THINGS = """
+    river water weather thunder tower boiler heater motor radiator tractor computer shutters? letter
+    paper winter summer fever corner timber leather power elevator generator mower speaker
+    loudspeaker printer cooker burner steamer doors? floor mirror trees? coffee air winds? leaves
+    waves pines rain engine brakes pipes kettle silence theatre theater brook stream night darkness
+    grass curtains? chair sofa bed mattress house thing something it nothing train bus car ship
+    world sea ocean birds?"""
+# Before a dot that ends no sentence, and a name.
+SHORT_TITLES = "Mr Mrs Ms Dr St"
+# Before a name.
+TITLES_OF_NAMES = f"{SHORT_TITLES} Prof Capt Sgt Lt Col Rev"
+# Have a capital at a sentence's start, and are no names.
+NOT_NAMES = r"""
+    The An? And But Or So Then When While As If Because After Before Until Unless Though That
+    Although This These Those There Here Nobody No None Neither Nothing Something Nor Not Never
+    Everything It Its What Who Why How Where Had Did Was Were Would Could Has Have Is Are Do Does
+    With Without In On At By For From To Of All Some Few Many Most Both Each Her His My Our Their
+    Your Yes Well Oh Only Even Almost Nearly Hardly Perhaps Maybe Once Now Still Again Suddenly
+    Finally Somewhere Outside Every Someone Somebody Anyone Anybody People Laughter One Another
+    Others \w+ing \w+ly"""
+# At a subject's end: it is many people, whose laugh is [laughter].
+MANY = "crowd audience class others children men women boys girls people friends twins"
+# Tell that somebody speaks: who says the line makes its sound.
+SAID = """
+    said says say asked asks cried cries answered replied told whispered muttered added called
+    shouted began continued went_on declared exclaimed repeated murmured returned agreed admitted
+    explained remarked observed demanded announced"""
+# In a clause, before its verb: the sound was not made, or not now, or not by whom it tells of.
+DENIES = """
+    not never nobody none neither nor no without hardly barely scarcely almost nearly had would
+    could might should must did if unless whether that how who whom whose which what where why when
+    whenever until till before after once because though although like than heard saw watched
+    remembered remembers imagined thought knew wished hoped supposed claimed swore felt noticed
+    wanted tried refused pretended expected feared dreamed made makes let time perhaps maybe
+    supposedly"""
+# Anywhere in a sentence: it tells of another place than the line's.
+ELSEWHERE = """
+    somewhere elsewhere outside upstairs downstairs next_door in_the_distance
+    on_the_(?:radio|television|screen|record|tape)"""
+# Right after the sound: nobody heard it, or no person made it.
+UNHEARD = r"""
+    inwardly silently mentally internally in_(?:his|her|my)_(?:head|sleep|mind|dreams?) off\b
+    of_(?:the|its|air|gas|steam|wind|water|escaping|hot|cold)\b"""
+# Right after "laughing", as after a comma or nothing; else it may be no participle: "laughing gas".
+AFTER_PARTICIPLE = r"""
+    \w+ly and at again with as so too in into to through for hard out till until despite aloud but
+    from about now"""
 
 
 # -----------------------------------------------------------------------------
-# Grammar: what a text's signs and its narration say of how it is spoken
+# Grammar: how an author's signs and narration ask for a sound, as patterns of the lexicon's words
+#
+# First come the signs, read in every language, then narration, which says beside a quotation how
+# it is spoken. The functions put patterns together; `narrated_cue` is what is asked of a sentence.
+# A cue too few is missed by nobody, a wrong one is heard: in doubt the answer is no.
 
-# Markup, by the kinds of it, the first that fits.
+# Signs. Markup is of the first kind that fits.
 
-NOTES, LETTER = "♩-♬", r"[^\W\d_]"
-HELD = r"(?=[\"“‘'(]?[^\W_])(?:[^{sign}\n]|\n(?=[^\n])){{1,300}}(?<!\s)"  # between two signs
+LETTER = r"[^\W\d_]"
+
+
+def held(sign: str) -> str:
+    """What stands between two signs: from a word to no blank, within a paragraph."""
+    return rf"(?=[\"“‘'(]?[^\W_])(?:[^{sign}\n]|\n(?=[^\n])){{1,300}}(?<!\s)"
+
+
 MARKUP = {
     # From note to note within a paragraph; an unclosed one lasts to the end of its line.
-    "lyric": rf"[{NOTES}]+(?:[^{NOTES}\n]|\n(?=[^\S\n]*\S))+[{NOTES}]+|[{NOTES}]+[^{NOTES}\n]*",
+    "lyric": r"[♩-♬]+(?:[^♩-♬\n]|\n(?=[^\S\n]*\S))+[♩-♬]+|[♩-♬]+[^♩-♬\n]*",
     "bracket": r"\[[^\[\]\n]{2,60}\]",
-    "round": r"(?<!\w)\([^()\n]{2,60}\)",  # not as in "boy(s)"
-    "stars": rf"(?<![\w*/\\`])(?P<mark>\*{{1,3}}){HELD.format(sign='*')}(?P=mark)(?![\w*])",
-    "under": rf"(?<![\w/\\`.])(?<!\w\()_{HELD.format(sign='_')}_(?![\w(/])",
-    "dash": rf"(?<={LETTER})--{{1,2}}(?={LETTER}|[\"”’')\s]|$)"  # no range, option or rule
+    "round": r"(?<!\w)\([^()\n]{2,60}\)",
+    "stars": rf"(?<![\w*/\\`])(?P<mark>\*{{1,3}}){held('*')}(?P=mark)(?![\w*])",
+    "under": rf"(?<![\w/\\`.])(?<!\w\()_{held('_')}_(?![\w(/])",
+    "dash": rf"(?<={LETTER})--{{1,2}}(?={LETTER}|[\"”’')\s]|$)"
             rf"|(?<=[,.!?\"”’])--{{1,2}}(?={LETTER}|[\"”’\s]|$)"
             r"|(?<=[\w,.!?\"”’)*][ \n])--{1,2}(?=[ \n\"“])"
             rf"|(?<=[\"“])--{{1,2}}(?={LETTER})"
@@ -883,112 +963,93 @@ MARKUP = {
     "dots": r"…+|(?<!\.)\.(?:[ \u00a0]\.){2,3}(?![ \u00a0]?\.)",
 }
 MARKUP_RE = re.compile("|".join(f"(?P<{kind}>{signs})" for kind, signs in MARKUP.items()))
+WORD_RE = re.compile(r"[^\W_]+")
+# Where a cue needs a blank before or after it.
 CUE_LEFT_RE = re.compile(r"(?<!\A)(?<!\s)[\"']\Z|[^\s\"'“‘«(—]\Z")
 CUE_RIGHT_RE = re.compile(r"[\w“‘«(]|[\"'](?=\w)")
-
-# Stage directions: what Bark has no cue for is left out. "" stands for nothing.
-MANNER = (r"(?:\s+(?:\w+ly|again|loudly|aloud|out\s+loud|a\s+(?:little|bit)|hard|"
-          r"to\s+(?:him|her|my)self|(?:in|with)\s+(?:disbelief|relief|surprise|shock|delight|"
-          r"amusement|frustration|exasperation|horror|joy|pain)|at\s+(?:him|her|them|this|that)))")
-DIRECTIONS = tuple(
-    (acts.cue, free, re.compile(
-        rf"(?:(?:he|she|they|i|we)\s+)?(?:\w+ly\s+)?{one_of(words)}{MANNER}{{0,2}}[.!]?", re.I))
-    for acts in ACTS for free, words in ((True, acts.anywhere), (False, acts.aside)))
-ARTICLE_LAST_RE = re.compile(r"\b(?:the|an?)\s+$", re.I)
-WORD_RE = re.compile(r"[^\W_]")
-ASIDE_AFTER = ".!?…,:;—–-\"“‘«»”("  # where a line may start: after these, or at a line's start
-SUBJECT_BEFORE_RE = re.compile(r"\b" + one_of(
-    "he she it they who that which i we you to never always the an? and not only") + "$", re.I)
+MANNER = rf"\s+{one_of(MANNERS)}"
+DIRECTION_RE = re.compile(r"(?:(?:he|she|they|i|we)\s+)?(?:\w+ly\s+)?(?:" + "|".join(
+    f"(?P<anywhere_{n}>{one_of(acts.anywhere)})|(?P<aside_{n}>{one_of(acts.aside)})"
+    for n, acts in enumerate(ACTS)) + rf")(?:{MANNER}){{0,2}}[.!]?", re.I)
+# Where a line may start, given what stands before.
+LINE_START_RE = re.compile(r"(?:^|[.!?…,:;—–\-\"“‘«»”(])$")
+SUBJECT_BEFORE_RE = re.compile(rf"\b{one_of(BEFORE_VERB)}$", re.I)
 NAME_BEFORE_RE = re.compile(
-    r"\b(?:(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir)(?: \w+){1,2}|[A-Z][a-z]+)$")
-GOES_ON_RE = re.compile(r"\s+" + one_of(
-    "is was are were of at about with and or as like has had can will to for on from that than"
-    " because when if") + r"\b")
+    rf"\b(?:{one_of(either_case(DETERMINERS))}(?: \w+){{1,2}}|[A-Z][a-z]+)$")
+GOES_ON_RE = re.compile(rf"\s+{one_of(AFTER_VERB)}\b")
+ARTICLE_LAST_RE = re.compile(r"\b(?:the|an?)\s+$", re.I)
+QUOTE_MARK_RE = re.compile(r"[\"“”]")
+APOSTROPHE_RE = re.compile(r"(?<!\w)['‘](?=\w)|(?<=[,.!?…—-])['’](?!\w)")
+SENTENCE_END_RE = re.compile(
+    "".join(rf"(?<!\b{title})" for title in SHORT_TITLES.split()) + r"(?<!\b[A-Z])[.!?…]+(?=\s|$)")
+NEXT_CLAUSE_RE = re.compile(r",?\s+and\b")
+CLAUSE_END_RE = re.compile(r"[,;:.!?…—–][\"”’')\]]*\s+|\s(?=[\"“‘«(])")
 
-# Narration. A finite verb needs its subject beside it, an adjunct one in its sentence.
+# Narration: whose sound. A finite verb needs its subject beside it, an adjunct one in its sentence.
 
-ADVERB = (r"(?:(?!(?:near|hard|bare|scarce|inward|silent|mental|practical|virtual|on)ly\b)\w+ly|"
-          + one_of("just then still even again both all also soon now too at\\s+last") + ")")
-ADJECTIVES = r"(?:\s+(?!(?:of|like|that|who)\b)[\w'’-]+,?){0,3}"
-ARTICLE = "(?:a|an|another|one|his|her|my|their)"
-BURSTS = r"(?:burst|bursts|broke|breaks|fell|dissolved|collapsed|erupted|exploded)\s+(?:out|into)"
+EVERYBODY = one_of(either_case("everyone everybody they_all we_all all_of_(?:them|us)"))
+SOMEBODY = (rf"{one_of(either_case(f'{DETERMINERS} your'))}"
+            rf"(?:\s+(?!{one_of(BREAKS)}\b)[\w'’-]+){{0,2}}"
+            rf"\s+(?!{one_of(THINGS)}\b){one_of(PERSON)}")
+CAPITALIZED = r"[A-ZÀ-ÖØ-Þ][\w'’-]*"
+NAME = (rf"(?:{one_of(TITLES_OF_NAMES)}\.\s+)?(?!(?:{one_of(NOT_NAMES)}|(?i:{one_of(THINGS)}))\b)"
+        rf"{CAPITALIZED}(?:\s+{CAPITALIZED}){{0,2}}")
+SUBJECT = f"(?:{EVERYBODY}|{one_of(either_case('he she they we you'))}|I|{SOMEBODY}|{NAME})"
+ADVERB = rf"(?:(?!{one_of(NOT_REALLY)}ly\b)\w+ly|{one_of(ADVERBS)})"
+SUBJECT_RE = re.compile(rf"\b{SUBJECT}(?!['’]s?\b)\b")
+SUBJECT_LAST_RE = re.compile(rf"(?:^|(?<=[\s,;:—]))({SUBJECT}),?\s+(?:(?:{ADVERB}),?\s+){{0,2}}$")
+SUBJECT_NEXT_RE = re.compile(rf"\s+{SUBJECT}\b")
+ANOTHER_RE = re.compile(rf"\b(?:and|but|as|while|when)\s+({SUBJECT})\s+\w")
+GROUP_RE = re.compile(rf"{EVERYBODY}|[Tt]hey|[Ww]e|.*\b{one_of(MANY)}$", re.S)
+SAID_RE = re.compile(rf"\b{one_of(SAID)}\b")
+LEADS_IN_RE = re.compile(rf"(?:[,:.!?…—]|\b{one_of(SAID)})$")
+SPEAKER_RE = re.compile(rf"\b({SUBJECT})\s+(?:{ADVERB}\s+)?{one_of(SAID)}\b")
+TAG_RE = re.compile(rf"\s*[a-z]+ed\s+{one_of(DETERMINERS)}\s+[a-z]")
+
+# Narration: which sound, and whether it was made.
+
+ADJECTIVES = r"(?:\s+(?!(?:of|like|that|who)\b)[\w'’-]+,?){0,3}\s+"
+SUCH_A = rf"{one_of(f'an? another one {OWNERS}')}{ADJECTIVES}"
 
 
 def finite(sound: Sound) -> str:
+    """A verb that has the sound in it, or for its object or complement."""
     told, base, going, noun = map(one_of, sound[1:])
     return (rf"{told}|(?<=\b[Ii]\s){base}|(?<=\b[Ww]e\s){base}|(?<=\b[Tt]hey\s){base}"
-            rf"|{one_of(GIVES)}\s+{ARTICLE}{ADJECTIVES}\s+{noun}"
-            rf"|(?:roared|howled|shook|shrieked|screamed)\s+with\s+{noun}ter"
-            rf"|{BURSTS}\s+(?:{going}|{ARTICLE}{ADJECTIVES}\s+{noun}s?|laughter|giggles)"
+            rf"|{one_of(GIVES)}\s+{SUCH_A}{noun}|{one_of(ROARED)}\s+with\s+{noun}ter"
+            rf"|{one_of(BURSTS)}\s+(?:out|into)\s+(?:{going}|{SUCH_A}{noun}s?|laughter|giggles)"
             rf"|(?:began|begins|started|starts)\s+(?:to\s+{base}|{going})|(?:kept|keeps)\s+{going}"
             rf"|(?:could\s+not|couldn['’]t|can['’]t)\s+help\s+(?:{going}|but\s+{base})"
-            rf"|had\s+to\s+{base}"
-            rf"|(?:was|were|is|are|am)(?:\s+{ADVERB})?\s+{going}")
+            rf"|had\s+to\s+{base}|(?:was|were|is|are|am)(?:\s+{ADVERB})?\s+{going}")
 
 
 def adjunct(sound: Sound) -> str:
+    """What stands beside the verb that tells: "laughing", "with a sigh", "laughter in my voice"."""
     _, _, going, noun = map(one_of, sound[1:])
-    return (rf"{going}|{one_of(GIVING)}\s+{ARTICLE}{ADJECTIVES}\s+{noun}"
-            rf"|(?:with|on|in)\s+{ARTICLE}{ADJECTIVES}(?:\s+(?:sort|kind)\s+of)?\s+{noun}"
+    voice = rf"in\s+{one_of(OWNERS)}\s+voice"
+    return (rf"{going}|{one_of(GIVING)}\s+{SUCH_A}{noun}"
+            rf"|(?:with|on|in)\s+{SUCH_A}(?:(?:sort|kind)\s+of\s+)?{noun}"
             rf"|(?:between|through)\s+(?:\w+\s+)?{noun}(?:s|ter)"
-            rf"|(?:a|the){ADJECTIVES}\s+{noun}\s+in\s+(?:his|her|their|my)\s+voice"
-            rf"|(?:with\s+)?{noun}ter\s+in\s+(?:his|her|their|my)\s+voice")
+            rf"|(?:a|the){ADJECTIVES}{noun}\s+{voice}|(?:with\s+)?{noun}ter\s+{voice}")
 
 
 SOUND_RE = re.compile(r"\b(?:" + "|".join(
-    rf"(?P<finite{n}>{finite(sound)})|(?P<adjunct{n}>(?i:{adjunct(sound)}))"
+    rf"(?P<finite_{n}>{finite(sound)})|(?P<adjunct_{n}>(?i:{adjunct(sound)}))"
     for n, sound in enumerate(SOUNDS)) + r")(?![\w-])")
+# Whether a paragraph is worth reading for sounds.
 TOLD_RE = re.compile(one_of(f"{LAUGHS.replace('e ', ' ')} sigh gasp throat sang sing croon"), re.I)
-PRONOUN = r"(?:[Hh]e|[Ss]he|[Tt]hey|[Ww]e|I|[Yy]ou)"
-GROUP = r"(?:[Ee]veryone|[Ee]verybody|[Tt]hey\s+all|[Ww]e\s+all|[Aa]ll\s+of\s+(?:them|us))"
-SOMEBODY = (  # "the old man", "her uncle"
-    r"(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir|[Yy]our)"
-    rf"(?:\s+(?!{one_of('of where who which that and when in with on at for to from by')}\b)"
-    rf"[\w'’-]+){{0,2}}\s+(?!{one_of(THINGS)}\b){one_of(PERSON)}")
-CAPITALIZED = r"[A-ZÀ-ÖØ-Þ][\w'’-]*"
-NAME = (r"(?:(?:Mr|Mrs|Ms|Dr|St|Prof|Capt|Sgt|Lt|Col|Rev)\.\s+)?"
-        rf"(?!(?:{one_of(NOT_NAMES)}|(?i:{one_of(THINGS)}))\b)"
-        rf"{CAPITALIZED}(?:\s+{CAPITALIZED}){{0,2}}")
-SUBJECT = f"(?:{GROUP}|{PRONOUN}|{SOMEBODY}|{NAME})"
-SUBJECT_RE = re.compile(rf"\b{SUBJECT}(?!['’]s?\b)\b")
-SUBJECT_LAST_RE = re.compile(rf"(?:^|(?<=[\s,;:—]))({SUBJECT}),?\s+(?:(?:{ADVERB}),?\s+){{0,2}}$")
-ANOTHER_RE = re.compile(rf"\b(?:and|but|as|while|when)\s+({SUBJECT})\s+\w")
-SUBJECT_NEXT_RE = re.compile(rf"\s+{SUBJECT}\b")
+ESCAPED_RE = re.compile(rf"\s*(?:A|An|Another){ADJECTIVES}(?P<noun>{one_of(LAUGHS)}|sigh|gasp)"
+                        r"\s+(?:escaped|slipped\s+from|broke\s+from|came\s+from)\s+"
+                        r"(?:(?:his|her|my)\s+(?:lips|throat|mouth)|him|her|me|[A-Z]\w+)\b")
 AND_LAST_RE = re.compile(rf"(?:\b(?:and|then|but)|,)\s+(?:{ADVERB}\s+){{0,2}}$")
 COMMA_LAST_RE = re.compile(
     rf"(?:^|[,;—]|\b(?i:while|still|already|half|and))\s*(?:{ADVERB}\s+)?$")
-GROUP_RE = re.compile(rf"{GROUP}|[Tt]hey|[Ww]e|.*\b(?:crowd|audience|class|others|children|men|"
-                      r"women|boys|girls|people|friends|twins)$", re.S)
-SAID_RE = re.compile(rf"\b{SAID}\b")
-TAG_RE = re.compile(r"\s*[a-z]+ed\s+(?:the|an?|my|his|her|our|their)\s+[a-z]")  # boomed the giant
-SAID_LAST_RE = re.compile(rf"\b{SAID}\s*$")
-SPEAKER_RE = re.compile(rf"\b({SUBJECT})\s+(?:{ADVERB}\s+)?{SAID}\b")
-# A clause with one of these before the verb tells that the sound was not made, or not now.
-DENIED_RE = re.compile(r"n['’]t\b|\b(?:will|may)\b|\b(?i:" + one_of(  # Will and May may speak
-    "not never nobody none neither nor no without hardly barely scarcely almost nearly had would"
-    " could might should must did if unless whether that how who whom whose which what"
-    " where why when whenever until till before after once because though although like than heard"
-    " saw watched remembered remembers imagined thought knew wished hoped supposed claimed swore"
-    " felt noticed wanted tried refused pretended expected feared dreamed made makes let time"
-    " perhaps maybe supposedly") + r")\b")
-ELSEWHERE_RE = re.compile(
-    r"\b(?i:somewhere|elsewhere|outside|upstairs|downstairs|next\s+door|in\s+the\s+distance"
-    r"|on\s+the\s+(?:radio|television|screen|record|tape))\b")
-UNHEARD_RE = re.compile(
-    r"\s+(?:inwardly|silently|mentally|internally|in\s+(?:his|her|my)\s+(?:head|sleep|mind|dreams?)"
-    r"|off\b|of\s+(?:the|its|air|gas|steam|wind|water|escaping|hot|cold)\b)")
-PARTICIPLE_GOES_ON_RE = re.compile(
-    r"\s*(?:[,.;:!—…]|$)|\s+(?:\w+ly|and|at|again|with|as|so|too|in|into|to|through|for|hard|out|"
-    r"till|until|despite|aloud|but|from|about|softly|now)\b")
-ESCAPED_RE = re.compile(rf"\s*(?:A|An|Another){ADJECTIVES}\s+(?P<noun>{one_of(LAUGHS)}|sigh|gasp)"
-                        r"\s+(?:escaped|slipped\s+from|broke\s+from|came\s+from)\s+"
-                        r"(?:(?:his|her|my)\s+(?:lips|throat|mouth)|him|her|me|[A-Z]\w+)\b")
-SENTENCE_END_RE = re.compile(
-    r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?…]+(?=\s|$)")
-FIRST_CLAUSE_RE = re.compile(r"(?:(?!,?\s+and\b).)*", re.S)
-CLAUSE_END_RE = re.compile(r"[,;:.!?…—–][\"”’')\]]*\s+|\s(?=[\"“‘«(])")
-QUOTE_MARK_RE = re.compile(r"[\"“”]")
-APOSTROPHE_RE = re.compile(r"(?<!\w)['‘](?=\w)|(?<=[,.!?…—-])['’](?!\w)")
+PARTICIPLE_RE = re.compile(r"\w+ing\b")
+PARTICIPLE_GOES_ON_RE = re.compile(rf"\s*(?:[,.;:!—…]|$)|\s+{one_of(AFTER_PARTICIPLE)}\b")
+# Will and May, with a capital, may be who speaks.
+DENIED_RE = re.compile(rf"n['’]t\b|\b(?:will|may)\b|\b(?i:{one_of(DENIES)})\b")
+ELSEWHERE_RE = re.compile(rf"\b(?i:{one_of(ELSEWHERE)})\b")
+UNHEARD_RE = re.compile(rf"\s+{one_of(UNHEARD)}")
 
 
 def narrated_cue(narration: str, trailing: bool) -> str | None:
@@ -998,7 +1059,7 @@ def narrated_cue(narration: str, trailing: bool) -> str | None:
     if match := ESCAPED_RE.match(narration):
         return next(s.cue for s in SOUNDS if re.fullmatch(one_of(s.noun), match["noun"]))
     for match in SOUND_RE.finditer(narration):
-        kind, index = str(match.lastgroup)[:-1], int(str(match.lastgroup)[-1])
+        kind, _, index = str(match.lastgroup).partition("_")
         left, right = narration[: match.start()], narration[match.end() :]
         if UNHEARD_RE.match(right):
             continue
@@ -1007,8 +1068,8 @@ def narrated_cue(narration: str, trailing: bool) -> str | None:
         else:
             subject = finite_subject(left, right, trailing)
         if subject:
-            cue = SOUNDS[index].cue
-            return "[laughter]" if cue == "[laughs]" and is_group(subject) else cue
+            cue = SOUNDS[int(index)].cue
+            return "[laughter]" if cue == "[laughs]" and GROUP_RE.fullmatch(subject) else cue
     return None
 
 
@@ -1019,10 +1080,9 @@ def finite_subject(left: str, right: str, trailing: bool) -> str | None:
         return match[0].strip() if match else None
     if match := SUBJECT_LAST_RE.search(left, max(0, len(left) - 80)):
         before = left[: match.start(1)]
-        other = speaks_besides(match[1], before if trailing else right, trailing)
-        if DENIED_RE.search(before.rpartition(",")[2]) or (other and not is_group(match[1])):
-            return None
-        return match[1]
+        told = before if trailing else right
+        besides = not GROUP_RE.fullmatch(match[1]) and speaks_besides(match[1], told, trailing)
+        return None if besides or DENIED_RE.search(before.rpartition(",")[2]) else match[1]
     subject = SUBJECT_RE.search(left) if AND_LAST_RE.search(left) else None
     return subject[0] if subject and not DENIED_RE.search(left) else None
 
@@ -1034,13 +1094,9 @@ def speaks_besides(subject: str, told: str, inverted: bool) -> bool:
     return inverted and SAID_RE.search(told) is not None
 
 
-def is_group(subject: str) -> bool:
-    return GROUP_RE.fullmatch(subject) is not None
-
-
 def adjunct_subject(left: str, phrase: str, right: str, trailing: bool) -> str | None:
     """Whom "laughing" or "with a sigh" tells of, if it is the line's speaker."""
-    if re.match(r"\w+ing\b", phrase) and not (
+    if PARTICIPLE_RE.match(phrase) and not (
             COMMA_LAST_RE.search(left) and PARTICIPLE_GOES_ON_RE.match(right)):
         return None
     other = ANOTHER_RE.search(left)
@@ -1054,6 +1110,12 @@ def adjunct_subject(left: str, phrase: str, right: str, trailing: bool) -> str |
 
 # -----------------------------------------------------------------------------
 # Placement: cues, capitals and dashes in a text whose words stay the author's
+#
+# `Markup` and `Narration` read a text and find edits (what is spoken for `text[start:end]`) and
+# wishes (a cue, and where it may stand). `Expression` hands these to the segments, as far as they
+# have room, and each `SpokenSegment` applies its own, last and together. Then it compares words:
+# where they are not the author's in their order, the plain text is spoken, so that a mistake in
+# the grammar costs an expression and never a word. Positions are those of the request's text.
 
 CUES_A_SEGMENT, CUES_A_PARAGRAPH = 1, 2
 EMPHATIC_WORDS = 3  # most words in capitals at once: more would be shouted, and Bark loses them
@@ -1114,20 +1176,19 @@ class Markup:
 
     def _direction(self, start: int, end: int, inner: str, kind: str) -> str | None:
         """The cue for a stage direction, "" for one that Bark has none for, None for no such."""
-        for cue, anywhere, pattern in DIRECTIONS:
-            if pattern.fullmatch(inner.strip()):
-                if kind in ("stars", "under") and self._is_in_clause(start, end):
-                    return None
-                free = anywhere or kind == "bracket"
-                return cue if free or self._stands_aside(start, end) else None
-        return None
+        match = DIRECTION_RE.fullmatch(inner.strip())
+        if not match or (kind in ("stars", "under") and self._is_in_clause(start, end)):
+            return None
+        place, _, index = str(match.lastgroup).partition("_")
+        free = place == "anywhere" or kind == "bracket"
+        return ACTS[int(index)].cue if free or self._stands_aside(start, end) else None
 
     def _line_before(self, pos: int) -> str:
         return self.text[max(0, pos - 40) : pos].rpartition("\n")[2].rstrip()
 
     def _stands_aside(self, start: int, end: int) -> bool:
-        line = self._line_before(start)
-        return (not line or line[-1] in ASIDE_AFTER) and not GOES_ON_RE.match(self.text, end)
+        starts = LINE_START_RE.search(self._line_before(start))
+        return starts is not None and not GOES_ON_RE.match(self.text, end)
 
     def _is_in_clause(self, start: int, end: int) -> bool:
         """Whether words around it make it an emphasised word, as in "he *laughs* at it"."""
@@ -1227,9 +1288,7 @@ class Narration:
         told = self.text[max(start, quote.start - MAX_NARRATION) : quote.start].rstrip()
         ends = [match.end() for match in SENTENCE_END_RE.finditer(told) if match.end() < len(told)]
         sentence = told[ends[-1] if ends else 0 :]
-        if not sentence or not (sentence[-1] in ",:.!?…—" or SAID_LAST_RE.search(sentence)):
-            return None
-        return narrated_cue(sentence, False)
+        return narrated_cue(sentence, False) if LEADS_IN_RE.search(sentence) else None
 
     def _told_after(self, quote: Quotation, following: int) -> str:
         """What tells of a quotation in the sentence after it; nothing if that tells of the next."""
@@ -1243,13 +1302,13 @@ class Narration:
             return told
         if last != "," and told.lstrip()[:1].isupper():
             return ""
-        return FIRST_CLAUSE_RE.match(told)[0]
+        return NEXT_CLAUSE_RE.split(told, maxsplit=1)[0]
 
 
 def folded_words(text: str) -> list[str]:
     """A text's words without Bark's cues, capitals and small letters alike, Turkish ones too."""
     folded = unicodedata.normalize("NFKD", TYPED_CUE_RE.sub(" ", text).casefold())
-    return re.findall(r"[^\W_]+", folded.replace("\u0307", "").replace("ı", "i"))
+    return WORD_RE.findall(folded.replace("\u0307", "").replace("ı", "i"))
 
 
 def keeps_words(written: str, spoken: str) -> bool:
@@ -1344,13 +1403,13 @@ class Expression:
 
     def _sing(self, start: int, end: int) -> None:
         """A lyric that is cut has a note at each end of each piece."""
-        words = [match.start() for match in WORD_RE.finditer(self.text, start, end)]
+        words = list(WORD_RE.finditer(self.text, start, end))
         first = max(0, bisect_right(self.starts, start) - 1)
         for segment in self.segments[first : bisect_left(self.starts, end)] if words else ():
             low, high = segment.span.start, segment.span.end
-            if words[0] < low:
+            if words[0].start() < low:
                 segment.edits.append(Edit(low, low, "♪ "))
-            if high <= words[-1]:
+            if high < words[-1].end():
                 segment.edits.append(Edit(high, high, " ♪"))
 
     def _place(self, wishes: list[Wish]) -> None:
