@@ -933,12 +933,16 @@ AFTER_PARTICIPLE = r"""
 # -----------------------------------------------------------------------------
 # Grammar: how an author's signs and narration ask for a sound, as patterns of the lexicon's words
 #
-# First come the signs, read in every language, then narration, which says beside a quotation how
-# it is spoken. The functions put patterns together; `narrated_cue` is what is asked of a sentence.
-# A cue too few is missed by nobody, a wrong one is heard: in doubt the answer is no.
+# Above each pattern stand a text that it takes and one that it must not, and the tests try both:
+# with a name in _RE as the worker asks it (at the text's start where that is by `match`, the whole
+# of it where by `fullmatch`, else anywhere), and a part of patterns as a whole. First come the
+# signs, read in every language, then narration, which says beside a quotation how it is spoken.
+# The functions put patterns together; `narrated_cue` is what is asked of a sentence. A cue too few
+# is missed by nobody, a wrong one is heard: in doubt the answer is no.
 
 # Signs. Markup is of the first kind that fits.
 
+# takes: "é"  not: "7"
 LETTER = r"[^\W\d_]"
 
 
@@ -949,66 +953,106 @@ def held(sign: str) -> str:
 
 MARKUP = {
     # From note to note within a paragraph; an unclosed one lasts to the end of its line.
+    # takes: "♪ La la"  not: "La la"
     "lyric": r"[♩-♬]+(?:[^♩-♬\n]|\n(?=[^\S\n]*\S))+[♩-♬]+|[♩-♬]+[^♩-♬\n]*",
+    # takes: "[sighs]"  not: "a[i]"
     "bracket": r"\[[^\[\]\n]{2,60}\]",
+    # takes: "(sighs)"  not: "boy(s), f(xy)"
     "round": r"(?<!\w)\([^()\n]{2,60}\)",
+    # takes: "**very** well"  not: "2*3*4, * one, *.txt and *args"
     "stars": rf"(?<![\w*/\\`])(?P<mark>\*{{1,3}}){held('*')}(?P=mark)(?![\w*])",
+    # takes: "_very_ well"  not: "snake_case_name, __init__, f(_x_), `_y_`"
     "under": rf"(?<![\w/\\`.])(?<!\w\()_{held('_')}_(?![\w(/])",
+    # takes: "was--well"  not: "--help, 1990--1995, x - y, 10–12, well-known"
     "dash": rf"(?<={LETTER})--{{1,2}}(?={LETTER}|[\"”’')\s]|$)"
             rf"|(?<=[,.!?\"”’])--{{1,2}}(?={LETTER}|[\"”’\s]|$)"
             r"|(?<=[\w,.!?\"”’)*][ \n])--{1,2}(?=[ \n\"“])"
             rf"|(?<=[\"“])--{{1,2}}(?={LETTER})"
             rf"|(?<={LETTER}{{2}} )-(?= (?:{LETTER}{{2}}|[IAa]\b))"
             rf"|(?<={LETTER}[ ,])–(?=\s)|(?<=[^\W_])–(?=[\"”’\s]|$)",
+    # takes: "No . . . yes"  not: "No... yes"
     "dots": r"…+|(?<!\.)\.(?:[ \u00a0]\.){2,3}(?![ \u00a0]?\.)",
 }
+# takes: "*a*"  not: "a"
 MARKUP_RE = re.compile("|".join(f"(?P<{kind}>{signs})" for kind, signs in MARKUP.items()))
+# takes: "é"  not: "_"
 WORD_RE = re.compile(r"[^\W_]+")
 # Where a cue needs a blank before or after it.
+# takes: "o,"  not: ' "'
 CUE_LEFT_RE = re.compile(r"(?<!\A)(?<!\s)[\"']\Z|[^\s\"'“‘«(—]\Z")
+# takes: '"Oh'  not: '" he'
 CUE_RIGHT_RE = re.compile(r"[\w“‘«(]|[\"'](?=\w)")
+# takes: " sadly"  not: " sad"
 MANNER = rf"\s+{one_of(MANNERS)}"
+# takes: "He sighs with relief."  not: "sighs of relief"
 DIRECTION_RE = re.compile(r"(?:(?:he|she|they|i|we)\s+)?(?:\w+ly\s+)?(?:" + "|".join(
     f"(?P<anywhere_{n}>{one_of(acts.anywhere)})|(?P<aside_{n}>{one_of(acts.aside)})"
     for n, acts in enumerate(ACTS)) + rf")(?:{MANNER}){{0,2}}[.!]?", re.I)
 # Where a line may start, given what stands before.
+# takes: "Oh,"  not: "he"
 LINE_START_RE = re.compile(r"(?:^|[.!?…,:;—–\-\"“‘«»”(])$")
+# takes: "Then she"  not: "Then Tom"
 SUBJECT_BEFORE_RE = re.compile(rf"\b{one_of(BEFORE_VERB)}$", re.I)
+# takes: "The old man"  not: "so"
 NAME_BEFORE_RE = re.compile(
     rf"\b(?:{one_of(either_case(DETERMINERS))}(?: \w+){{1,2}}|[A-Z][a-z]+)$")
+# takes: " at it"  not: ", at it"
 GOES_ON_RE = re.compile(rf"\s+{one_of(AFTER_VERB)}\b")
+# takes: "on the "  not: "bathe "
 ARTICLE_LAST_RE = re.compile(r"\b(?:the|an?)\s+$", re.I)
+# takes: "“"  not: "it’s"
 QUOTE_MARK_RE = re.compile(r"[\"“”]")
+# takes: "'No"  not: "it's"
 APOSTROPHE_RE = re.compile(r"(?<!\w)['‘](?=\w)|(?<=[,.!?…—-])['’](?!\w)")
+# takes: "No. He"  not: "Mr. Finch"
 SENTENCE_END_RE = re.compile(
     "".join(rf"(?<!\b{title})" for title in SHORT_TITLES.split()) + r"(?<!\b[A-Z])[.!?…]+(?=\s|$)")
+# takes: "he said, and sat"  not: "he said, sand"
 NEXT_CLAUSE_RE = re.compile(r",?\s+and\b")
+# takes: "Well, no"  not: "1,000"
 CLAUSE_END_RE = re.compile(r"[,;:.!?…—–][\"”’')\]]*\s+|\s(?=[\"“‘«(])")
 
 # Narration: whose sound. A finite verb needs its subject beside it, an adjunct one in its sentence.
 
+# takes: "all of them"  not: "all of it"
 EVERYBODY = one_of(either_case("everyone everybody they_all we_all all_of_(?:them|us)"))
+# takes: "the old nurse"  not: "the old tower"
 SOMEBODY = (rf"{one_of(either_case(f'{DETERMINERS} your'))}"
             rf"(?:\s+(?!{one_of(BREAKS)}\b)[\w'’-]+){{0,2}}"
             rf"\s+(?!{one_of(THINGS)}\b){one_of(PERSON)}")
+# takes: "O’Neil"  not: "tom"
 CAPITALIZED = r"[A-ZÀ-ÖØ-Þ][\w'’-]*"
+# takes: "Mrs. Ana Finch"  not: "Suddenly"
 NAME = (rf"(?:{one_of(TITLES_OF_NAMES)}\.\s+)?(?!(?:{one_of(NOT_NAMES)}|(?i:{one_of(THINGS)}))\b)"
         rf"{CAPITALIZED}(?:\s+{CAPITALIZED}){{0,2}}")
+# takes: "our uncle"  not: "nobody"
 SUBJECT = f"(?:{EVERYBODY}|{one_of(either_case('he she they we you'))}|I|{SOMEBODY}|{NAME})"
+# takes: "slowly"  not: "hardly"
 ADVERB = rf"(?:(?!{one_of(NOT_REALLY)}ly\b)\w+ly|{one_of(ADVERBS)})"
+# takes: "said the man"  not: "the man’s dog"
 SUBJECT_RE = re.compile(rf"\b{SUBJECT}(?!['’]s?\b)\b")
+# takes: "Then the man slowly "  not: "Then the tower slowly "
 SUBJECT_LAST_RE = re.compile(rf"(?:^|(?<=[\s,;:—]))({SUBJECT}),?\s+(?:(?:{ADVERB}),?\s+){{0,2}}$")
+# takes: " the nurse"  not: " the kettle"
 SUBJECT_NEXT_RE = re.compile(rf"\s+{SUBJECT}\b")
+# takes: "and Tom left"  not: "and left Tom"
 ANOTHER_RE = re.compile(rf"\b(?:and|but|as|while|when)\s+({SUBJECT})\s+\w")
+# takes: "all the boys"  not: "all the time"
 GROUP_RE = re.compile(rf"{EVERYBODY}|[Tt]hey|[Ww]e|.*\b{one_of(MANY)}$", re.S)
+# takes: "he went on"  not: "he sat"
 SAID_RE = re.compile(rf"\b{one_of(SAID)}\b")
+# takes: "Then Tom said"  not: "Then Tom sat down"
 LEADS_IN_RE = re.compile(rf"(?:[,:.!?…—]|\b{one_of(SAID)})$")
+# takes: "Tom softly said"  not: "said Tom"
 SPEAKER_RE = re.compile(rf"\b({SUBJECT})\s+(?:{ADVERB}\s+)?{one_of(SAID)}\b")
+# takes: " boomed the giant"  not: " went the giant"
 TAG_RE = re.compile(rf"\s*[a-z]+ed\s+{one_of(DETERMINERS)}\s+[a-z]")
 
 # Narration: which sound, and whether it was made.
 
+# takes: " long, weary "  not: " of weary "
 ADJECTIVES = r"(?:\s+(?!(?:of|like|that|who)\b)[\w'’-]+,?){0,3}\s+"
+# takes: "his short "  not: "the short "
 SUCH_A = rf"{one_of(f'an? another one {OWNERS}')}{ADJECTIVES}"
 
 
@@ -1033,22 +1077,32 @@ def adjunct(sound: Sound) -> str:
             rf"|(?:a|the){ADJECTIVES}{noun}\s+{voice}|(?:with\s+)?{noun}ter\s+{voice}")
 
 
+# takes: "She burst out laughing."  not: "A laughing-stock smiled."
 SOUND_RE = re.compile(r"\b(?:" + "|".join(
     rf"(?P<finite_{n}>{finite(sound)})|(?P<adjunct_{n}>(?i:{adjunct(sound)}))"
     for n, sound in enumerate(SOUNDS)) + r")(?![\w-])")
 # Whether a paragraph is worth reading for sounds.
+# takes: "Giggling"  not: "She smiled."
 TOLD_RE = re.compile(one_of(f"{LAUGHS.replace('e ', ' ')} sigh gasp throat sang sing croon"), re.I)
+# takes: "A short laugh escaped her."  not: "A prisoner escaped her."
 ESCAPED_RE = re.compile(rf"\s*(?:A|An|Another){ADJECTIVES}(?P<noun>{one_of(LAUGHS)}|sigh|gasp)"
                         r"\s+(?:escaped|slipped\s+from|broke\s+from|came\s+from)\s+"
                         r"(?:(?:his|her|my)\s+(?:lips|throat|mouth)|him|her|me|[A-Z]\w+)\b")
+# takes: "he rose, then slowly "  not: "he rose "
 AND_LAST_RE = re.compile(rf"(?:\b(?:and|then|but)|,)\s+(?:{ADVERB}\s+){{0,2}}$")
+# takes: "he said, still "  not: "he was "
 COMMA_LAST_RE = re.compile(
     rf"(?:^|[,;—]|\b(?i:while|still|already|half|and))\s*(?:{ADVERB}\s+)?$")
+# takes: "laughing"  not: "with a laugh"
 PARTICIPLE_RE = re.compile(r"\w+ing\b")
+# takes: " at him"  not: " gas"
 PARTICIPLE_GOES_ON_RE = re.compile(rf"\s*(?:[,.;:!—…]|$)|\s+{one_of(AFTER_PARTICIPLE)}\b")
 # Will and May, with a capital, may be who speaks.
+# takes: "she didn’t"  not: "Will sighed"
 DENIED_RE = re.compile(rf"n['’]t\b|\b(?:will|may)\b|\b(?i:{one_of(DENIES)})\b")
+# takes: "Upstairs, Tom sighed."  not: "Tom sighed on the stairs."
 ELSEWHERE_RE = re.compile(rf"\b(?i:{one_of(ELSEWHERE)})\b")
+# takes: " in his sleep"  not: " in his chair"
 UNHEARD_RE = re.compile(rf"\s+{one_of(UNHEARD)}")
 
 

@@ -9,13 +9,14 @@ mended afterwards.
 
 from __future__ import annotations
 
+import ast
 import re
 import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import BUILTIN, ROOT
+from conftest import BUILTIN, ROOT, WORKER
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,12 @@ CUE = re.compile(f"(?:{'|'.join(map(re.escape, CUES))}) ?")
 NAMES = {"tuned": "tuned", "held": "held out, at first sight"}  # in README
 ROWS = [line.split("\t") for line in
         (ROOT / "tests/expression_table.tsv").read_text(encoding="utf-8").splitlines()]
+SOURCE = WORKER.read_text(encoding="utf-8")
+LEXICON, GRAMMAR = re.split(r"\n# (?:Lexicon|Grammar|Placement): .*", SOURCE)[1:3]
+LITERAL = r"\"[^\"\n]*\"|'[^'\n]*'"
+EXAMPLES = [(name, ast.literal_eval(takes), ast.literal_eval(refuses)) for takes, refuses, name in
+            re.findall(rf"^ *# takes: ({LITERAL})  not: ({LITERAL})\n *\"?(\w+)\"?(?: =|:)",
+                       GRAMMAR, re.MULTILINE)]
 
 
 def spans_of(bark: ModuleType, text: str, language: str = "en", chars: int = 175):
@@ -301,3 +308,42 @@ def test_a_long_chapter_takes_no_time_to_speak_of(bark: ModuleType) -> None:
     began = time.process_time()
     bark.express(text, spans, "en")
     assert time.process_time() - began < 1e-5 * len(text)  # 10 s a megabyte, on a busy machine
+
+
+def constants_in(section: str) -> list[str]:
+    return [node.id for node in ast.walk(ast.parse(section))
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper()]
+
+
+def takes(bark: ModuleType, name: str, text: str) -> bool:
+    """Whether a pattern takes a text: one in _RE as the worker asks it, a part of others whole."""
+    if name in bark.MARKUP:
+        return any(match.lastgroup == name for match in bark.MARKUP_RE.finditer(text))
+    pattern = getattr(bark, name)
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, text) is not None
+    asked = re.findall(rf"\b{name}\.(\w+)\(", SOURCE) or ["search"]
+    (ask,) = {how if how in ("match", "fullmatch") else "search" for how in asked}
+    return getattr(pattern, ask)(text) is not None
+
+
+def test_every_pattern_shows_a_text_that_it_takes_and_one_that_it_does_not(
+        bark: ModuleType) -> None:
+    patterns = [name for name in constants_in(GRAMMAR)
+                if isinstance(getattr(bark, name), str | re.Pattern)]
+    assert sorted(name for name, *_ in EXAMPLES) == sorted([*patterns, *bark.MARKUP])
+
+
+@pytest.mark.parametrize(("name", "taken", "refused"), EXAMPLES, ids=[n for n, *_ in EXAMPLES])
+def test_a_pattern_takes_the_one_and_refuses_the_other(
+        bark: ModuleType, name: str, taken: str, refused: str) -> None:
+    assert takes(bark, name, taken) and not takes(bark, name, refused)
+
+
+def test_every_list_of_words_says_what_it_is_for_and_no_word_twice(bark: ModuleType) -> None:
+    lists = [name for name in constants_in(LEXICON) if isinstance(getattr(bark, name), str)]
+    assert len(lists) > 20
+    for name in lists:
+        assert re.search(rf"^# .+\n{name} = ", LEXICON, re.MULTILINE), name
+        words = getattr(bark, name).split()
+        assert sorted(set(words)) == sorted(words), name
