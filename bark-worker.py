@@ -1187,8 +1187,7 @@ class Edit(NamedTuple):
 
 
 class Wish(NamedTuple):
-    """A cue for the segment that has the character `anchor`, best at `at`, else from low to high.
-    """
+    """A cue for the segment of the character `anchor`, best at `at`, else from `low` to `high`."""
 
     anchor: int
     at: int
@@ -1257,14 +1256,12 @@ class Markup:
         self.directions.append(Edit(start, end, " "))
         if text[end : end + 1] == " " and not text[max(0, start - 1) : start].isalnum():
             end += 1
-        elif text[max(0, start - 1) : start] == " " and self._free_from() < start:
+        elif text[max(0, start - 1) : start] == " " and (
+                not self.edits or self.edits[-1].end < start):
             start -= 1
         self.edits.append(Edit(start, end, ""))
         if cue:
             self.wishes.append(Wish(anchor, start, start, start, cue))
-
-    def _free_from(self) -> int:
-        return self.edits[-1].end if self.edits else 0
 
     def _emphasise(self, start: int, end: int, width: int, inner: str) -> None:
         """Capitals for a few words; without its marks only where it is a name or a passage."""
