@@ -72,6 +72,7 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
+import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -167,6 +168,11 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def without_folders(message: str) -> str:
+    """The message with names of files alone, as where they lie on the machine concerns nobody."""
+    return re.sub(r"(?<![\w:/.~-])~?(?:/[^\s/:;,'\"()]+)+/(?=[^\s/:;,'\"()])", "", message)
+
+
 # -----------------------------------------------------------------------------
 # Configuration: the only place that reads the environment
 #
@@ -232,9 +238,9 @@ def parse_like(pattern: str, allowed: str) -> Callable[[str], str]:
 
 def parse_origins(value: str) -> tuple[str, ...]:
     origins = tuple(origin.strip().lower() for origin in value.split(","))
-    if not all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[!-+\--.0-~]+", o) for o in origins):
-        raise ValueError("origins such as https://reader.example, without a path, joined by commas;"
-                         " or *")
+    if not all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[!-)+\-.0-~]+", o) for o in origins):
+        raise ValueError("origins such as https://reader.example, each in full and without a path,"
+                         " joined by commas; or * alone")
     return origins
 
 
@@ -431,8 +437,11 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # before all else, torch's import above all: it takes seconds
+if __name__ == "__main__":  # before all else, torch's import above all: it takes seconds
+    for ending in (signal.SIGTERM, signal.SIGINT):  # process 1 of a container would not hear them
+        signal.signal(ending, lambda number, _: os._exit(
+            0 if number == signal.SIGTERM else 128 + number))
+    read_settings(sys.argv[1:])
 
 
 # -----------------------------------------------------------------------------
@@ -1766,6 +1775,9 @@ NEEDED_FILES = ("config.json", "generation_config.json", TABLE_FILE)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")  # either will do
 EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 WEIGHT_PATTERNS = ("model*.safetensors*", "pytorch_model*.bin*")  # in this order; with shards
+FULL = (errno.ENOSPC, errno.EDQUOT)
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+MAX_HEADER = 100_000_000  # bytes, of a safetensors file (its own limit)
 HUB_SECONDS = 20.0  # for the hub to answer a question about a model
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
 VOICE_ALIASES = {
@@ -1849,7 +1861,7 @@ def missing_files(folder: Path) -> list[str]:
     missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         missing.append(" or ".join(TOKENIZER_FILES))
-    weights = weight_files(path.name for path in folder.iterdir())
+    weights = weight_files(path.name for path in folder.iterdir() if path.exists())
     if not weights:
         missing.append("model.safetensors or pytorch_model.bin")
     for index in (name for name in weights if name.endswith(".index.json")):
@@ -1876,10 +1888,13 @@ def find_model(name: str, check_voices: Callable[[Iterable[str]], None],
         if missing := missing_files(folder):
             raise ModelError(f"model folder {folder} lacks {', '.join(missing[:5])}")
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not re.fullmatch(HUB_ID, name):
         raise ModelError(f"BARK_MODEL is {shown(name)}: neither an existing folder nor a hub id"
                          " such as suno/bark")
-    return cached_model(name) or download_model(name, check_voices, on_download)
+    try:
+        return cached_model(name) or download_model(name, check_voices, on_download)
+    except OSError as error:
+        raise disk_error(error) or download_error(name, error) from error
 
 
 def cached_model(name: str, all_voices: bool = True) -> Path | None:
@@ -1908,6 +1923,8 @@ def download_model(name: str, check_voices: Callable[[Iterable[str]], None],
     except WorkerError:
         raise
     except Exception as error:  # which HTTP library is underneath changes with the hub's client
+        if isinstance(error, OSError) and (told := disk_error(error)):
+            raise told from error
         if folder := cached_model(name, all_voices=False):
             log.warning("%s: some voices are missing; %s", name, download_error(name, error))
             return folder
@@ -1928,6 +1945,57 @@ def download_error(name: str, error: Exception) -> ModelError:
         return ModelError(f"the hub refuses {name}: {first_line(error)}; {advice}")
     return ModelError(f"downloading {name} broke off: {type(error).__name__}:"
                       f" {first_line(error)}; a restart goes on from there")
+
+
+def disk_error(error: OSError) -> ModelError | None:
+    """What keeps files out of the cache, and what to do; None for an error of another kind."""
+    from huggingface_hub import constants
+
+    home, place = constants.HF_HOME, error.filename or constants.HF_HOME
+    if error.errno in FULL:
+        return ModelError(f"the disk of {home} is full ({free_bytes(Path(home)) / 1e9:.2f} GB are"
+                          " free); make room, or set HF_HOME to a folder on another disk")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        user = user_name()
+        return ModelError(f"user {user} may not write {place}; as root: chown -R {user} {home},"
+                          " or set HF_HOME to a folder of this user's")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return ModelError(f"{place} is a file where a folder is needed (HF_HOME is {home}); remove"
+                          " it, or set HF_HOME to a folder")
+    return None
+
+
+def user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # as in a container that runs as a number
+        return str(os.geteuid())
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk where `folder` is, or will be."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
+
+
+def check_room(name: str, needed: int, folder: Path) -> None:
+    """Raises ModelError unless so many bytes more fit."""
+    if needed > (free := free_bytes(folder)):
+        raise ModelError(f"{name} needs {needed / 1e9:.2f} GB more on the disk of {folder}, where"
+                         f" {free / 1e9:.2f} GB are free; make room, or set HF_HOME to a folder on"
+                         " another disk")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes in the files of a cache's blobs folder, those still arriving included."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # renamed when complete
+                total += entry.stat().st_size
+    return total
 
 
 def first_line(error: Exception) -> str:
@@ -1951,7 +2019,9 @@ def fetch_snapshot(name: str, check_voices: Callable[[Iterable[str]], None],
     check_voices(voice_paths(folder))
     small += prompt_files(folder) & sizes.keys()
     blobs = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
-    on_download(sum(sizes[path] for path in (*small, *weights)), blobs)
+    total = sum(sizes[path] for path in (*small, *weights))
+    check_room(name, total - folder_bytes(blobs), blobs)
+    on_download(total, blobs)
     for path in weights:
         fetch_blob(name, path, info.sha, sizes[path], blobs)
     return Path(snapshot_download(name, allow_patterns=[*small, *weights]))
@@ -2139,10 +2209,37 @@ def read_weights(folder: Path, dtype: torch.dtype) -> BarkModel:
         model, info = BarkModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except Exception as error:  # transformers, safetensors and pickle each raise their own
-        raise ModelError(f"cannot load the weights in {folder}: {first_line(error)}") from error
+        why = damaged_weights(folder) or f"{first_line(error)}; they may have come damaged"
+        raise ModelError(f"cannot load the weights in {folder}: {why}") from error
     if absent := sorted(info["missing_keys"]):
         raise ModelError(f"the weights in {folder} lack {len(absent)} tensors: {absent[0]} ...")
     return model
+
+
+def damaged_weights(folder: Path) -> str:
+    """Which weights file is cut short or damaged, and what to do; empty where none looks so."""
+    for name in weight_files(path.name for path in folder.iterdir()):
+        path = folder / name
+        if not name.endswith(".index.json") and not looks_whole(path):
+            files = f"{path} {path.resolve()}" if path.is_symlink() else str(path)
+            return (f"{name} is damaged or cut short, with {path.stat().st_size} bytes; remove it"
+                    f" (rm {files}) and start again, or copy it anew")
+    return ""
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether the file of weights has its beginning and its end."""
+    if path.suffix != ".safetensors":
+        return zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            tensors = json.loads(file.read(min(size, MAX_HEADER)))
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items()
+                    if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return False
+    return 8 + size + max(ends, default=0) == path.stat().st_size
 
 
 def copy_of_weights(folder: Path, dtype: torch.dtype, cache: Path) -> Path | None:

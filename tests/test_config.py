@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,7 @@ WRONG = [
     ("BARK_MAX_HOURS", "8761", "hours from 0 to 8760"), ("BARK_MAX_HOURS", " 8", "hours from 0"),
     ("BARK_CORS_ORIGINS", "https://a.example/", "without a path"),
     ("BARK_CORS_ORIGINS", "a.example", "origins such as"),
+    ("BARK_CORS_ORIGINS", "http://*.example.org", "each in full"),
     ("BARK_CORS_ORIGINS", "https://a.example,", "origins such as"),
 ]
 
@@ -185,6 +187,18 @@ def test_nobody_waits_for_torch_to_learn_what_takes_none(
     assert done.stdout or "PORT is 'x'" in done.stderr or "--hlep" in done.stderr
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_worker_that_is_still_importing(
+        tmp_path: Path, number: int, status: int) -> None:
+    """Process 1 of a container has no end but its own handlers."""
+    (tmp_path / "torch.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)")
+    with subprocess.Popen([sys.executable, WORKER], stdout=subprocess.PIPE, text=True,
+                          env=clean_environment(PYTHONPATH=str(tmp_path))) as process:
+        assert process.stdout and process.stdout.readline() == "here\n"
+        process.send_signal(number)
+        assert process.wait(5) == status and process.stdout.read() == ""
+
+
 def test_an_unknown_variable_of_ours_is_told_apart(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     known = dict.fromkeys(DOCUMENTED | bark.MANAGER_VARIABLES, "")
@@ -223,7 +237,8 @@ def test_who_gets_no_gpu_is_told_why_and_what_to_choose(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, settings: dict[str, str],
         build: str | None, words: list[str]) -> None:
     monkeypatch.setattr(bark.torch.version, "cuda", build)
-    notice = bark.cpu_notice(bark.Config(**settings), bark.torch.device(device), "suno/bark-small")
+    notice = bark.cpu_notice(bark.Config(**settings), bark.torch.device(device), "suno/bark-small",
+                             "builtin-voice")
     assert all(word in notice for word in words) and bool(notice) == bool(words)
 
 

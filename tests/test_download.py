@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
+import pwd
 import re
 import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import BUILTIN, Worker, running_worker, wait_until
@@ -201,6 +205,76 @@ def test_a_damaged_part_is_removed_so_that_the_next_start_succeeds(
     assert not part.exists()
     folder = bark.find_model(MODEL, lambda voices: None, lambda total, blobs: None)
     assert (folder / "pytorch_model.bin").read_bytes() == (toy / "pytorch_model.bin").read_bytes()
+
+
+# A cache that cannot be filled
+
+
+def test_a_disk_without_room_is_told_before_anything_large_is_fetched(
+        bark: ModuleType, toy_hub: FakeHub, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bark.shutil, "disk_usage", lambda folder: SimpleNamespace(free=12_000_000))
+    told = (rf"suno/bark-like needs 0\.\d+ GB more on the disk of {tmp_path}/\S+, where 0\.01 GB"
+            r" are free; make room, or set HF_HOME")
+    with pytest.raises(bark.ModelError, match=told):
+        bark.find_model(MODEL, lambda voices: None, NEVER)
+    assert not toy_hub.downloads("pytorch_model.bin")
+
+
+def test_a_disk_that_fills_up_on_the_way_is_told(
+        bark: ModuleType, toy_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(bark, "fetch_blob", full)
+    with pytest.raises(bark.ModelError, match=r"the disk of \S+ is full \(\S+ GB are free\); make"):
+        bark.find_model(MODEL, lambda voices: None, lambda *_: None)
+
+
+def test_a_home_that_is_a_file_is_told(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("")
+    with FakeHub({MODEL: toy}, OTHERS) as hub, online(hub, tmp_path / "home") as worker:
+        error = worker.wait_for("failed")["error"]
+        assert "is a file where a folder is needed (HF_HOME is home); remove it, or set" in error
+        assert worker.stop() == 1
+    assert str(tmp_path / "home") in "".join(worker.log)
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[None]:
+    """Work as a user who owns nothing here, as root may write everywhere."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("leftover", [
+    "hub", f"hub/models--{MODEL.replace('/', '--')}",
+    f"hub/models--{MODEL.replace('/', '--')}/blobs"])
+def test_a_cache_that_this_user_may_not_write_is_told(
+        bark: ModuleType, toy_hub: FakeHub, monkeypatch: pytest.MonkeyPatch,
+        leftover: str) -> None:
+    home = Path(tempfile.mkdtemp(prefix="bark-home-"))  # pytest's own folder is its user's alone
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    (home / leftover).mkdir(parents=True)
+    for folder in (home, *home.rglob("*")):
+        folder.chmod(0o777)
+    (home / leftover).chmod(0o555)
+    try:
+        with nobody(), pytest.raises(bark.ModelError) as error:
+            bark.find_model(MODEL, lambda voices: None, lambda *_: None)
+    finally:
+        (home / leftover).chmod(0o755)
+        shutil.rmtree(home)
+    user = pwd.getpwuid(65534 if os.geteuid() == 0 else os.geteuid()).pw_name
+    assert re.search(rf"^user {user} may not write {home}/hub\S*; as root: chown -R {user} {home},"
+                     r" or set HF_HOME to a folder of this user's$", str(error.value))
 
 
 @pytest.mark.parametrize(("status", "expected"), [

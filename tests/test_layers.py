@@ -18,8 +18,8 @@ TENSORS = {"torch", "F", "BarkModel", "AutoTokenizer", "transformers", "cuda"}
 THREADS = {"threading", "Thread", "Lock", "Condition", "Future", "signal"}
 NET = {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "RequestHandler", "wfile",
        "rfile", "http", "socket", "socketserver"}
-ENGINE_ONLY = {"json", "Config"}  # what Model and Engine may name only in these two functions:
-EXCEPTIONS = {("read_json", "json"), ("resolve_device", "Config")}
+ENGINE_ONLY = {"json", "Config"}  # what Model and the engine may name only in these functions:
+EXCEPTIONS = {("read_json", "json"), ("looks_whole", "json"), ("resolve_device", "Config")}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "expandvars"}
 IMPORTED_IN = {"numpy": "Audio", "torch": "Model", "transformers": "Model"}
 ALLOWED_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "transformers"}

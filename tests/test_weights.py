@@ -149,3 +149,36 @@ def test_a_worker_keeps_the_copy_where_models_are_kept_and_starts_from_it(
     assert answer() == answer()
     assert ["kept a half-precision copy" in text for text in log] == [True, False]
     assert len(list((tmp_path / "bark-worker").glob("*-bfloat16/model.safetensors"))) == 1
+
+
+# Weights that came damaged
+
+
+@pytest.mark.parametrize("cut", [0, 5, 9, 1000, -1])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_are_cut_short_are_named_with_what_to_do(
+        bark: ModuleType, toy: Path, tmp_path: Path, name: str, cut: int) -> None:
+    source = BUILTIN if name == "model.safetensors" else toy
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    content = (folder / name).read_bytes()[:cut]
+    (folder / name).write_bytes(content)
+    with pytest.raises(bark.ModelError) as error:
+        bark.read_weights(folder, torch.float32)
+    assert str(error.value) == (
+        f"cannot load the weights in {folder}: {name} is damaged or cut short, with {len(content)}"
+        f" bytes; remove it (rm {folder / name}) and start again, or copy it anew")
+
+
+def test_weights_whose_file_is_whole_are_not_called_damaged(bark: ModuleType, toy: Path) -> None:
+    assert bark.damaged_weights(BUILTIN) == bark.damaged_weights(toy) == ""
+
+
+def test_a_link_to_weights_that_were_removed_is_a_file_that_lacks(
+        bark: ModuleType, toy: Path, tmp_path: Path) -> None:
+    """As after removing a damaged one from the hub's cache: the next start fetches it anew."""
+    folder = tmp_path / "model"
+    shutil.copytree(toy, folder)
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "pytorch_model.bin").symlink_to(tmp_path / "gone")
+    assert bark.missing_files(folder) == ["model.safetensors or pytorch_model.bin"]
