@@ -3436,9 +3436,9 @@ SEMANTIC_TEMPERATURE, MIN_EOS_P = 0.6, 0.1
 # OpenAI's voices, by what its guide calls them: men's, a narrator's (fable), women's, of which
 # Bark's English presets have one. alloy, which clients send where nobody has chosen, is BARK_VOICE.
 OPENAI_VOICES = {
-    "ash": "v2/en_speaker_3", "ballad": "v2/en_speaker_2", "cedar": "v2/en_speaker_8",
+    "alloy": "", "ash": "v2/en_speaker_3", "ballad": "v2/en_speaker_2", "cedar": "v2/en_speaker_8",
     "echo": "v2/en_speaker_0", "fable": "v2/en_speaker_1", "onyx": "v2/en_speaker_6",
-    "verse": "v2/en_speaker_4", "alloy": "",
+    "verse": "v2/en_speaker_4",
     **dict.fromkeys(("coral", "marin", "nova", "sage", "shimmer"), "v2/en_speaker_9"),
 }
 
@@ -3496,21 +3496,36 @@ class Narrator:
             max_chars=min(SegmentLimits.max_chars, window))
         self.default_voice = self.find_voice(default_voice)
 
-    def find_voice(self, name: str) -> str:
-        """The table's own name for `name`. Raises InvalidRequest with the nearest names."""
-        name = self.aliases.get(name, name)
-        if name not in self.facts.voices:
-            raise unknown_voice(name, [*self.facts.voices, *self.aliases])
-        return name
+    def find_voice(self, name: str, also: Mapping[str, str] = MappingProxyType({}),
+                   listing: str = "/voices") -> str:
+        """The table's own name for `name`: as it stands, else trimmed and in any case.
+
+        `also` are further names and what they stand for; "default" is the default voice. Raises
+        InvalidRequest with the nearest names and the listing that has all.
+        """
+        known = {**{voice: voice for voice in self.facts.voices}, **self.aliases, **also}
+        if name not in known:
+            folded = {other.lower(): other for other in ("default", *known)}
+            name = folded.get(name.strip().lower(), name)
+        if name not in known and name != "default":
+            raise unknown_voice(name, list(known), listing)
+        return known.get(name) or self.default_voice
 
     def voice_list(self) -> list[dict[str, str]]:
-        """Every voice a request may name, as {id, name, language}; aliases first."""
+        """Every voice a request may name, as {id, name, language}; aliases first. A name is an id.
+        """
         voices = [{"id": name, "name": name, "language": voice_language(name)}
                   for name in sorted(self.facts.voices)]
-        aliases = [{"id": alias, "name": VOICE_ALIASES[alias][1],
+        aliases = [{"id": alias, "name": alias, "description": VOICE_ALIASES[alias][1],
                     "language": voice_language(target), "alias_of": target}
                    for alias, target in self.aliases.items()]
         return aliases + voices
+
+    def openai_list(self) -> list[dict[str, str]]:
+        """OpenAI's names first, alloy at their head, then all others."""
+        named = [{"id": name, "name": name, "language": voice_language(target), "alias_of": target}
+                 for name, target in self.openai_voices().items()]
+        return named + self.voice_list()
 
     def openai_voices(self) -> dict[str, str]:
         """OpenAI's names and what stands for them: the default voice where there is no other, or
@@ -3572,11 +3587,11 @@ def voice_language(name: str) -> str:
     return match[1] if match else "en"
 
 
-def unknown_voice(name: str, known: list[str]) -> InvalidRequest:
+def unknown_voice(name: str, known: list[str], listing: str = "/voices") -> InvalidRequest:
     near = [voice for voice in known if voice.endswith(f"/{name}")] or difflib.get_close_matches(
         name[:100], known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return InvalidRequest(f"voice {shown(name)} is unknown; {hint}GET /voices lists all"
+    return InvalidRequest(f"voice {shown(name)} is unknown; {hint}GET {listing} lists all"
                           f" {len(known)}", param="voice", code="unknown_voice")
 
 
@@ -3618,8 +3633,13 @@ class State:
         log.info("status=%s", status)
         self.on_change(status)
 
+    @property
+    def reason(self) -> str:
+        """Why it failed, for anybody to read."""
+        return without_folders(str(self.error))
+
     def fail(self, error: WorkerError) -> None:
-        self.error, self.status = error, "failed"
+        self.error, self.status, self.progress = error, "failed", None
         log.error("failed: %s", error)
         self.on_change("failed")
 
@@ -3918,7 +3938,7 @@ def draining() -> Unavailable:
 def not_ready(state: State) -> Unavailable:
     if state.status == "draining":
         return draining()
-    what = f"has failed: {state.error}" if state.error else f"is not ready yet: {state.status}"
+    what = f"has failed: {state.reason}" if state.error else f"is not ready yet: {state.status}"
     error = Unavailable(f"the model {what}", code="not_ready", retry_after=RETRY_LOADING)
     error.permanent = bool(state.error)
     return error
@@ -4250,9 +4270,12 @@ def build_guard(config: Config, folders: Iterable[Path]) -> Guard:
 # What the answers are, it does not know: they come from a table of routes.
 
 MAX_BODY = 1 << 20          # bytes
+MAX_SIZE_LINE, MAX_TRAILERS = 1 << 10, 1 << 13  # bytes, of a chunked body
 MAX_CONNECTIONS = 1024
 READ_SECONDS = 30.0         # for a whole request to arrive, or the next one on an idle connection
 STALL_SECONDS = 30.0        # without a byte from a client, or 64 KiB to it
+TLS_HELLO = b"\x16"         # the first byte of who speaks TLS, which no request begins with
+TLS_TOLD_SECONDS = 60.0     # between two log lines about it
 LINGER_SECONDS = 1.0        # for a client to read an error before its unread body is thrown away
 HEADER_DEFECTS = (
     email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
@@ -4316,6 +4339,66 @@ def blocks(body: bytes) -> Iterator[bytes]:
     """Pieces for one write each, whose timeout is for all of its bytes."""
     for at in range(0, len(body), 1 << 16):
         yield body[at : at + (1 << 16)]
+
+
+class ChunkedBody:
+    """A body that comes in chunks (RFC 9112, section 7.1), of at most `limit` bytes in all.
+
+    Extensions and trailers are read and dropped. Raises HttpError: 400 for broken framing, 408 if
+    the rest does not come, 413.
+    """
+
+    def __init__(self, file: Any, limit: int):
+        self._file, self._limit = file, limit
+
+    def read(self) -> bytes:
+        body = bytearray()
+        while size := self._size():
+            if len(body) + size > self._limit:
+                raise body_too_large("more than that", self._limit)
+            body += self._exactly(size)
+            if self._exactly(2) != b"\r\n":
+                raise self._broken("a chunk is longer than its size says")
+        left = MAX_TRAILERS
+        while (line := self._line(left, "the trailers")) != b"\r\n":
+            left -= len(line)
+        return bytes(body)
+
+    def _size(self) -> int:
+        size = self._line(MAX_SIZE_LINE, "a chunk's size").partition(b";")[0].strip()
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", size):
+            raise self._broken("a chunk's size is no hexadecimal number")
+        return int(size, 16)
+
+    def _line(self, limit: int, what: str) -> bytes:
+        line = self._file.readline(limit + 1)
+        if len(line) > limit:
+            raise self._broken(f"{what} take more than {limit} bytes")
+        if not line.endswith(b"\n"):
+            raise incomplete_body("its last chunk")
+        if not line.endswith(b"\r\n"):
+            raise self._broken(f"{what} do not end with CR LF")
+        return line
+
+    def _exactly(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) < size:
+            raise incomplete_body("its last chunk")
+        return data
+
+    def _broken(self, what: str) -> HttpError:
+        return HttpError(HTTPStatus.BAD_REQUEST, "invalid_chunk", f"the chunked body is broken:"
+                         f" {what}")
+
+
+def incomplete_body(expected: str) -> HttpError:
+    return HttpError(HTTPStatus.REQUEST_TIMEOUT, "incomplete_body",
+                     f"the body did not arrive in time up to {expected}")
+
+
+def body_too_large(found: str, limit: int) -> HttpError:
+    return HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large",
+                     f"the body has {found}; at most {limit} bytes are allowed")
 
 
 class Connections:
@@ -4385,6 +4468,7 @@ class HttpServer(ThreadingHTTPServer):
 
     def __init__(self, config: Config, handler: type[HttpHandler], connections: int):
         self.config, self.connections = config, Connections(connections)
+        self._tls_told = -math.inf
         if ":" in config.host:
             self.address_family = socket.AF_INET6
         super().__init__((config.host, config.port), handler)
@@ -4412,6 +4496,12 @@ class HttpServer(ThreadingHTTPServer):
     def service_actions(self) -> None:
         self.connections.cut_slow()
 
+    def tell_tls(self) -> None:
+        if time.monotonic() > self._tls_told + TLS_TOLD_SECONDS:
+            self._tls_told = time.monotonic()
+            log.warning("a client speaks TLS (https://), which this port does not: use http://, or"
+                        " put a proxy in front that ends TLS")
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):  # an OSError is a client that went away
@@ -4419,11 +4509,13 @@ class HttpServer(ThreadingHTTPServer):
 
 
 class Route(NamedTuple):
-    """A path's method, and who answers it; an open one needs no key."""
+    """A path's method, and who answers it. An open one needs no key, of a probe no line is logged.
+    """
 
     method: str
     answer: Callable[[Any], None]
     is_open: bool = False
+    is_probe: bool = False
 
 
 class HttpAnswers(BaseHTTPRequestHandler):
@@ -4440,6 +4532,7 @@ class HttpAnswers(BaseHTTPRequestHandler):
     def begin(self, body_pending: bool) -> None:
         self.began, self.sent_status, self.notes = time.monotonic(), 0, ""
         self.request_id, self.body_pending = secrets.token_hex(8), body_pending
+        self.known_path = "?"  # of whatever the client sent
 
     def version_string(self) -> str:
         return f"bark-worker/{VERSION}"
@@ -4534,6 +4627,18 @@ class HttpHandler(HttpAnswers):
             return self.dispatch
         raise AttributeError(name)
 
+    def handle_one_request(self) -> None:
+        try:
+            is_tls = self.rfile.peek(1)[:1] == TLS_HELLO
+        except OSError:  # nothing came in time, or the client is gone
+            self.close_connection = True
+            return
+        if is_tls:
+            self.close_connection = True
+            self.server.tell_tls()
+        else:
+            super().handle_one_request()
+
     def parse_request(self) -> bool:
         parsed = super().parse_request()
         if not self.raw_requestline.strip():  # http.server says nothing to a blank line
@@ -4564,12 +4669,10 @@ class HttpHandler(HttpAnswers):
         self.server.connections.waiting(self.connection)
 
     def log_answer(self) -> None:
-        path = self.path.partition("?")[0]
-        route = self.routes.get(path)
-        level = logging.DEBUG if route and route.is_open else logging.INFO  # probes come often
+        route = self.routes.get(self.known_path)
+        level = logging.DEBUG if route and route.is_probe else logging.INFO  # they come often
         log.log(level, "%s %s status=%d ms=%d id=%s%s",
-                self.command if self.command in METHODS else "?",
-                path if route else "?", self.sent_status,
+                self.command if self.command in METHODS else "?", self.known_path, self.sent_status,
                 1000 * (time.monotonic() - self.began), self.request_id, self.notes)
 
     def declares_body(self) -> bool:
@@ -4582,9 +4685,16 @@ class HttpHandler(HttpAnswers):
         """Whether a line among the headers is none: the parser takes all after it for the body."""
         return any(isinstance(defect, HEADER_DEFECTS) for defect in self.headers.defects)
 
-    def find_route(self, path: str) -> tuple[str, Route | None]:
-        known = next((p for p in self.routes if p[1:].endswith("/") and path.startswith(p)), path)
-        return known, self.routes.get(known)
+    def find_route(self, path: str) -> Route | None:
+        """The path's route: exactly, else with slashes too many or /v1 missing."""
+        tidy = re.sub("/{2,}", "/", path).rstrip("/") or "/"
+        for asked in (tidy, f"/v1{tidy}"):
+            above = (p for p in self.routes if p[1:].endswith("/") and asked.startswith(p))
+            known = asked if asked in self.routes else next(above, None)
+            if known:
+                self.known_path = known
+                return self.routes[known]
+        return None
 
     def find_answer(self) -> Callable[[Any], None]:
         if self.has_broken_header():
@@ -4595,7 +4705,7 @@ class HttpHandler(HttpAnswers):
         except ValueError:
             raise HttpError(HTTPStatus.BAD_REQUEST, "malformed_request",
                             "the request's address is malformed") from None
-        known, route = self.find_route(path)
+        route = self.find_route(path)
         if not (route and route.is_open) and self.command != "OPTIONS":
             self.check_key()
         if not route:
@@ -4606,7 +4716,7 @@ class HttpHandler(HttpAnswers):
             return lambda handler: handler.send_options(allow)
         if self.command not in allow.split(", "):
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "method_not_allowed",
-                            f"{known} takes {allow}, not {shown(self.command, 16)}",
+                            f"{self.known_path} takes {allow}, not {shown(self.command, 16)}",
                             {"Allow": allow})
         return route.answer
 
@@ -4636,32 +4746,50 @@ class HttpHandler(HttpAnswers):
                 and self.request_version >= "HTTP/1.1"):
             self.send_response_only(HTTPStatus.CONTINUE)
             self.end_headers()
-        body = b""
-        with contextlib.suppress(TimeoutError):
-            body = self.rfile.read(length)
-        if len(body) < length:
-            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "incomplete_body", f"the {length} bytes"
-                            " that Content-Length announces did not arrive in time")
+        body = self.receive(length)
         self.body_pending = False
         self.server.connections.busy(self.connection)
         return body
 
-    def body_length(self) -> int:
-        if "Transfer-Encoding" in self.headers:
-            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "length_required",
-                            "chunked bodies are not taken; send Content-Length")
+    def receive(self, length: int | None) -> bytes:
+        body = b""
+        try:
+            if length is None:
+                return ChunkedBody(self.rfile, MAX_BODY).read()
+            body = self.rfile.read(length)
+        except TimeoutError:
+            raise incomplete_body("its end") from None
+        if len(body) < length:
+            raise incomplete_body(f"the {length} bytes that Content-Length announces")
+        return body
+
+    def body_length(self) -> int | None:
+        """Bytes; None for a body in chunks, whose length shows at its end."""
+        codings = self.headers.get_all("Transfer-Encoding", [])
         lengths = set(self.headers.get_all("Content-Length", []))
+        if codings:
+            self.check_coding(codings, bool(lengths))
+            return None
         if not lengths:
-            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "length_required",
-                            "Content-Length is missing")
+            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "length_required", "the body's length is"
+                            " missing; send Content-Length, or 'Transfer-Encoding: chunked'")
         value = lengths.pop().strip()
         if lengths or not re.fullmatch(r"[0-9]{1,30}", value):
             raise HttpError(HTTPStatus.BAD_REQUEST, "invalid_length", f"Content-Length is"
                             f" {shown(value)}; it must be one whole number, 0 or more")
         if int(value) > MAX_BODY:
-            raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large",
-                            f"the body has {value} bytes; at most {MAX_BODY} are allowed")
+            raise body_too_large(f"{value} bytes", MAX_BODY)
         return int(value)
+
+    def check_coding(self, codings: list[str], has_length: bool) -> None:
+        """What is not plainly a chunked body might be read as another request by a proxy."""
+        coding = ", ".join(codings).strip()
+        wrong = ("HTTP/1.0 has no Transfer-Encoding" if self.request_version < "HTTP/1.1" else
+                 "Content-Length and Transfer-Encoding exclude each other" if has_length else
+                 f"Transfer-Encoding is {shown(coding)}; allowed is chunked"
+                 if coding.lower() != "chunked" else "")
+        if wrong:
+            raise HttpError(HTTPStatus.BAD_REQUEST, "invalid_length", wrong)
 
     def finish_body(self) -> None:
         """Closes after an unread body, but only once the client had time to read the answer.
@@ -4701,6 +4829,8 @@ class HttpHandler(HttpAnswers):
 # row in ROUTES.
 
 MAX_INPUT = 4096            # characters of OpenAI's `input`
+SILENCE_SECONDS = 0.25      # that OpenAI's endpoint gives for a text without a word
+WHOLE_FORMATS = ("flac",)   # as a stream it has no length in its head, which libsndfile refuses
 MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # that clients ask for; all are the one here
 MODELS_PATH = "/v1/models/"
 MEDIA_TYPES = {form.mime: name for name, form in FORMATS.items()} | {
@@ -4720,7 +4850,7 @@ POST /synthesize  {{"text": ..., "voice": ..., "seed": ...}}; only text is requi
 
 and OpenAI's, for a client whose base URL is {url}/v1
 
-POST /v1/audio/speech  GET /v1/audio/voices  GET /v1/models  GET /v1/models/NAME
+POST /v1/audio/speech  GET /v1/audio/voices  GET /v1/audio/models  GET /v1/models/NAME
 """
 
 
@@ -4775,6 +4905,12 @@ def check_text(payload: Mapping[str, Any], field: str, limit: int, limited_by: s
     return text
 
 
+def given(payload: Mapping[str, Any], field: str) -> Any:
+    """The field's value; None also for an empty string, which many clients send for nothing."""
+    value = payload.get(field)
+    return None if isinstance(value, str) and not value.strip() else value
+
+
 def wrong_type(field: str, value: object, wanted: str) -> InvalidRequest:
     return InvalidRequest(f"{field} is {json_type(value)}; it must be {wanted}", param=field,
                           code="invalid_type")
@@ -4782,7 +4918,7 @@ def wrong_type(field: str, value: object, wanted: str) -> InvalidRequest:
 
 def check_voice(payload: Mapping[str, Any]) -> str | None:
     """The voice's name; OpenAI's {"id": name} is one too."""
-    voice = payload.get("voice")
+    voice = given(payload, "voice")
     if isinstance(voice, dict):
         voice = voice.get("id")
     elif voice is None:
@@ -4793,15 +4929,17 @@ def check_voice(payload: Mapping[str, Any]) -> str | None:
 
 
 def check_choice(payload: Mapping[str, Any], field: str, allowed: Iterable[str]) -> str | None:
-    value = payload.get(field)
-    if value is None or (isinstance(value, str) and value in allowed):
-        return value
+    """One of the allowed names, also with blanks around it and in other letters."""
+    value = given(payload, field)
+    name = value.strip().lower() if isinstance(value, str) else value
+    if name is None or (isinstance(name, str) and name in allowed):
+        return name
     raise InvalidRequest(f"{field} is {shown(value)}; allowed are {', '.join(allowed)}",
                          param=field, code="invalid_value")
 
 
 def check_flag(payload: Mapping[str, Any], field: str, default: bool) -> bool:
-    value = payload.get(field)
+    value = given(payload, field)
     if value is not None and not isinstance(value, bool):
         raise wrong_type(field, value, "true or false")
     return default if value is None else value
@@ -4809,7 +4947,7 @@ def check_flag(payload: Mapping[str, Any], field: str, default: bool) -> bool:
 
 def check_number(payload: Mapping[str, Any], field: str, low: float,
                  high: float) -> float | None:
-    value = payload.get(field)
+    value = given(payload, field)
     if value is None:
         return None
     if json_type(value) != "a number":
@@ -4821,7 +4959,7 @@ def check_number(payload: Mapping[str, Any], field: str, low: float,
 
 
 def check_seed(payload: Mapping[str, Any]) -> int | None:
-    seed = payload.get("seed")
+    seed = given(payload, "seed")
     if seed is None:
         return None
     if type(seed) is not int:
@@ -4889,9 +5027,13 @@ class Delivery:
     form: str
     rate: int
     speed: float
+    silence: float = 0.0  # seconds, in place of speech
     length: int = 0  # samples so far
 
     def parts(self) -> Iterator[Part]:
+        if self.silence:
+            self.length = round(self.silence * self.rate)
+            yield Part(np.zeros(self.length, np.int16), np.empty(0, np.int16), {})
         for part in lay_out(self.speech, self.request.results(), self.rate, self.speed):
             self.length += len(part.samples) + len(part.silence)
             yield part
@@ -4907,7 +5049,10 @@ class Delivery:
         return encode(audio, self.rate, self.form), [part.place for part in parts]
 
     def stream(self) -> Iterator[bytes]:
-        """The audio as one stream, piece by piece."""
+        """The audio as one stream, piece by piece if the format can grow."""
+        if self.form in WHOLE_FORMATS:
+            yield self.whole()[0]
+            return
         with contextlib.closing(Encoder(self.form, self.rate)) as encoder:  # clients may leave
             for part in self.parts():
                 yield encoder.feed(part.audio)
@@ -4973,7 +5118,7 @@ class RequestHandler(HttpHandler):
         if progress := state.progress:
             body["progress"] = progress()
         if state.error:
-            body.update(error=str(state.error), exit_status=state.error.exit_status)
+            body.update(error=state.reason, exit_status=state.error.exit_status)
         self.send_json(body)
 
     def get_ready(self) -> None:
@@ -4992,14 +5137,18 @@ class RequestHandler(HttpHandler):
         return self.server.state.narrator
 
     def get_models(self) -> None:
-        self.send_json({"object": "list", "data": [self.model(name) for name in self.models()]})
+        models = [self.model(name) for name in self.models()]
+        listed = "models" if self.known_path.startswith("/v1/audio/") else "data"
+        self.send_json({"object": "list", listed: models})
 
     def get_model(self) -> None:
-        name = unquote(urlsplit(self.path).path.removeprefix(MODELS_PATH))
+        name = unquote(urlsplit(self.path).path.partition("/models/")[2].rstrip("/"))
         if name not in self.models():
             raise HttpError(HTTPStatus.NOT_FOUND, "model_not_found", f"there is no model"
                             f" {shown(name)}; there are {', '.join(self.models())}, which are one")
-        self.send_json(self.model(name))
+        voices = [{"name": voice["name"], "language": voice["language"]}
+                  for voice in self.narrator().openai_list()]
+        self.send_json({**self.model(name), "voices": voices})
 
     def models(self) -> list[str]:
         return [self.server.state.details["model_id"], *MODEL_NAMES]
@@ -5009,10 +5158,7 @@ class RequestHandler(HttpHandler):
                 "owned_by": "bark-worker"}
 
     def get_audio_voices(self) -> None:
-        narrator = self.narrator()
-        named = [{"id": name, "name": name, "language": voice_language(target), "alias_of": target}
-                 for name, target in narrator.openai_voices().items()]
-        self.send_json({"voices": named + narrator.voice_list()})
+        self.send_json({"voices": self.narrator().openai_list()})
 
     def post_synthesize(self) -> None:
         payload = parse_json(self.read_body())
@@ -5037,10 +5183,10 @@ class RequestHandler(HttpHandler):
         form = check_choice(payload, "response_format", FORMATS) or "mp3"
         events = check_choice(payload, "stream_format", ("audio", "sse")) == "sse"
         stream = check_flag(payload, "stream", True)
-        voice = check_voice(payload)
-        narrator = self.narrator()
-        voice = narrator.openai_voices().get(voice, voice)
-        with self.delivery(payload, "input", text, voice, form) as delivery:
+        voice, narrator = check_voice(payload), self.narrator()
+        if voice is not None:
+            voice = narrator.find_voice(voice, narrator.openai_voices(), "/v1/audio/voices")
+        with self.delivery(payload, "input", text, voice, form, SILENCE_SECONDS) as delivery:
             if events:
                 rate = narrator.facts.semantic.semantic_rate_hz
                 self.send_chunks("text/event-stream", delivery.events(rate), {})
@@ -5049,8 +5195,11 @@ class RequestHandler(HttpHandler):
 
     @contextlib.contextmanager
     def delivery(self, payload: Mapping[str, Any], field: str, text: str, voice: str | None,
-                 form: str) -> Iterator[Delivery]:
-        """Has the text spoken while the answer is sent; what is then left of it is dropped."""
+                 form: str, silence: float = 0.0) -> Iterator[Delivery]:
+        """Has the text spoken while the answer is sent; what is then left of it is dropped.
+
+        Where nothing is to be spoken, that is so many seconds of `silence`, or an error.
+        """
         speed, seed = check_number(payload, "speed", 0.25, 4), check_seed(payload)
         manner = Manner(check_flag(payload, "expressive", True) and self.server.config.expression,
                         check_number(payload, "temperature", 0, 2),
@@ -5060,7 +5209,10 @@ class RequestHandler(HttpHandler):
             speech = narrator.plan(text, voice, seed, manner)
         except NothingToSpeak as error:
             error.param = field
-            raise
+            if not silence:
+                raise
+            yield self.silent_delivery(text, voice, seed, form, silence)
+            return
         deadline = self.began + self.server.config.timeout
         request = Request(speech, deadline, lambda: has_left(self.connection))
         with self.server.guard.work():
@@ -5073,11 +5225,20 @@ class RequestHandler(HttpHandler):
                 self.notes += (f" segments={len(speech.segments)} audio_s={delivery.duration:.2f}"
                                f" seed={speech.seed}")
 
+    def silent_delivery(self, text: str, voice: str | None, seed: int | None, form: str,
+                        silence: float) -> Delivery:
+        narrator = self.narrator()
+        speech = Speech(text, voice or narrator.default_voice, max(0, seed or 0), [], [], [],
+                        narrator.facts.sample_rate)
+        request = Request(speech, math.inf, lambda: False)
+        return Delivery(speech, request, form, speech.rate, 1.0, silence)
+
     def send_audio(self, delivery: Delivery, stream: bool) -> None:
-        """The audio as it is, in chunks if that brings it earlier."""
+        """The audio as it is, in chunks if that brings it earlier and the format bears it."""
         kind, seed = FORMATS[delivery.form].mime, {"X-Bark-Seed": str(delivery.speech.seed)}
-        next(delivery.request.results())  # raises, or there is something to send
-        if stream and not delivery.request.is_done() and self.has_chunks():
+        next(delivery.request.results(), None)  # raises, or there is something to send
+        can_grow = delivery.form not in WHOLE_FORMATS and self.has_chunks()
+        if stream and can_grow and not delivery.request.is_done():
             self.send_chunks(kind, delivery.stream(), seed)
             return
         body, _ = delivery.whole()
@@ -5103,15 +5264,16 @@ class RequestHandler(HttpHandler):
 
 
 ROUTES = {
-    "/": Route("GET", RequestHandler.get_index, is_open=True),
-    "/health": Route("GET", RequestHandler.get_health, is_open=True),
-    "/ready": Route("GET", RequestHandler.get_ready, is_open=True),
-    "/voices": Route("GET", RequestHandler.get_voices),
+    "/": Route("GET", RequestHandler.get_index, is_open=True, is_probe=True),
+    "/health": Route("GET", RequestHandler.get_health, is_open=True, is_probe=True),
+    "/ready": Route("GET", RequestHandler.get_ready, is_open=True, is_probe=True),
+    "/voices": Route("GET", RequestHandler.get_voices, is_open=True),
     "/synthesize": Route("POST", RequestHandler.post_synthesize),
     "/v1/audio/speech": Route("POST", RequestHandler.post_speech),
-    "/v1/audio/voices": Route("GET", RequestHandler.get_audio_voices),
-    "/v1/models": Route("GET", RequestHandler.get_models),
-    MODELS_PATH: Route("GET", RequestHandler.get_model),  # and all below it
+    "/v1/audio/voices": Route("GET", RequestHandler.get_audio_voices, is_open=True),
+    "/v1/audio/models": Route("GET", RequestHandler.get_models, is_open=True),
+    "/v1/models": Route("GET", RequestHandler.get_models, is_open=True),
+    MODELS_PATH: Route("GET", RequestHandler.get_model, is_open=True),  # and all below it
 }
 RequestHandler.routes = ROUTES
 
@@ -5320,17 +5482,27 @@ SPARE_FILES = 128  # open files that are no connections: weights, libraries, log
 BUILTIN_VOICE = Path(__file__).resolve().parent / "builtin-voice"
 
 
-def cpu_notice(config: Config, device: torch.device, model_id: str) -> str:
-    """What to know where no GPU speaks, and how to choose on purpose; empty on a GPU."""
+def cpu_notice(config: Config, device: torch.device, model_id: str, builtin: str) -> str:
+    """What to know where no GPU speaks, and how to choose on purpose; empty on a GPU.
+
+    `builtin` is what the built-in voice is called.
+    """
     if device.type == "cuda":
         return ""
     cause = f"BARK_DEVICE is {config.device}" if config.device else "no GPU"
     if torch.version.cuda and not config.device:
         cause += (f" that torch {torch.__version__} can use (if there is one, its driver is too old"
                   f" for CUDA {torch.version.cuda}, or the container lacks --gpus all)")
-    builtin = f", {BUILTIN_VOICE} (tiny, real time)" if BUILTIN_VOICE.is_dir() else ""
+    tiny = f", {builtin} (tiny, real time)" if BUILTIN_VOICE.is_dir() else ""
     return (f"{cause}: {model_id} on the CPU; BARK_MODEL chooses: suno/bark-small (several times"
-            f" slower than speech){builtin} or another")
+            f" slower than speech){tiny} or another")
+
+
+def public_name(model_id: str) -> str:
+    """A hub id as it is; of a folder its name alone, as paths of the machine concern nobody."""
+    path = Path(model_id).expanduser()
+    is_hub_id = re.fullmatch(HUB_ID, model_id) and not path.is_dir()
+    return model_id if is_hub_id else path.resolve().name or "local"
 
 
 def load_engine(config: Config, state: State, model_id: str, device: torch.device) -> Engine:
@@ -5377,16 +5549,6 @@ def build_engine(config: Config, facts: ModelFacts, model: BarkModel) -> Engine:
     if config.deterministic and not config.max_batch:
         slots = min(slots, FIXED_SLOTS)
     return Engine(model, facts, slots, fixed_shape=config.deterministic)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes in the files of a cache's blobs folder, those still arriving included."""
-    total = 0
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):  # renamed when complete
-                total += entry.stat().st_size
-    return total
 
 
 def warm_up(engine: Engine, narrator: Narrator) -> None:
@@ -5438,14 +5600,15 @@ def serve(config: Config, warnings: list[str]) -> int:
         print(error, file=sys.stderr)
         return error.exit_status
     model_id = config.model or default_model(device)
-    notice = cpu_notice(config, device, model_id)
+    notice = cpu_notice(config, device, model_id, str(BUILTIN_VOICE))
     if notice:  # before all else, as a person who paid for a GPU must not miss it
         log.warning("%s", notice)
     for warning in warnings:
         log.warning("%s", warning)
-    state = State(model_id=model_id, device=str(device), dtype=config.dtype,
+    state = State(model_id=public_name(model_id), device=str(device), dtype=config.dtype,
                   cuda_available=torch.cuda.is_available(), voice=config.voice, sample_rate=None,
-                  **({"notice": notice} if notice else {}))
+                  **({"notice": cpu_notice(config, device, public_name(model_id),
+                                           BUILTIN_VOICE.name)} if notice else {}))
     scheduler = Scheduler(lambda state: load_engine(config, state, model_id, device), state,
                           config.max_queue, SegmentCache(config.cache_mb * 1_000_000),
                           config.retries)

@@ -159,7 +159,7 @@ def test_the_route_by_hand_leads_to_a_worker_that_only_its_key_opens(
         assert manager.run("start").stdout == f"{instance.worker_url}\n"
         assert manager.run("test").status == 0
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"{instance.worker_url}/voices")
+            urllib.request.urlopen(f"{instance.worker_url}/synthesize", b"{}")
 
 
 def dockerfile() -> str:

@@ -23,6 +23,7 @@ import pytest
 from conftest import WORKER, Answer, Worker, running_worker, wait_until
 from decoding import RATE, STREAM_EXCESS, WHOLE_EXCESS, decode
 from openai import DefaultHttpxClient, OpenAI
+from test_server import write_launcher
 
 KEY = "sesame-9f2c"
 FORMATS = {"mp3": "audio/mpeg", "opus": "audio/ogg", "aac": "audio/aac", "flac": "audio/flac",
@@ -107,7 +108,9 @@ def paced(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Paced
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker that has no model, and all settings but that as they are by default."""
-    with running_worker(BARK_MODEL=str(tmp_path_factory.mktemp("nothing"))) as worker:
+    folder = tmp_path_factory.mktemp("nothing")
+    script = write_launcher(folder, FAILED_SECONDS=600.0)
+    with running_worker(script, BARK_MODEL=str(folder)) as worker:
         worker.wait_for("failed")
         yield worker
 
@@ -223,7 +226,7 @@ def test_mp3_is_what_comes_when_no_format_is_named(client: OpenAI) -> None:
     assert reply.content == speak(client, "Hi.", response_format="mp3").content
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "flac"])
 def test_the_first_sound_comes_while_the_rest_is_still_to_be_made(
         paced: Paced, form: str, text: str) -> None:
     paced.hold(1)
@@ -319,10 +322,11 @@ def test_speed_changes_the_length_and_nothing_else_in_the_answer(
 
 def test_models_can_be_listed_and_each_of_them_retrieved(client: OpenAI, toy: Path) -> None:
     models = client.models.list().data
-    assert [model.id for model in models] == [str(toy), "tts-1", "tts-1-hd", "gpt-4o-mini-tts"]
+    assert [model.id for model in models] == [toy.name, "tts-1", "tts-1-hd", "gpt-4o-mini-tts"]
     for model in models:
         assert (model.object, model.owned_by) == ("model", "bark-worker") and model.created > 1e9
-        assert client.models.retrieve(model.id) == model
+        found = client.models.retrieve(model.id).to_dict()
+        assert found.pop("voices") and found == model.to_dict()
 
 
 def test_voices_are_listed_as_readers_expect_them(worker: Worker, client: OpenAI) -> None:
@@ -346,7 +350,6 @@ def test_voices_are_listed_as_readers_expect_them(worker: Worker, client: OpenAI
     ({"speed": 4.01}, openai.BadRequestError, "invalid_value", "speed"),
     ({"speed": "fast"}, openai.BadRequestError, "invalid_type", "speed"),
     ({"extra_body": {"stream": 1}}, openai.BadRequestError, "invalid_type", "stream"),
-    ({"input": "***"}, openai.UnprocessableEntityError, "nothing_to_speak", "input"),
 ], ids=lambda value: value if isinstance(value, str) else None)
 def test_the_client_is_told_what_is_wrong_and_does_not_ask_again(
         worker: Worker, fields: dict[str, Any], kind: type[openai.APIStatusError], code: str,
@@ -375,11 +378,11 @@ def test_a_text_of_4096_characters_is_taken_whatever_synthesize_allows(worker: W
 
 def test_a_wrong_key_and_none_are_told_as_such(paced: Paced) -> None:
     with sdk(paced.worker, retries=2, key="wrong") as client:
-        for call in (client.models.list, lambda: speak(client, "Hi.")):
-            with pytest.raises(openai.AuthenticationError) as caught:
-                call()
-            check_error(caught.value, "invalid_request_error", "invalid_api_key")
-    answer = httpx2.get(f"{paced.worker.url}/v1/audio/voices", trust_env=False)
+        with pytest.raises(openai.AuthenticationError) as caught:
+            speak(client, "Hi.")
+        check_error(caught.value, "invalid_request_error", "invalid_api_key")
+        assert client.models.list().data  # it tells no secret
+    answer = httpx2.post(f"{paced.worker.url}/v1/audio/speech", trust_env=False)
     assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
 
 
@@ -702,7 +705,7 @@ def test_the_request_behind_a_preflight_does_need_the_key_and_its_error_can_be_r
 
 
 def test_an_allowed_origin_reads_audio_errors_and_headers(worker: Worker) -> None:
-    for fields, status in (({"input": "Hi."}, 200), ({"input": ""}, 400), ({"input": "*"}, 422)):
+    for fields, status in (({"input": "Hi."}, 200), ({"input": ""}, 400), ({"input": "*"}, 200)):
         answer = worker.call("/v1/audio/speech", fields, headers={"Origin": ORIGIN})
         assert answer.status == status and allowed(answer) == ORIGIN
         exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
