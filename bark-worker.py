@@ -3765,9 +3765,9 @@ class Scheduler:
         self._thread.start()
 
     @property
-    def slots(self) -> int:
-        """Segments at once; 1 while that is not known."""
-        return self._engine.slots if self._engine else 1
+    def slots(self) -> int | None:
+        """Segments at once; None while that is not known."""
+        return self._engine.slots if self._engine else None
 
     def submit(self, request: Request) -> None:
         """Answers `request` from the cache as far as that goes, and queues the rest.
@@ -5112,7 +5112,8 @@ class RequestHandler(HttpHandler):
         body = {"status": state.status, "ready": state.status == "ready", "model": "Bark",
                 **state.details, "max_text_length": config.max_text_length, "version": VERSION,
                 "uptime": round(time.monotonic() - self.server.started, 1),
-                "queue": self.server.scheduler.stats(), "guard": self.server.guard.facts()}
+                "slots": self.server.scheduler.slots, "queue": self.server.scheduler.stats(),
+                "guard": self.server.guard.facts()}
         if config.quality:
             body["quality"] = dict(self.server.scheduler.quality)
         if progress := state.progress:

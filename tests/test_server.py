@@ -306,7 +306,8 @@ def test_health_has_every_documented_field(worker: Worker, toy: Path) -> None:
     assert answer.status == 200 and answer.headers["Cache-Control"] == "no-store"
     assert {"ready": True, "model": "Bark", "device": "cpu", "cuda_available": False,
             "max_text_length": 2000, "status": "ready", "model_id": toy.name, "dtype": "float32",
-            "sample_rate": 24000, "voice": "v2/en_speaker_6"}.items() <= health.items()
+            "sample_rate": 24000, "voice": "v2/en_speaker_6", "slots": 4,
+            }.items() <= health.items()
     assert health["version"] and health["uptime"] >= 0
     assert set(health["queue"]) == {"running", "waiting", "capacity"}
     assert health["queue"]["capacity"] == 32 and "error" not in health
@@ -806,6 +807,7 @@ def stuck_toy(toy: Path, tmp_path: Path) -> Path:
 def test_loading_worker_says_so_and_obeys_sigint(stuck_toy: Path) -> None:
     with running_worker(BARK_MODEL=str(stuck_toy)) as worker:
         health = worker.wait_for("loading")
+        assert health["slots"] is None
         assert health["ready"] is False and health["model_id"] == stuck_toy.name
         for answer in (worker.call("/ready"), worker.call("/voices"), worker.speak("Hi.")):
             assert "loading" in expect_error(answer, 503, "not_ready")
