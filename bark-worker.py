@@ -6,7 +6,7 @@
     curl -s http://127.0.0.1:8080/synthesize -H 'Content-Type: application/json' \\
          -H 'Accept: audio/wav' -d '{"text": "Good evening, and welcome."}' -o hello.wav
 
-    python bark-worker.py --serverless    # a worker of a Vast.ai endpoint, which routes and scales
+    python bark-worker.py --serverless    # becomes pyworker.py, for an endpoint of Vast.ai
 
 The map: sections in order. Each uses what stands above it, and of the world what it may touch.
 
@@ -30,7 +30,6 @@ The map: sections in order. Each uses what stands above it, and of the world wha
   Guard          an idle instance of Vast's stops itself          threads, net       test_guard
   HTTP           connections, limits, framing, errors             threads, net       test_server
   Endpoints      what a client may ask for, and how it is sent    threads, net       test_openai
-  Serverless     Vast's PyWorker in front                         threads, net       test_serverless
   Main           the wiring                                       all                test_server
 
     HTTP threads --- request ---> scheduler thread --- segments ---> engine --- tensors ---> Bark
@@ -180,6 +179,7 @@ def without_folders(message: str) -> str:
 # checks are made of it, and README's table is held to it. All wrong values are named at once.
 
 MANAGER_VARIABLES = frozenset({"BARK_LABEL", "BARK_IMAGE", "BARK_POLL"})  # of the manager script
+PYWORKER = Path(__file__).resolve().with_name("pyworker.py")
 
 
 def parse_integer(low: int, high: int) -> Callable[[str], int]:
@@ -298,24 +298,6 @@ VARIABLES = (
              "on Vast, by the on-start command: hours after which the instance stops itself"),
 )
 
-# What --serverless needs beside them. Vast's PyWorker reads these itself, and breaks over them one
-# by one and late; so they are checked before. {port} is WORKER_PORT's value.
-SERVERLESS_VARIABLES = (
-    Variable("WORKER_PORT", "worker_port", "", parse_integer(1, 65534),
-             "port that PyWorker listens on, on HOST; the next one is its own"),
-    Variable("CONTAINER_ID", "", "", parse_integer(0, 10**12 - 1), "the instance's number"),
-    Variable("REPORT_ADDR", "", "",
-             parse_like(r"https?://[!-+\--~]+(,https?://[!-+\--~]+)*",
-                        "http:// or https:// addresses, joined by commas"),
-             "where Vast takes PyWorker's reports"),
-    Variable("PUBLIC_IPADDR", "", "",
-             parse_like(r"[0-9A-Za-z.:\[\]-]+", "an address or a host's name"),
-             "the machine's public address"),
-    Variable("VAST_TCP_PORT_{port}", "", "", parse_integer(1, 65535),
-             "the public port that leads to WORKER_PORT"),
-)
-
-
 VAST_URL = "https://console.vast.ai"
 
 
@@ -340,8 +322,7 @@ class Container:
 class Config:
     """The settings, checked. None means: decided when device and free memory are known.
 
-    `worker_port` is PyWorker's; None without --serverless. `container` is None elsewhere than on
-    Vast. Minutes and hours are as they were said; 0 is off.
+    `container` is None elsewhere than on Vast. Minutes and hours are as they were said; 0 is off.
     """
 
     voice: str = "v2/en_speaker_6"
@@ -364,43 +345,23 @@ class Config:
     idle_stop: float = 0.0
     start_limit: float = 0.0
     max_hours: float = 0.0
-    worker_port: int | None = None
     container: Container | None = None
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str], serverless: bool = False) -> Config:
-        """Reads VARIABLES; an empty one is unset. Raises ConfigError naming every wrong one.
-
-        With `serverless` also SERVERLESS_VARIABLES, none of which may be unset.
-        """
-        variables = [v for v in VARIABLES if environ.get(v.name)]
-        if serverless:
-            port = environ.get("WORKER_PORT") or "<WORKER_PORT>"
-            variables += [v._replace(name=v.name.format(port=port)) for v in SERVERLESS_VARIABLES]
-        values, wrong = parse_variables(variables, environ)
-        if serverless and (unsecured := environ.get("UNSECURED", "false")) != "false":
-            wrong.append(f"UNSECURED is {shown(unsecured)}; allowed: false or not set, since Vast's"
-                         " signatures alone guard the way in")
+    def from_env(cls, environ: Mapping[str, str]) -> Config:
+        """Reads VARIABLES; an empty one is unset. Raises ConfigError naming every wrong one."""
+        values, wrong = {}, []
+        for variable in VARIABLES:
+            if not (raw := environ.get(variable.name)):
+                continue
+            try:
+                values[variable.field] = variable.parse(raw)
+            except ValueError as allowed:
+                found = "is wrong" if variable.field == "api_key" else f"is {shown(raw)}"
+                wrong.append(f"{variable.name} {found}; allowed: {allowed}")
         if wrong:
             raise ConfigError("wrong configuration:\n  " + "\n  ".join(wrong))
-        return cls(container=Container.from_env(environ),
-                   **{name: value for name, value in values.items() if name})
-
-
-def parse_variables(variables: Iterable[Variable],
-                    environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Values by field of variables that have to be set, and what is wrong, a line each."""
-    values, wrong = {}, []
-    for variable in variables:
-        raw = environ.get(variable.name, "")
-        try:
-            values[variable.field] = variable.parse(raw)
-        except ValueError as allowed:
-            found = f"is {shown(raw)};" if raw else "is not set, and --serverless needs it;"
-            if variable.field == "api_key":
-                found = "is wrong;"
-            wrong.append(f"{shown(variable.name)[1:-1]} {found} allowed: {allowed}")
-    return values, wrong
+        return cls(container=Container.from_env(environ), **values)
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
@@ -409,32 +370,43 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environ if name.startswith("BARK_") and name not in known)
 
 
-def read_settings(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    """What the command line and the environment say. Ends the process as argparse does: with 0
-    for --help and --version, and with 2 and every mistake for what is wrong."""
+def read_settings(arguments: list[str]) -> Config:
+    """What the environment says. Ends the process as argparse does: with 0 for --help and
+    --version, and with 2 and every mistake for what is wrong."""
     parser = argument_parser()
-    options = parser.parse_args(arguments)
+    if parser.parse_args(arguments).serverless:
+        parser.exit(become_pyworker())
     try:
-        return options, Config.from_env(os.environ, options.serverless)
+        return Config.from_env(os.environ)
     except ConfigError as error:
         parser.exit(error.exit_status, f"{error}\n")
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    width = max(len(variable.name) for variable in (*VARIABLES, *SERVERLESS_VARIABLES))
+    width = max(len(variable.name) for variable in VARIABLES)
     rows = [f"  {v.name:<{width}}  {v.meaning} (default: {v.default})" for v in VARIABLES]
     rows.append(f"  {'HF_HOME':<{width}}  where models are kept (default: as Hugging Face's)")
-    rows.append("\nthose that --serverless needs too; Vast sets most of them:")
-    rows += [f"  {v.name.format(port='N'):<{width}}  {v.meaning}" for v in SERVERLESS_VARIABLES]
     parser = argparse.ArgumentParser(
         prog="bark-worker.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Serves the Bark text-to-speech model over HTTP.",
         epilog="environment variables:\n" + "\n".join(rows))
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.add_argument("--serverless", action="store_true", help="serve an endpoint of Vast.ai:"
-                        " behind Vast's PyWorker, which takes requests on WORKER_PORT, with PORT"
-                        " and BARK_API_KEY of no use")
+    parser.add_argument("--serverless", action="store_true",
+                        help="become pyworker.py, for an endpoint of Vast.ai")
     return parser
+
+
+def become_pyworker() -> int:
+    """Replaces this process by pyworker.py; the exit status if there is none.
+
+    Templates that were made when --serverless was the worker's own still start it so.
+    """
+    if not PYWORKER.is_file():
+        print(f"--serverless starts {PYWORKER}, which is missing; put it there, of the release that"
+              f" this is, {VERSION}, or take an image that has it", file=sys.stderr)
+        return 2
+    options = sys.orig_argv[1:-len(sys.argv)]  # the interpreter's, such as -u
+    os.execv(sys.executable, [sys.executable, *options, str(PYWORKER)])
 
 
 if __name__ == "__main__":  # before all else, torch's import above all: it takes seconds
@@ -4243,15 +4215,14 @@ def told_names(fields: Iterable[str]) -> str:
 
 
 def build_guard(config: Config, folders: Iterable[Path]) -> Guard:
-    """As armed as it can be here: not elsewhere than on Vast, nor where Vast ends workers."""
+    """As armed as it can be here: not elsewhere than on Vast."""
     spans = {"idle_stop": 60 * config.idle_stop, "start_limit": 60 * config.start_limit,
              "max_hours": 3600 * config.max_hours}
     armed = {name: seconds for name, seconds in spans.items() if seconds}
     container, folders = config.container, list(folders)
-    if armed and (config.worker_port or container is None):
-        why = ("Vast itself ends the workers of an endpoint" if config.worker_port else
-               "this is no container of Vast's, which has CONTAINER_ID and CONTAINER_API_KEY set")
-        log.warning("%s: of no effect here: %s", told_names(armed), why)
+    if armed and container is None:
+        log.warning("%s: of no effect here: this is no container of Vast's, which has CONTAINER_ID"
+                    " and CONTAINER_API_KEY set", told_names(armed))
         armed = {}
     elif armed:
         log.info("guard of instance %s: %s", container.instance, ", ".join(
@@ -5280,195 +5251,6 @@ RequestHandler.routes = ROUTES
 
 
 # -----------------------------------------------------------------------------
-# Serverless: Vast's PyWorker in front of HTTP, where Vast routes requests and scales workers
-
-# PyWorker forwards these paths, and counts the characters of that field.
-TEXT_FIELDS = {"/synthesize": "text", "/v1/audio/speech": "input"}
-READY_LINE, FAILED_LINE = "bark-worker: the model is ready", "bark-worker: the model has failed"
-# PyWorker takes who may not name a worker's requests: they are not signed. A session costs nothing
-# and its end may send the worker, or any other machine, a request that nobody checked.
-UNSIGNED_PATHS = ("/session/create", "/session/end", "/session/get", "/session/health")
-BENCHMARK_TEXT = ("The quick brown fox jumps over the lazy dog, and the dog does not mind, for the"
-                  " day is warm.")
-BENCHMARK_RUNS = 2  # the better one counts; the GPU is paid for meanwhile
-LAST_WORDS_SECONDS = 0.5  # for an answer on its way to a client
-
-
-def character_count(field: str) -> Callable[[Mapping[str, Any]], float]:
-    """What a request is worth to Vast's scaling: the characters of its text."""
-    def count(payload: Mapping[str, Any]) -> float:
-        text = payload.get(field)
-        return float(len(text)) if isinstance(text, str) else 0.0
-    return count
-
-
-class StatusFile:
-    """What PyWorker hears of the model: it looks for two lines in a file.
-
-    It takes a line for the one that it looks for if that is only part of it. So the file is ours
-    alone, made anew at each start, and neither a log nor anything of a request is written there.
-    """
-
-    def __init__(self) -> None:
-        self._file, self.path = tempfile.mkstemp(prefix="bark-worker-")  # for this user only
-
-    def follow(self, status: str) -> None:
-        line = {"ready": READY_LINE, "failed": FAILED_LINE}.get(status)
-        if line is None:
-            return
-        try:
-            os.write(self._file, f"{line}\n".encode())
-        except OSError as error:
-            log.error("PyWorker cannot be told that the model is %s: %s", status, error)
-
-    def remove(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
-
-
-class WithoutSignatures(logging.Filter):
-    """Of PyWorker's own records: a signature is good for a request, also when it was refused."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if "signature" in record.getMessage().lower():
-            record.msg, record.args = "PyWorker refused a request: its signature is wrong", ()
-        return True
-
-
-class PyWorker:
-    """Vast's PyWorker: checks Vast's signatures, forwards requests to HTTP, reports to Vast.
-
-    It runs on an event loop in a thread of its own. Raises ConfigError if it cannot be imported.
-    """
-
-    def __init__(self, config: Config, http_port: int, benchmarks: Path):
-        try:
-            from vastai.serverless.server import worker as sdk
-            from vastai.serverless.server.lib import backend
-        except ImportError as error:
-            raise ConfigError(f"--serverless needs Vast's worker SDK, which does not import:"
-                              f" {error}; pip install -r requirements.txt") from error
-        check_port(config)
-        self._host, self._benchmarks, self._module = config.host, benchmarks, backend
-        self._status = StatusFile()
-        self._worker = sdk.Worker(sdk.WorkerConfig(
-            model_server_url="http://127.0.0.1", model_server_port=http_port,
-            model_log_file=self._status.path, model_healthcheck_url="/ready",
-            handlers=handlers(sdk, config), log_action_config=sdk.LogActionConfig(
-                on_load=[READY_LINE], on_error=[FAILED_LINE])))
-        self._worker.routes = guarded(self._worker.routes)
-        self._report_more()
-        quiet_pyworker()
-
-    def _report_more(self) -> None:
-        """Has the log tell what PyWorker tells Vast alone, and Vast hear of a ready model at once.
-
-        PyWorker itself would tell that up to 10 s later, which are paid for and waited for.
-        """
-        backend = self._worker.backend
-        tell_error, tell_loaded = backend.backend_errored, backend.metrics._model_loaded
-
-        def errored(message: str) -> None:
-            log.error("PyWorker reports an error to Vast: %s", message.partition("\n")[0])
-            tell_error(message)
-
-        def loaded(max_throughput: float) -> None:
-            tell_loaded(max_throughput=max_throughput)
-            backend.metrics.update_pending = True
-            log.info("PyWorker tells Vast: ready, %.1f characters a second", max_throughput)
-        backend.backend_errored, backend.metrics._model_loaded = errored, loaded
-
-    def start(self, on_end: Callable[[WorkerError], None]) -> None:
-        """`on_end` is told if it ends by itself."""
-        def run() -> None:
-            try:
-                self._worker.run(host=self._host)
-                error = "it returned"
-            except Exception as exception:
-                error = f"{type(exception).__name__}: {first_line(exception)}"
-            on_end(WorkerError(f"PyWorker ended: {error}", code="internal_error"))
-        threading.Thread(target=run, name="pyworker", daemon=True).start()
-
-    def follow(self, status: str, slots: int, *identity: object) -> None:
-        """What becomes of the model, and how much it does at once.
-
-        PyWorker keeps the benchmark's result in a file, and takes it from there the next time. It
-        would be the working folder's; `identity` tells whose it is.
-        """
-        if status == "ready":
-            self._worker.backend.benchmark_handler.concurrency = slots
-            name = hashlib.sha256(repr((VERSION, slots, *identity)).encode()).hexdigest()[:16]
-            self._module.BENCHMARK_INDICATOR_FILE = str(self._benchmarks / f"benchmark-{name}")
-        self._status.follow(status)
-
-    def wait_idle(self, seconds: float) -> None:
-        """Returns when no request is left, or after so many seconds."""
-        deadline = time.monotonic() + seconds - LAST_WORDS_SECONDS
-        working = self._worker.backend.metrics.model_metrics.requests_working
-        while working and time.monotonic() < deadline:
-            time.sleep(LAST_WORDS_SECONDS / 10)
-        time.sleep(max(0.0, min(seconds, LAST_WORDS_SECONDS)))
-
-    def close(self) -> None:
-        self._status.remove()
-
-
-def check_port(config: Config) -> None:
-    """Raises ConfigError unless PyWorker can listen, as it would only tell Vast, for ever."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((config.host, config.worker_port))
-            probe.listen()
-    except OSError as error:
-        raise ConfigError(f"PyWorker cannot listen on HOST {config.host}, WORKER_PORT"
-                          f" {config.worker_port}: {error.strerror or error}; choose another or end"
-                          " what uses it") from error
-
-
-def handlers(sdk: Any, config: Config) -> list[Any]:
-    """PyWorker's handlers. Exactly one has to have a benchmark."""
-    text = BENCHMARK_TEXT[: config.max_text_length]
-    asked = {"text": text, "seed": RANDOM_SEED}  # else all but the first run come from the cache
-    benchmark = sdk.BenchmarkConfig(dataset=[asked], runs=BENCHMARK_RUNS, concurrency=1,
-                                    do_warmup=False)
-    return [sdk.HandlerConfig(
-        route=path, allow_parallel_requests=True, max_queue_time=config.timeout,
-        workload_calculator=character_count(field),
-        benchmark_config=benchmark if path == "/synthesize" else None)
-        for path, field in TEXT_FIELDS.items()]
-
-
-def guarded(routes: list[Any]) -> list[Any]:
-    """PyWorker's routes, with bodies of bounded size and without what needs no signature."""
-    from aiohttp import web
-
-    async def refuse(request: Any) -> Any:
-        error = HttpError(HTTPStatus.NOT_FOUND, "not_found", f"there is no {shown(request.path)}")
-        return web.json_response(error_body(error), status=404)
-
-    def bounded(handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        async def handle(request: Any) -> Any:
-            return await handler(request.clone(client_max_size=2 * MAX_BODY))
-        return handle
-
-    # PyWorker adds its own after these, and the first route of a path is the one that counts.
-    return [*(web.post(path, refuse) for path in UNSIGNED_PATHS),
-            *(web.post(route.path, bounded(route.handler)) for route in routes)]
-
-
-def quiet_pyworker() -> None:
-    """Undoes what PyWorker does to logging: everybody's DEBUG, with addresses that hold keys."""
-    logging.getLogger().setLevel(logging.INFO)
-    logging.getLogger("aiohttp.access").setLevel(logging.CRITICAL)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if isinstance(logger, logging.Logger) and "vastai" in name:
-            logger.setLevel(logging.ERROR)
-            logger.addFilter(WithoutSignatures())
-
-
-# -----------------------------------------------------------------------------
 # Main: the wiring
 #
 # Everything is made here and handed to those who need it; nobody fetches anything by himself. The
@@ -5617,26 +5399,22 @@ def serve(config: Config, warnings: list[str]) -> int:
     guard = build_guard(config, lasting_folders())
     try:
         server = open_server(config, state, scheduler, guard)
-        pyworker = start_pyworker(config, server) if config.worker_port else None
     except ConfigError as error:
         log.error("%s", error)
         return error.exit_status
     signals = Signals()
-    if not pyworker:
-        state.on_change = lambda status: guard.ready() if status == "ready" else None
+    state.on_change = lambda status: guard.ready() if status == "ready" else None
     guard.start()
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     log.info("listening on %s", server.url)
     scheduler.start()
     wait_for_end(state, signals)
-    return shut_down(server, scheduler, state, signals, pyworker)
+    return shut_down(server, scheduler, state, signals)
 
 
 def open_server(config: Config, state: State, scheduler: Scheduler,
                 guard: Guard) -> WorkerServer:
-    """Listens where `config` says, behind PyWorker on loopback alone. Raises ConfigError."""
-    if config.worker_port:  # PyWorker sends no headers
-        config = replace(config, host="127.0.0.1", port=0, api_key=None)
+    """Listens where `config` says. Raises ConfigError."""
     try:
         return WorkerServer(config, state, scheduler, guard, allowed_connections())
     except (OSError, TypeError) as error:  # TypeError: HOST is no host name
@@ -5647,20 +5425,6 @@ def open_server(config: Config, state: State, scheduler: Scheduler,
                           f" {getattr(error, 'strerror', None) or error}; {advice}") from error
 
 
-def start_pyworker(config: Config, server: WorkerServer) -> PyWorker:
-    """Puts PyWorker in front of `server`, and has it hear of the model. Raises ConfigError."""
-    state = server.state
-    pyworker = PyWorker(config, server.server_port, benchmark_folder())
-
-    def on_change(status: str) -> None:
-        facts = [state.details.get(name) for name in ("model_id", "device", "dtype")]
-        pyworker.follow(status, server.scheduler.slots, *facts)
-    state.on_change = on_change
-    pyworker.start(on_end=state.fail)
-    log.info("PyWorker takes Vast's requests on port %d", config.worker_port)
-    return pyworker
-
-
 def lasting_folders() -> list[Path]:
     """What outlasts a restart: the folder beside the models, and one for whom that is closed to."""
     from huggingface_hub import constants
@@ -5669,16 +5433,6 @@ def lasting_folders() -> list[Path]:
     with contextlib.suppress(OSError):  # of a disk that is full
         temporary = tempfile.gettempdir()
     return [Path(constants.HF_HOME).absolute() / "bark-worker", Path(temporary)]
-
-
-def benchmark_folder() -> Path:
-    """Where results of benchmarks are kept: beside the models, if that can be written."""
-    folder, temporary = lasting_folders()
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    return temporary
 
 
 def wait_for_end(state: State, signals: Signals) -> None:
@@ -5694,15 +5448,12 @@ def wait_for_end(state: State, signals: Signals) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals: Signals,
-              pyworker: PyWorker | None = None) -> int:
+def shut_down(server: WorkerServer, scheduler: Scheduler, state: State,
+              signals: Signals) -> int:
     deadline = time.monotonic() + DRAIN_SECONDS
     server.guard.close()
     scheduler.drain(DRAIN_SECONDS - 1.5)  # the rest is for the last answers on their way out
     server.connections.wait_idle(deadline - 0.5 - time.monotonic())
-    if pyworker:
-        pyworker.wait_idle(deadline - time.monotonic())
-        pyworker.close()
     server.shutdown()
     server.server_close()
     if state.error:
@@ -5711,16 +5462,13 @@ def shut_down(server: WorkerServer, scheduler: Scheduler, state: State, signals:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options, config = read_settings(sys.argv[1:] if arguments is None else arguments)
+    config = read_settings(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings = [f"{name} is set, but there is no such setting; --help lists them"
                 for name in unknown_variables(os.environ)]
-    if options.serverless and config.api_key:
-        warnings.append("BARK_API_KEY is of no use with --serverless: PyWorker hands no headers on;"
-                        " Vast's signatures guard the way in")
     return serve(config, warnings)
 
 

@@ -26,6 +26,7 @@ import toy_model
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "bark-worker.py"
+PYWORKER = ROOT / "pyworker.py"
 BUILTIN = ROOT / "builtin-voice"
 START_SECONDS = 90.0  # importing torch and transformers takes most of it on a busy machine
 
@@ -35,18 +36,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the toys are too small for a second thread to do anything but wait
 
 
-def load_worker_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bark_worker", WORKER)
+def load_module(path: Path) -> ModuleType:
+    name = path.stem.replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bark_worker"] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="session")
 def bark() -> ModuleType:
-    return load_worker_module()
+    return load_module(WORKER)
+
+
+@pytest.fixture(scope="session")
+def pyworker() -> ModuleType:
+    return load_module(PYWORKER)
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,8 @@ class Buildah:
     def __init__(self, folder: Path):
         self.folder, self.context = folder, folder / "context"
         self.context.mkdir()
-        for name in ("requirements.txt", "LICENSE", "bark-worker.py", ".dockerignore"):
+        for name in (".dockerignore", "requirements.txt", "LICENSE", "bark-worker.py",
+                     "pyworker.py"):
             shutil.copy2(ROOT / name, self.context)
         shutil.copytree(ROOT / "builtin-voice", self.context / "builtin-voice")
         self.root, self.config = Path(), {}

@@ -295,7 +295,7 @@ class Container:
         log.touch()
 
     def _install_image(self) -> None:
-        for name in ("bark-worker.py", "builtin-voice"):
+        for name in ("bark-worker.py", "pyworker.py", "builtin-voice"):
             (self.root / "app" / name).symlink_to(ROOT / name)
         programs = self.root / "usr/local/bin"
         programs.mkdir(parents=True)
@@ -461,14 +461,14 @@ class Instance:
                 return f"http://127.0.0.1:{reserved.getsockname()[1]}"
         raise AssertionError(f"instance {self.id} has no port for a worker")
 
-    def workers(self) -> list[psutil.Process]:
-        """The Python processes among its own that run the worker."""
+    def workers(self, program: str = "bark-worker.py") -> list[psutil.Process]:
+        """The Python processes among its own that run the worker, or pyworker.py before it."""
         found = []
         for process in self.container.processes():
             with contextlib.suppress(psutil.Error):
                 line = process.cmdline()
                 if line and Path(line[0]).name.startswith("python") and any(
-                        word.endswith("bark-worker.py") for word in line):
+                        word.endswith(program) for word in line):
                     found.append(process)
         return found
 

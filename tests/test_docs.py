@@ -38,10 +38,10 @@ def test_the_settings_table_is_the_workers_own(bark: ModuleType) -> None:
     assert table == {v.name: (v.default, v.meaning) for v in bark.VARIABLES}
 
 
-def test_the_table_of_what_serverless_needs_is_the_workers_own(bark: ModuleType) -> None:
+def test_the_table_of_what_an_endpoints_worker_needs_is_its_own(pyworker: ModuleType) -> None:
     table = {row[0].strip("`"): row[1] for row in rows("Where one GPU is not enough")
              if len(row) == 2 and row[0] != "variable"}
-    assert table == {v.name.format(port="N"): v.meaning for v in bark.SERVERLESS_VARIABLES}
+    assert table == {v.name.format(port="N"): v.meaning for v in pyworker.VARIABLES}
 
 
 def test_what_an_endpoint_costs_at_most_is_the_managers_own_sum() -> None:

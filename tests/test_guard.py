@@ -347,24 +347,21 @@ def test_a_worker_that_ends_orders_nothing(stage: Stage) -> None:
 
 ALL = {"BARK_IDLE_STOP": "30", "BARK_START_LIMIT": "60", "BARK_MAX_HOURS": "8"}
 ON_VAST = {"CONTAINER_ID": "7", "CONTAINER_API_KEY": "sesame"}
-SERVERLESS = {"WORKER_PORT": "3000", "REPORT_ADDR": "http://a", "PUBLIC_IPADDR": "1.2.3.4",
-              "VAST_TCP_PORT_3000": "1"}
 
 
-@pytest.mark.parametrize(("settings", "serverless", "armed", "words"), [
-    ({**ALL, **ON_VAST}, False, ["idle_stop", "start_limit", "max_hours"], "guard of instance 7:"),
-    ({"BARK_MAX_HOURS": "8", **ON_VAST}, False, ["max_hours"], "BARK_MAX_HOURS=8"),
-    (ALL, False, [], "BARK_IDLE_STOP, BARK_START_LIMIT, BARK_MAX_HOURS: of no effect here: this is"
+@pytest.mark.parametrize(("settings", "armed", "words"), [
+    ({**ALL, **ON_VAST}, ["idle_stop", "start_limit", "max_hours"], "guard of instance 7:"),
+    ({"BARK_MAX_HOURS": "8", **ON_VAST}, ["max_hours"], "BARK_MAX_HOURS=8"),
+    (ALL, [], "BARK_IDLE_STOP, BARK_START_LIMIT, BARK_MAX_HOURS: of no effect here: this is"
      " no container of Vast's"),
-    ({"BARK_IDLE_STOP": "30", "CONTAINER_ID": "7"}, False, [], "BARK_IDLE_STOP: of no effect"),
-    ({**ALL, **ON_VAST, **SERVERLESS}, True, [], "of no effect here: Vast itself ends the workers"),
-    (ON_VAST, False, [], ""), ({**ON_VAST, "BARK_IDLE_STOP": "0"}, False, [], ""),
+    ({"BARK_IDLE_STOP": "30", "CONTAINER_ID": "7"}, [], "BARK_IDLE_STOP: of no effect"),
+    (ON_VAST, [], ""), ({**ON_VAST, "BARK_IDLE_STOP": "0"}, [], ""),
 ])
 def test_guards_are_armed_on_vast_alone_and_elsewhere_say_so(
         bark: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-        settings: dict[str, str], serverless: bool, armed: list[str], words: str) -> None:
+        settings: dict[str, str], armed: list[str], words: str) -> None:
     caplog.set_level(logging.INFO)
-    guard = bark.build_guard(bark.Config.from_env(settings, serverless), [tmp_path])
+    guard = bark.build_guard(bark.Config.from_env(settings), [tmp_path])
     assert list(guard.facts()) == armed
     said = [record.message for record in caplog.records]
     assert len(said) == bool(words) and words in "".join(said) and "sesame" not in "".join(said)

@@ -1,4 +1,5 @@
-"""The worker's layers, held apart by reading its source: who may name what, and in which order."""
+"""The layers of the worker and of pyworker.py, held apart by reading their source: who may name
+what, and in which order."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import ast
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import WORKER
+from conftest import PYWORKER, WORKER
 
+PYWORKER_SECTIONS = ("Settings", "Worker", "PyWorker", "Main")
 ENGINE = ("Sampling", "Decoding", "Stages", "Engine")
 TENSORS = {"torch", "F", "BarkModel", "AutoTokenizer", "transformers", "cuda"}
 THREADS = {"threading", "Thread", "Lock", "Condition", "Future", "signal"}
@@ -26,7 +28,7 @@ ALLOWED_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "transformers"}
 MAX_FUNCTION_LINES, MAX_COLUMNS = 60, 100
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-SOURCE = WORKER.read_text(encoding="utf-8")
+SOURCE, PYWORKER_SOURCE = (path.read_text(encoding="utf-8") for path in (WORKER, PYWORKER))
 
 
 class Row(NamedTuple):
@@ -52,7 +54,7 @@ def may_touch(what: str) -> set[str]:
     return {row.title for row in MAP if row.touches & {what, "all"}}
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def parse(source: str) -> ast.Module:
     return ast.parse(source)
 
@@ -117,9 +119,13 @@ def functions(source: str) -> list[Function]:
     return [node for node in ast.walk(parse(source)) if isinstance(node, Function)]
 
 
-def wrong_sections(source: str) -> list[str]:
+def wrong_sections(source: str, expected: tuple[str, ...] = SECTIONS) -> list[str]:
     found = tuple(section_starts(source))
-    return [] if found == SECTIONS else [f"sections are {found}"]
+    return [] if found == expected else [f"sections are {found}"]
+
+
+def wrong_sections_of_pyworker(source: str) -> list[str]:
+    return wrong_sections(source, PYWORKER_SECTIONS)
 
 
 def environment_readers(source: str) -> list[str]:
@@ -183,31 +189,41 @@ def scheduler_in_the_guard(source: str) -> list[str]:
             for used in sorted(free_names(part) & scheduling)]
 
 
+def packages(nodes: Iterable[ast.AST]) -> list[str]:
+    """What these statements import, without what is below the package."""
+    modules = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules.append(node.module or "")
+    return [name.split(".")[0] for name in modules]
+
+
 def early_imports(source: str) -> list[str]:
     """Packages that are imported above the section that may first name them."""
     lines = section_starts(source)
-    wrong = []
-    for node in parse(source).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            module = getattr(node, "module", None) or node.names[0].name
-            home = IMPORTED_IN.get(module.split(".")[0])
-            if home and node.lineno < lines[home]:
-                wrong.append(f"line {node.lineno} imports {module} above {home}")
-    return wrong
+    return [f"line {node.lineno} imports {name} above {home}"
+            for node in parse(source).body for name in packages([node])
+            if (home := IMPORTED_IN.get(name)) and node.lineno < lines[home]]
 
 
 def foreign_imports(source: str) -> list[str]:
     """Packages at the top level that are not there wherever torch and transformers are."""
-    wrong = []
-    for node in parse(source).body:
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules = [node.module or ""]
-        else:
-            continue
-        wrong += [name for name in modules if name.split(".")[0] not in ALLOWED_PACKAGES]
-    return wrong
+    return [name for name in packages(parse(source).body) if name not in ALLOWED_PACKAGES]
+
+
+def packages_at_the_top(source: str) -> list[str]:
+    """Packages of pyworker.py at the top level, as a wrong setting answers at once."""
+    return [name for name in packages(parse(source).body) if name not in sys.stdlib_module_names]
+
+
+def sdk_out_of_place(source: str) -> list[str]:
+    """Whatever imports Vast's SDK outside of its section, or anything beside it and its aiohttp."""
+    allowed = {"PyWorker": {"vastai", "aiohttp"}, "Main": {"aiohttp"}}
+    return [f"{title}: {name}" for title, node in definitions(source)
+            for name in packages(ast.walk(node))
+            if name not in allowed.get(title, set()) | sys.stdlib_module_names]
 
 
 def long_functions(source: str) -> list[str]:
@@ -232,13 +248,16 @@ def missing_annotations(source: str) -> list[str]:
     return wrong
 
 
-RULES = (wrong_sections, environment_readers, tensors_out_of_place, world_out_of_place,
-         names_from_below, scheduler_in_the_guard, early_imports, foreign_imports, long_functions,
-         long_lines, missing_annotations)
+Rule = Callable[[str], list[str]]
+COMMON_RULES = (environment_readers, names_from_below, long_functions, long_lines,
+                missing_annotations)
+RULES = (*COMMON_RULES, wrong_sections, tensors_out_of_place, world_out_of_place,
+         scheduler_in_the_guard, early_imports, foreign_imports)
+PYWORKER_OWN_RULES = (wrong_sections_of_pyworker, packages_at_the_top, sdk_out_of_place)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_the_worker_keeps_to_its_layers(rule: Callable[[str], list[str]]) -> None:
+def test_the_worker_keeps_to_its_layers(rule: Rule) -> None:
     assert rule(SOURCE) == []
 
 
@@ -248,6 +267,12 @@ def test_the_test_that_the_map_names_knows_the_section(row: Row) -> None:
     defined = {name for title, node in definitions(SOURCE) if title == row.title
                for name in defined_names(node)}
     assert defined & set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("rule", [*COMMON_RULES, *PYWORKER_OWN_RULES],
+                         ids=lambda rule: rule.__name__)
+def test_pyworker_keeps_to_its_own(rule: Rule) -> None:
+    assert rule(PYWORKER_SOURCE) == []
 
 
 def with_added(source: str, section: str, code: str) -> str:
@@ -294,15 +319,25 @@ BREACHES = [
     (missing_annotations, "Audio", "def bad(*x, **y) -> None:\n    pass"),
     (wrong_sections, "Audio", f"# {'-' * 77}\n# More: of it"),
 ]
+PYWORKER_BREACHES = [
+    (wrong_sections_of_pyworker, "Worker", f"# {'-' * 77}\n# More: of it"),
+    (packages_at_the_top, "Settings", "import aiohttp"),
+    (packages_at_the_top, "Main", "from vastai import Worker"),
+    (sdk_out_of_place, "Settings", "def bad() -> None:\n    import torch.nn"),
+    (sdk_out_of_place, "Worker", "def bad() -> None:\n    from aiohttp import web"),
+    (sdk_out_of_place, "PyWorker", "def bad() -> None:\n    import numpy"),
+    (sdk_out_of_place, "Main", "def bad() -> None:\n    from vastai import Worker"),
+]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_each_rule_notices_every_breach(rule: Callable[[str], list[str]]) -> None:
-    breaches = [(section, code) for broken, section, code in BREACHES if broken is rule]
-    altered = SOURCE
+@pytest.mark.parametrize("rule", [*RULES, *PYWORKER_OWN_RULES], ids=lambda rule: rule.__name__)
+def test_each_rule_notices_every_breach(rule: Rule) -> None:
+    source, known = (SOURCE, BREACHES) if rule in RULES else (PYWORKER_SOURCE, PYWORKER_BREACHES)
+    breaches = [(section, code) for broken, section, code in known if broken is rule]
+    altered = source
     for section, code in breaches:
         altered = with_added(altered, section, code)
-    assert len(rule(altered)) == len(rule(SOURCE)) + len(breaches) > 0
+    assert len(rule(altered)) == len(rule(source)) + len(breaches) > 0
 
 
 def test_what_just_fits_is_allowed() -> None:
