@@ -2961,7 +2961,7 @@ endpoint needs, has a name and a tag and no place for a digest: name a tag inste
 endpoint_on_start() {
   printf '%s\n' "export WORKER_PORT=\"\${WORKER_PORT:-$PYWORKER_PORT}\"" \
     "export REPORT_ADDR=\"\${REPORT_ADDR:-$RUN_URL}\"" \
-    "$TO_CONSOLE${LOOP/bark-worker.py/bark-worker.py --serverless}"
+    "$TO_CONSOLE${LOOP/bark-worker.py/pyworker.py}"
 }
 
 # As container_env, without a key, as PyWorker passes none on, and without guards, as Vast itself

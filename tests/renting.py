@@ -232,7 +232,8 @@ def light_stage(folder: Path, worker: str = WORKER) -> Iterator[Path]:
     """Meanwhile every instance has `worker` in /app; gives the program that makes a scene warm."""
     image = folder / "image"
     (image / "builtin-voice").mkdir(parents=True)
-    (image / "bark-worker.py").write_text(worker)
+    for name in ("bark-worker.py", "pyworker.py"):
+        (image / name).write_text(worker)
     with pytest.MonkeyPatch.context() as patch, warm_vastai(folder / "warm") as program:
         patch.setattr(fake_vast, "ROOT", image)
         yield program

@@ -23,7 +23,7 @@ from test_rented import CommandLines
 PYWORKER = """
 import base64, http.server, io, json, os, struct, sys, threading, urllib.request, wave
 port, name = int(os.environ["WORKER_PORT"]), int(os.environ["CONTAINER_ID"])
-assert sys.argv[1:] == ["--serverless"]
+assert [os.path.basename(word) for word in sys.argv] == ["pyworker.py"]
 def tell(path, body):
     body = json.dumps({**body, "mtoken": os.environ["MASTER_TOKEN"]}).encode()
     address = os.environ["REPORT_ADDR"] + path
@@ -137,7 +137,7 @@ def the_endpoint_has_explicit_limits(stage: Scene, number: int) -> None:
         "-p 3000:3000": "1", "BARK_LABEL": "bark-worker", "HF_HOME": "/workspace/models"}
     assert (template["image"], template["tag"]) == ("ghcr.io/darvondoom/libread-bark-tts", "latest")
     assert (template["runtype"], template["ssh_direct"], template["private"]) == ("ssh", True, True)
-    assert "python -u /app/bark-worker.py --serverless\n" in template["onstart"]
+    assert "python -u /app/pyworker.py\n" in template["onstart"]
     assert "dph_total<=0.20" in group["search_params"] and group["endpoint_id"] == number
 
 

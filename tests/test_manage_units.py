@@ -382,7 +382,7 @@ def test_the_on_start_command_is_short_enough_for_vast() -> None:
 def test_an_endpoints_worker_runs_in_the_same_loop_with_what_vast_may_leave_unset() -> None:
     """And without what may stop an instance."""
     exports, _, loop = answer("endpoint_on_start").partition("(: ")
-    plain = on_start().replace("bark-worker.py", "bark-worker.py --serverless")
+    plain = on_start().replace("bark-worker.py", "pyworker.py")
     assert "(: " + loop == plain.replace(answer('printf "%s" "$WATCH"'), "")
     assert on_start().count('"stopped"') == 1 and "stopped" not in answer("endpoint_on_start")
     for given, told in (({}, "3000 https://run.vast.ai"),
