@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT, Worker, running_worker
 
 TEXT = (ROOT / "Dockerfile.ghcr").read_text(encoding="utf-8")
@@ -70,6 +71,17 @@ def test_every_action_is_pinned_by_a_commit_and_says_its_version(name: str) -> N
     uses = re.findall(r"uses: (.*)", workflow)
     assert uses and all(re.fullmatch(r"\S+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use)
                         for use in uses if not use.startswith("$/"))
+
+
+def test_torch_stays_below_2_15_as_long_as_there_is_an_image_for_cuda_12_6() -> None:
+    """2.14 is the last torch with a build for that."""
+    workflow = (ROOT / ".github/workflows/build-bark-tts.yml").read_text(encoding="utf-8")
+    assert "cuda: cu126" in workflow, "no such image any more: let torch go on, and this test go"
+    pinned = re.search(r"^torch==(\d+)\.(\d+)", (ROOT / "requirements.txt").read_text(), re.M)
+    assert (int(pinned[1]), int(pinned[2])) < (2, 15)
+    updates = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text())["updates"]
+    ignored = [one.get("ignore") for one in updates if one["package-ecosystem"] == "pip"]
+    assert ignored == [[{"dependency-name": "torch", "versions": [">=2.15"]}]]
 
 
 def test_both_variants_that_are_published_are_the_managers_own() -> None:
