@@ -10,27 +10,27 @@
 
 The map: sections in order. Each uses what stands above it, and of the world what it may touch.
 
-  section        what it owns                                     may touch          watched by
-  Errors         what can go wrong, in words for who has to act  -                  test_scheduler
-  Configuration  settings and --help, before anything else        environment        test_config
-  Text           where a text is cut, and for how long            -                  test_text
-  Reading        what a text's signs stand for, for every model   -                  test_expression
-  Lexicon        words by which narration tells how lines sound   -                  test_expression
-  Grammar        patterns made of them: who makes which sound     -                  test_expression
-  Placement      cues and emphasis put in, the words kept         -                  test_expression
-  Audio          samples to bytes, in six formats                 -                  test_audio
-  Takes          what came of a generation: judged and trimmed    -                  test_takes
-  Model          folders, downloads, weights, voices              tensors            test_weights
-  Sampling       which token comes next                           tensors            test_engine
-  Decoding       one token a step in slots of a KV cache          tensors            test_batching
-  Stages         semantic, coarse and fine, and the codec         tensors            test_engine
-  Engine         the stages' order; segments in, PCM out          tensors            test_batching
-  Narrator       a request's text as segments                     -                  test_openai
-  Scheduler      whose turn it is; the engine's one thread        threads            test_scheduler
-  Guard          an idle instance of Vast's stops itself          threads, net       test_guard
-  HTTP           connections, limits, framing, errors             threads, net       test_server
-  Endpoints      what a client may ask for, and how it is sent    threads, net       test_openai
-  Main           the wiring                                       all                test_server
+  section        what it owns                               may touch             watched by
+  Errors         what can go wrong, for whoever has to act  -                     test_scheduler
+  Configuration  settings and --help, before all else       environment, signals  test_config
+  Text           where a text is cut, and for how long      -                     test_text
+  Reading        what signs stand for, for every model      -                     test_expression
+  Lexicon        words that tell how a line sounds          -                     test_expression
+  Grammar        patterns of them: who makes which sound    -                     test_expression
+  Placement      cues and emphasis put in, the words kept   -                     test_expression
+  Audio          samples to bytes, in six formats           -                     test_audio
+  Takes          what came of a generation, judged          -                     test_takes
+  Model          folders, downloads, weights, voices        tensors               test_weights
+  Sampling       which token comes next                     tensors               test_engine
+  Decoding       one token a step in slots of a KV cache    tensors               test_batching
+  Stages         semantic, coarse and fine, and the codec   tensors               test_engine
+  Engine         the stages' order; segments in, PCM out    tensors               test_batching
+  Narrator       a request's text as segments               -                     test_openai
+  Scheduler      whose turn it is; the engine's one thread  threads               test_scheduler
+  Guard          an idle instance of Vast's stops itself    threads, net          test_guard
+  HTTP           connections, limits, framing, errors       threads, net          test_server
+  Endpoints      what clients may ask for, how it is sent   threads, net          test_openai
+  Main           the wiring                                 all                   test_server
 
     HTTP threads --- request ---> scheduler thread --- segments ---> engine --- tensors ---> Bark
     HTTP threads <-- audio ------ scheduler thread <-- finished ---- engine <-- tokens ----- Bark
@@ -76,7 +76,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from http import HTTPStatus
@@ -254,49 +254,13 @@ class Variable(NamedTuple):
     meaning: str
 
 
-VARIABLES = (
-    Variable("BARK_VOICE", "voice", "v2/en_speaker_6", parse_text,
-             "voice when a request names none"),
-    Variable("TTS_MAX_LENGTH", "max_text_length", "500", parse_integer(1, 1_000_000),
-             "most characters in one /synthesize text"),
-    Variable("PORT", "port", "8080", parse_integer(0, 65535),
-             "port to listen on; 0 takes a free one and logs it"),
-    Variable("HOST", "host", "0.0.0.0", parse_text, "address to listen on"),
-    Variable("BARK_MODEL", "model", "suno/bark on a GPU, suno/bark-small on a CPU", parse_text,
-             "hub id or local folder of the model"),
-    Variable("BARK_DEVICE", "device", "cuda:0 if there is one, else cpu", parse_device,
-             "cpu, cuda or cuda:N"),
-    Variable("BARK_DTYPE", "dtype",
-             "float16 on a GPU; on a CPU that multiplies bfloat16 that, else float32",
-             parse_choice("float16", "bfloat16", "float32"), "precision of the weights"),
-    Variable("BARK_API_KEY", "api_key", "none",
-             parse_like(r"[!-~]+", "printable ASCII without blanks (its value is not shown)"),
-             "when set, requests need 'Authorization: Bearer KEY'"),
-    Variable("BARK_MAX_BATCH", "max_batch", "from free memory", parse_integer(1, 256),
-             "segments generated at once"),
-    Variable("BARK_MAX_QUEUE", "max_queue", "32", parse_integer(1, 100_000),
-             "requests that may wait; more get 503"),
-    Variable("BARK_TIMEOUT", "timeout", "600", parse_seconds,
-             "seconds one request may take in all; then 504"),
-    Variable("BARK_DETERMINISTIC", "deterministic", "off", parse_switch,
-             "on: one fixed batch shape, so that audio never depends on the neighbours"),
-    Variable("BARK_EXPRESSION", "expression", "on", parse_switch,
-             "off: no text gets cues or capitals, as with \"expressive\": false"),
-    Variable("BARK_QUALITY", "quality", "on", parse_switch,
-             "on: judge, trim and level each segment; off: the model's raw output"),
-    Variable("BARK_RETRIES", "retries", "2", parse_integer(0, 10),
-             "times that a bad segment is made again"),
-    Variable("BARK_CACHE_MB", "cache_mb", "256", parse_integer(0, 1_000_000),
-             "megabytes of finished segments to keep in memory, for repeats; 0 keeps none"),
-    Variable("BARK_CORS_ORIGINS", "cors_origins", "none", parse_origins,
-             "web pages that may call it from a browser: origins joined by commas, or *"),
-    Variable("BARK_IDLE_STOP", "idle_stop", "0", parse_span("minutes", 10_080),
-             "on Vast: minutes without speech after which the instance stops itself; 0 is never"),
-    Variable("BARK_START_LIMIT", "start_limit", "0", parse_span("minutes", 10_080),
-             "on Vast, by the on-start command: minutes in which the worker has to be ready"),
-    Variable("BARK_MAX_HOURS", "max_hours", "0", parse_span("hours", 8_760),
-             "on Vast, by the on-start command: hours after which the instance stops itself"),
-)
+def setting(name: str, default: Any, parse: Callable[[str], Any], meaning: str,
+            told: str | None = None) -> Any:
+    """A field of Config that the variable `name` sets; `told` is its default in words."""
+    told = str(default) if told is None else told
+    return field(default=default, repr=name != "BARK_API_KEY",
+                 metadata={"variable": (name, told, parse, meaning)})
+
 
 VAST_URL = "https://console.vast.ai"
 
@@ -320,31 +284,64 @@ class Container:
 
 @dataclass(frozen=True)
 class Config:
-    """The settings, checked. None means: decided when device and free memory are known.
+    """The settings, checked, each with its variable.
 
-    `container` is None elsewhere than on Vast. Minutes and hours are as they were said; 0 is off.
+    None means: decided when device and free memory are known. `container` is None elsewhere than
+    on Vast. Minutes and hours are as they were said; 0 is off.
     """
 
-    voice: str = "v2/en_speaker_6"
-    max_text_length: int = 500
-    port: int = 8080
-    host: str = "0.0.0.0"
-    model: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    max_batch: int | None = None
-    max_queue: int = 32
-    timeout: float = 600.0
-    deterministic: bool = False
-    expression: bool = True
-    quality: bool = True
-    retries: int = 2
-    cache_mb: int = 256
-    cors_origins: tuple[str, ...] = ()
-    idle_stop: float = 0.0
-    start_limit: float = 0.0
-    max_hours: float = 0.0
+    voice: str = setting("BARK_VOICE", "v2/en_speaker_6", parse_text,
+                         "voice when a request names none")
+    max_text_length: int = setting("TTS_MAX_LENGTH", 500, parse_integer(1, 1_000_000),
+                                   "most characters in one /synthesize text")
+    port: int = setting("PORT", 8080, parse_integer(0, 65535),
+                        "port to listen on; 0 takes a free one and logs it")
+    host: str = setting("HOST", "0.0.0.0", parse_text, "address to listen on")
+    model: str | None = setting(
+        "BARK_MODEL", None, parse_text, "hub id or local folder of the model",
+        "suno/bark on a GPU, suno/bark-small on a CPU")
+    device: str | None = setting("BARK_DEVICE", None, parse_device, "cpu, cuda or cuda:N",
+                                 "cuda:0 if there is one, else cpu")
+    dtype: str | None = setting(
+        "BARK_DTYPE", None, parse_choice("float16", "bfloat16", "float32"),
+        "precision of the weights",
+        "float16 on a GPU; on a CPU that multiplies bfloat16 that, else float32")
+    api_key: str | None = setting(
+        "BARK_API_KEY", None,
+        parse_like(r"[!-~]+", "printable ASCII without blanks (its value is not shown)"),
+        "when set, requests need 'Authorization: Bearer KEY'", "none")
+    max_batch: int | None = setting("BARK_MAX_BATCH", None, parse_integer(1, 256),
+                                    "segments generated at once", "from free memory")
+    max_queue: int = setting("BARK_MAX_QUEUE", 32, parse_integer(1, 100_000),
+                             "requests that may wait; more get 503")
+    timeout: float = setting("BARK_TIMEOUT", 600.0, parse_seconds,
+                             "seconds one request may take in all; then 504", "600")
+    deterministic: bool = setting(
+        "BARK_DETERMINISTIC", False, parse_switch,
+        "on: one fixed batch shape, so that audio never depends on the neighbours", "off")
+    expression: bool = setting(
+        "BARK_EXPRESSION", True, parse_switch,
+        "off: no text gets cues or capitals, as with \"expressive\": false", "on")
+    quality: bool = setting(
+        "BARK_QUALITY", True, parse_switch,
+        "on: judge, trim and level each segment; off: the model's raw output", "on")
+    retries: int = setting("BARK_RETRIES", 2, parse_integer(0, 10),
+                           "times that a bad segment is made again")
+    cache_mb: int = setting(
+        "BARK_CACHE_MB", 256, parse_integer(0, 1_000_000),
+        "megabytes of finished segments to keep in memory, for repeats; 0 keeps none")
+    cors_origins: tuple[str, ...] = setting(
+        "BARK_CORS_ORIGINS", (), parse_origins,
+        "web pages that may call it from a browser: origins joined by commas, or *", "none")
+    idle_stop: float = setting(
+        "BARK_IDLE_STOP", 0.0, parse_span("minutes", 10_080),
+        "on Vast: minutes without speech after which the instance stops itself; 0 is never", "0")
+    start_limit: float = setting(
+        "BARK_START_LIMIT", 0.0, parse_span("minutes", 10_080),
+        "on Vast, by the on-start command: minutes in which the worker has to be ready", "0")
+    max_hours: float = setting(
+        "BARK_MAX_HOURS", 0.0, parse_span("hours", 8_760),
+        "on Vast, by the on-start command: hours after which the instance stops itself", "0")
     container: Container | None = None
 
     @classmethod
@@ -362,6 +359,10 @@ class Config:
         if wrong:
             raise ConfigError("wrong configuration:\n  " + "\n  ".join(wrong))
         return cls(container=Container.from_env(environ), **values)
+
+
+VARIABLES = tuple(Variable(name, each.name, *rest) for each in fields(Config) if each.metadata
+                  for name, *rest in [each.metadata["variable"]])
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:

@@ -17,9 +17,12 @@ from conftest import PYWORKER, WORKER
 PYWORKER_SECTIONS = ("Settings", "Worker", "PyWorker", "Main")
 ENGINE = ("Sampling", "Decoding", "Stages", "Engine")
 TENSORS = {"torch", "F", "BarkModel", "AutoTokenizer", "transformers", "cuda"}
-THREADS = {"threading", "Thread", "Lock", "Condition", "Future", "signal"}
-NET = {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "RequestHandler", "wfile",
-       "rfile", "http", "socket", "socketserver"}
+WORLD = {
+    "threads": {"threading", "Thread", "Lock", "Condition", "Future"},
+    "signals": {"signal"},
+    "net": {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "RequestHandler",
+            "wfile", "rfile", "http", "socket", "socketserver"},
+}
 ENGINE_ONLY = {"json", "Config"}  # what Model and the engine may name only in these functions:
 EXCEPTIONS = {("read_json", "json"), ("looks_whole", "json"), ("resolve_device", "Config")}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "expandvars"}
@@ -148,11 +151,11 @@ def tensors_out_of_place(source: str) -> list[str]:
 
 
 def world_out_of_place(source: str) -> list[str]:
-    """Threads, the net, JSON and settings where the map does not have them."""
+    """Threads, signals, the net, JSON and settings where the map does not have them."""
     wrong = []
     for title, node in definitions(source):
-        barred = set() if title in may_touch("threads") else THREADS
-        barred = barred if title in may_touch("net") else barred | NET
+        barred = {name for what, names in WORLD.items() if title not in may_touch(what)
+                  for name in names}
         for name, part in units(node):
             names = names_in(part)
             used = names & barred
@@ -300,6 +303,7 @@ BREACHES = [
     (world_out_of_place, "Engine", "def bad(x: Any) -> None:\n    x.wfile.write(b'')"),
     (world_out_of_place, "Model", "NOT_FOUND = HTTPStatus.NOT_FOUND"),
     (world_out_of_place, "Scheduler", "def bad() -> None:\n    socket.socket()"),
+    (world_out_of_place, "HTTP", "signal.alarm(1)"),
     (world_out_of_place, "Text", "def bad(x: RequestHandler) -> None:\n    pass"),
     (names_from_below, "Engine", "def bad() -> Any:\n    return Scheduler"),
     (names_from_below, "Scheduler", "class Bad:\n    def bad(self, x: WorkerServer) -> None: ..."),
