@@ -581,6 +581,49 @@ def trim_blanks(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Sentences:
+    """Finds the sentences of the paragraph `text[start:end]`."""
+
+    text: str
+    start: int
+    end: int
+    language: str
+
+    def starts(self) -> list[int]:
+        """Where the paragraph's second, third, ... sentences start."""
+        from sentencex import get_sentence_boundaries
+
+        # sentencex takes square time in some input (unclosed quotes), so it sees 2000 characters
+        # at a time, each time from the last end that it found.
+        ends, block, step = [], self.start, 2000
+        while block < self.end:
+            masked = GAP_RE.sub(" ", self.text[block : min(block + step, self.end)])
+            masked = CUE_RE.sub(lambda cue: f"[{'x' * (len(cue[0]) - 2)}]", masked)
+            found = get_sentence_boundaries(self.language, masked)[1:]
+            starts = [block + sentence["start_index"] for sentence in found]
+            ends += [start for start in starts if self._is_end(start)]
+            far = starts and starts[-1] > block + step // 4 and block + step < self.end
+            block = starts[-1] if far else block + step
+        return ends
+
+    def _is_end(self, right: int) -> bool:
+        """What sentencex misses: titles, small letters after "3." or "»", closing marks."""
+        text = self.text
+        left = trim_blanks(text, self.start, right)[1]
+        before = text[max(self.start, left - 12) : left]
+        word = LAST_WORD_RE.search(before)
+        if word and (word[1] in TITLES or (len(word[1]) == 1 and word[1].isupper())):
+            return False
+        if CLOSING_RE.match(text, right):
+            return False
+        if left == right and text[right].isalnum():  # 3.5, example.com, 「…。」と
+            return before[-1] in FULL_STOPS
+        follows = text[right : right + 8].lstrip("—–- ")
+        dash = text[right] in "—–-"
+        return not (follows[:1].islower() and (dash or CONTINUED_RE.search(before)))
+
+
+@dataclass(frozen=True)
 class Paragraph:
     text: str
     start: int
@@ -696,37 +739,7 @@ class Paragraph:
 
     @cached_property
     def _sentence_ends(self) -> list[int]:
-        """Where the paragraph's second, third, ... sentences start."""
-        from sentencex import get_sentence_boundaries
-
-        # sentencex takes square time in some input (unclosed quotes), so it sees 2000 characters
-        # at a time, each time from the last end that it found.
-        ends, block, step = [], self.start, 2000
-        while block < self.end:
-            masked = GAP_RE.sub(" ", self.text[block : min(block + step, self.end)])
-            masked = CUE_RE.sub(lambda cue: f"[{'x' * (len(cue[0]) - 2)}]", masked)
-            found = get_sentence_boundaries(self.language, masked)[1:]
-            starts = [block + sentence["start_index"] for sentence in found]
-            ends += [start for start in starts if self._is_sentence_end(start)]
-            far = starts and starts[-1] > block + step // 4 and block + step < self.end
-            block = starts[-1] if far else block + step
-        return ends
-
-    def _is_sentence_end(self, right: int) -> bool:
-        """What sentencex misses: titles, small letters after "3." or "»", closing marks."""
-        text = self.text
-        left = trim_blanks(text, self.start, right)[1]
-        before = text[max(self.start, left - 12) : left]
-        word = LAST_WORD_RE.search(before)
-        if word and (word[1] in TITLES or (len(word[1]) == 1 and word[1].isupper())):
-            return False
-        if CLOSING_RE.match(text, right):
-            return False
-        if left == right and text[right].isalnum():  # 3.5, example.com, 「…。」と
-            return before[-1] in FULL_STOPS
-        follows = text[right : right + 8].lstrip("—–- ")
-        dash = text[right] in "—–-"
-        return not (follows[:1].islower() and (dash or CONTINUED_RE.search(before)))
+        return Sentences(self.text, self.start, self.end, self.language).starts()
 
 
 # -----------------------------------------------------------------------------
