@@ -441,13 +441,181 @@ INDIC = "DEVANAGARI BENGALI GURMUKHI GUJARATI ORIYA TAMIL TELUGU KANNADA MALAYAL
 SCRIPT_RATE = {"CJK": 4.5, "HIRAGANA": 7.0, "KATAKANA": 7.0, "HANGUL": 5.0, "ETHIOPIC": 6.0}
 SCRIPT_RATE |= dict.fromkeys(INDIC.split(), 11.0)
 
-# Titles that sentencex 1.0 does not know. A single capital before a dot is an initial.
-TITLES = {
-    "Mme", "Mmes", "Mlle", "Mgr",
-    "डॉ", "श्री", "श्रीमती", "सुश्री", "प्रो", "Doç", "Sn", "Av",
+# Full stops, by language. Abbreviations are abbr2words', and such as these give beside them:
+#   de Duden, "Abkürzungen"; en Chicago Manual of Style, ch. 10; es RAE, Ortografía, app. 1;
+#   fr Imprimerie nationale, Lexique; hi Central Hindi Directorate, Manak Hindi Vartani;
+#   it Treccani, "Abbreviazioni"; pl PWN, Wielki słownik ortograficzny; pt ABL, "Reduções";
+#   ru GOST R 7.0.12-2011; tr TDK, "Kısaltmalar Dizini". "" has titles that all of them meet.
+# What has no vowel (św., pkt.) needs no entry, nor has a single letter.
+ABBREVIATIONS = {
+    "": "adm capt co col corp gen gov hon inc maj mlle mlles mme mmes prof rev sen",
+    "de": "abzgl allg amtl anh anl anm aufl ausg ausschl bayer bearb beil bes betr bez bezgl"
+          " bibl ders dipl ebd ehem eigtl einf einl einschl engl entspr etw europ evang forts"
+          " franz fähnr gebr gegr ges gest gez griech hebr hist ing inh insp inst ital jahrh"
+          " jap jew jährl kath korp kto lat leutn mag milit mind mitgl nachf nachm niederl"
+          " näml nördl oblt orig phil poln port preuß priv.-doz proc prot präs red reg rumän"
+          " russ röm schwed schweiz sekr sog span stellv stud städt suppl sächs südl techn"
+          " tschech tägl türk ugs ungar urspr verf vergl verh verl verm vermutl verz vorm vors"
+          " wachtm weibl westl wiss ziff zirka zit zus österr östl übers",
+    "en": "abbr acad acct addl adj admin advt ala alas alt amer anon appt ariz ark asst"
+          " astron atty aux avg bibl biog biol bur cal calif cert chem circ cit colo comdr"
+          " comm commr comp conf cong conj conn cont contd conv corr del diam dict dir dist"
+          " distr div ed edn educ elev encl encyc eng enl equiv esp etym exc excl fasc fem fla"
+          " fol freq geog geol ger harb heb hist hwy illus ind inst instr intl intro inv jour"
+          " kans lat lieut mass mech mich minn mont natl naut neb nev obs occas okla ont opp"
+          " ore org orig penn pharm philos phys poss pred pres presb prob proc pron prov pseud"
+          " publ que quot rec recd reg repr req resp rte sask ser subj suppl supt surg tenn"
+          " terr tex theol trans treas univ usu vocab vols wash wis wyo",
+    "es": "admón almte alte arts bibl brig cit cmdte cnel comis comte conc coord cor cód dep"
+          " depto dicc dipt dpto dña edif edit eds excl excma fasc figs fol gdor gob hab ibíd"
+          " ilma ilmo ilustr impr inst izq loc ltda lám mons mtra nro ntra oblig op orig pbro"
+          " pdta pdte pje pral prov pról pta párr rdo ref resp rvdo sdad secr sgto sig sigs"
+          " soc sres supl tab teléf tfno trad tte tít univ vid vols",
+    "fr": "adj admin adv alin all amb ambass anc angl append approx arr augm auj bibl bull"
+          " bât c.-à-d cap cie cit coll commiss compl dir doct dép dépt esp fasc fém gouv"
+          " gramm gén géogr géol hist illustr impr insp introd ital lat lieut litt loc maréch"
+          " masc me moy numér op paragr plur pref proc pron prov préf prép prés resp réf réfs"
+          " résid rééd secr sect serg sous-lieut ste stes sté subst sup suppl syn sén tabl"
+          " trad univ égl",
+    "hi": "कु पं प्रो श्री श्रीमती सं सुश्री",
+    "it": "amb amm arciv ass bibl brig capp card circ cit com comand comm cons dep dip dir"
+          " fratt fraz ist loc mons num op parr pref proc prov rett scal segr serg sez sind"
+          " tab tav ten trad uff univ vesc voll",
+    "pl": "abp afr akad amer ang arch asp aspir asyst austr bibl biol biskup bryg bryt chem"
+          " chir cyt czes doc dosł dot dow dypl dyr egz ekon ew fiz fot franc geogr geol gosp"
+          " gram grec gub hab hist hiszp im insp inst jedn kanc kard kier klas koresp książ"
+          " kwart lekt lic maks marsz med mies min nadinsp nadkom niem nieof obec obyw odc"
+          " oddz ok oprac org orygin os osob pers plut podkom pol poprz por pow poz poł prał"
+          " prez prezyd proc prok przen przew przeł przym przyp psych publ red rejon reż rodz"
+          " roln ros rozdz ryc rys sekr sierż społ stac sygn szer szwajc tabl techn temp tow"
+          " tyg tys tłum ub uczn ukr uniw ur urodz ust wen woj współcz wyd wyst właśc zach zag"
+          " zakł zam zarz zast zaw zał zewn łac środk",
+    "pt": "alm ampl and apto aum brig cel com coord dep dept depto des edit eds emb esc esq"
+          " estr exa exma fasc gráf hab ibid ilma ilmo ilustr impr introd loc mons máx méd mín"
+          " núm op org parág pe pref pres proc prom ref rod sec sta supl séc sécs tab telef"
+          " ten trad tte univ vols",
+    "ru": "авг адм адмир англ апр арх архиеп архит асс библиогр биогр биол букв вост вып ген"
+          " геогр геол гор греч губерн дек дер диак дир докт европ еп журн зав заг зам засл"
+          " знач игум изд инж испр итал каб кав канд кап капит каф колич корп корр лаб лат"
+          " лейт литер маш мес митр моск муз наб назв наим науч нем ноя нояб оз окр окт опубл"
+          " орг осн отв отд офиц пед перев перс подполк полк полков польск пос поч предисл"
+          " през преп прибл прил прим проток псевд публ разг ред редкол реж респ рус свящ сев"
+          " секр сен сент серж совр сокр соотв сост спец студ техн тов укр унив упр уч фак фам"
+          " февр физ филос франц хим худ церк чел экз эл энц юр яз янв",
+    "tr": "alm amir ank apt ar arş asb asis asist astsb av ağu başb başk böl coğ doç ecz ed"
+          " eki ekon ens erm eyl eğt fak far fel fiz gnkur gör hem huk isp İkt İlç İng İsp İst"
+          " İt jap jeol karş kas korg kur lab lat mad mah mat mim muh müd müf müh müt nis oca"
+          " onb opr ord org orgen paz red rum rus sad sağ tekn tel tem tic tuğg tümg uzm vek"
+          " yard yayl yb yrd yun yzb yük örn öğr öğrt üni üniv ütğm şek şti şub",
+    "ja": "", "ko": "", "zh": "",
 }
-LAST_WORD_RE = re.compile(r"(?:^|[\s\"'“«(\[„‘¿¡-])([^\s\"'“«(\[„‘¿¡.-]{1,9})\.$")
-CONTINUED_RE = re.compile(r"(?:\b(?:\w{1,3}|\d+)\.|\.\.|…|[\"'”’»“])$")  # by a small letter
+# Abbreviations before a number alone, as they are words too.
+EVERYDAY = {
+    "de": "Art an art di do ist mag mi mo nov red sa so um zu übers",
+    "en": "No alas am app ark art cal chap con del ex fig figs gal ill in is mar mass max may"
+          " me min miss no ore par para pen pro que ref sat sec sect so sun temp us wash",
+    "es": "art con da dan des en era mar no san se si sur ten",
+    "fr": "art cap dim ex jeu mar me mer par pas prés sam sec sept vol",
+    "it": "da di dir in lui ma mar no re si ven via",
+    "pl": "in maj on sen tam ten to",
+    "pt": "and com dez ex faz mar out set sex ter",
+    "ru": "газ и к о пир род след у ум час",
+    "tr": "ar av bul böl dan eki ens far gör hem kas kim kur mat mim ok op org rum rus sağ"
+          " tar tel yun yük",
+}
+# Titles, and what points at a name: no sentence ends before it, even if it is "La" or "Der".
+LEADING = (
+    " Mr Mrs Ms Mx Dr Drs Prof M MM Mme Mmes Mlle Mgr Me Sr Sra Srta Sres Sras D Dña Dra Sto Sta St"
+    " Ste Sig sig Sigg Dott dott Hr Hrn Fr Frl Rev Gen Col Capt Lt Sgt e.g i.e cf cfr viz"
+    " vgl z.B d.h np tj tzn tzw zob por см ср напр т.е т.к c.-à-d p.ej ej p.ex v.g es"
+    " p.es bkz Bkz krş örn Örn ул пл им ul al pl "
+)
+# What often closes a sentence, and does before a capital; so do units after a number.
+TRAILING = {
+    "de": "etc usw u.s.w usf ff v.Chr n.Chr Chr",
+    "en": "etc al a.m p.m A.M P.M B.C A.D B.C.E C.E Ph.D M.D M.A B.A",
+    "es": "etc a.C d.C a.m p.m",
+    "fr": "etc J.-C",
+    "it": "ecc etc a.C d.C",
+    "pl": "itd itp n.e p.n.e",
+    "pt": "etc a.C d.C",
+    "ru": "т.д т.п др н.э",
+    "tr": "vb vs",
+}
+UNITS = (
+    " km kg g cm mm m l ml h s min sec sek seg hr hrs lb lbs oz ft in yd yds mi gal qt pt tsp tbsp"
+    " yr yrs mo wk pp hab std zł gr руб коп кг км м см мин сек ч dk sa sn "
+)
+# Words that open a sentence and are no names.
+OPENING = {
+    "de": "der die das den dem des ein eine einen einem einer es er sie wir ihr ich du man"
+          " mein sein unser dieser diese dieses dann da dort hier nun jetzt und aber oder doch"
+          " denn wenn als weil dass ob wie was wer wo warum nach vor bei mit in im am an auf"
+          " aus für von zu zum nicht kein keine niemand alle alles viele auch noch so später"
+          " heute morgen bitte etwas ja nein",
+    "en": "the a an this that these those it he she they we you i his her its their our my"
+          " your there here then when while where what who why how if but and or so yet nor as"
+          " at in on for from to with by after before once now not no all some many most each"
+          " every both one two however later today meanwhile perhaps maybe please let do does"
+          " did is are was were can could will would should have has had nobody everyone"
+          " nothing everything someone him me us them too yes",
+    "es": "el la los las lo un una unos unas él ella ellos ellas yo tú usted nosotros este"
+          " esta esto ese esa eso aquel su sus mi mis tu y o pero porque que cuando si donde"
+          " como con sin en de del a al por para desde entonces luego después antes ahora hoy"
+          " ayer no ni nadie nada todo todos también ya quizás hay es era fue sí",
+    "fr": "le la les l un une des du de d il elle on nous vous ils elles je j tu ce c cela"
+          " cette ces cet son sa ses mon ma mes leur leurs notre votre et ou mais car donc or"
+          " ni que qu qui quand lorsque si comme où avec sans dans en à au aux par pour sur"
+          " sous depuis puis alors ensuite après avant maintenant ici là personne rien tout"
+          " tous ne aussi oui non",
+    "it": "il lo la i gli le l un uno una lui lei loro io tu noi voi egli essa questo questa"
+          " questi queste quello quella ciò suo sua mio mia e ed o ma perché che quando se"
+          " dove come con senza in nel nella di del della da dal a al alla per su poi allora"
+          " dopo prima ora oggi ieri non né nessuno niente tutto tutti anche già forse è era"
+          " fu mi ti si ci vi sì no",
+    "pl": "i a ale oraz lub albo bo że który która które gdy kiedy jeśli jak on ona ono oni"
+          " one ja ty my wy to ten ta te tam tu teraz potem wtedy jego jej ich mój moja nasz"
+          " nie nikt nic wszyscy wszystko każdy też już może czy co kto gdzie dlaczego w we z"
+          " ze na do po przed przy od dla o u był była było jest są zaraz tak",
+    "pt": "o a os as um uma ele ela eles elas eu tu você nós isto isso este esta esse essa"
+          " aquele seu sua meu minha e ou mas porque que quando se onde como com sem em no na"
+          " nos nas de do da dos das por para desde então depois antes agora hoje ontem não"
+          " nem ninguém nada tudo todos também já talvez é era foi há sim",
+    "ru": "и а но или что потому когда если как он оно она они я ты мы вы это этот эта эти"
+          " тот та те там тут здесь теперь потом тогда затем его её их мой моя наш не ни никто"
+          " ничего все всё каждый тоже уже может где кто почему в во с со на до по перед при"
+          " от для об о за из к был была было есть нет у да",
+    "tr": "ve veya ama fakat çünkü ki o bu şu ben sen biz siz onlar bunlar bir her hiç ne"
+          " nasıl neden niçin nerede kim sonra önce şimdi bugün dün yarın daha çok en da de"
+          " ile için gibi kadar ise eğer onun bunun benim senin bizim sizin onu bunu beni seni"
+          " bana sana ona var yok hepsi herkes kimse hayır evet",
+}
+ORDINALS = ("de", "tr")  # "3." is the third, and nouns or names follow it
+CONSONANTS = set("bcdfghjklmnpqrstvwxzłßбвгджзклмнпрстфхцчшщ")
+STOPS, CLOSING_QUOTES, NO_LETTERS = ".!?…", "\"'”’»›“‘«‹)]}", " \t\r\n—–-\"'“”«»‹›()[]„‚‘’¿¡*_"
+LETTER_RE = re.compile(r"[^\W\d_]")
+LAST_WORD_RE = re.compile(
+    r"(?<![^\s\"'“”«»‹›()\[\]„‚‘¿¡/—–])(?P<whole>(?:[^\W\d_]{1,5}\.-?\s?)*"
+    r"(?P<last>[^\W\d_][^\s\d\"“”«»()\[\]¿¡/—–.,;:!?…]*))\.$")
+NEXT_WORD_RE = re.compile(rf"[{re.escape(NO_LETTERS)}]*\w[^\W_]*")
+EXAMPLE_RE = re.compile(r"\b(?:par |por |per |p\. ?)e[jsx]\.$")
+ELISION_RE = re.compile(r"^\w{1,6}['’](?=\w)")  # l'art., dell'avv.
+NUMBER_RE = re.compile(r"(?:\d|\b[IVXLC]+)\s?$")
+ORDINAL_RE = re.compile(r"(?<![\w.,:])\d{1,2}\.$")
+LABEL_RE = re.compile(r"(?:\A|\n)[^\S\n]*(?:\d{1,3}|[^\W\d_]|[ivxIVX]{1,5})\.$")  # of a list's item
+CAMEL_RE = re.compile(r"[a-z]{1,2}[A-Z]")  # iPhone, eBay
+PLAIN_STOP_RE = re.compile(r"[^\W\d_](?:\.|[!?]+)$")
+UNFINISHED_RE = re.compile(r"(?:\.\.|…|[\"'”’»“‹‘«])$")  # by a small letter
+CONTINUED_RE = re.compile(rf"\b(?:\w{{1,3}}|\d+)\.$|{UNFINISHED_RE.pattern}")
+STOP_RE = re.compile(rf"[.!?…][{re.escape(CLOSING_QUOTES)}]*[{BLANK}{SILENT}]+")
+CLOSING_QUOTES_RE = re.compile(rf"[{re.escape(CLOSING_QUOTES)}]+[{BLANK}{SILENT}]+")
+OPENING_QUOTES_RE = re.compile(rf"[{BLANK}{SILENT}](?P<marks>[\"'“„‚‘«»‹›]+)\Z")
+GLUED_RE = re.compile(
+    r"(?<=[^\W\d_])(?P<stop>[.!?…]+)[\"”’»]?(?P<after>[^\W\d_]+)(?![\w(/@\\=]|\.\w)")
+# One of a pair, so that an unclosed mark costs no second look.
+QUOTED_RE = re.compile("|".join((
+    r'"[^"]*"', "“[^“”]*”", "„[^„“”]*[“”]", "«[^«»]*»", "»[^«»]*«", "‹[^‹›]*›", "›[^‹›]*‹",
+    "「[^「」]*」", r"\([^()]*\)", r"\[[^\[\]]*\]")))
 CLOSING_RE = re.compile(rf"[!?;:,.%)\]}}»›\"']+(?:[{BLANK}]|$)|[」』）】》〉。、，！？；：…”’]")
 DASH_RE = re.compile(rf"(?:[—–]|-{{1,3}})[{BLANK}]+")
 CLOSERS, OPENERS = "\"'”’»›“)]}」』）】》〉", "«‹([{¿¡„"
@@ -468,7 +636,8 @@ CUT_RE = re.compile(
 )
 # How bad a cut is. A piece of no length costs up to 2 more, and so does a tiny rest (_choose_cut),
 # so that no balance is worth the last two: they are for what is longer than a whole segment.
-COST_CLAUSE, COST_COMMA, COST_CONJUNCTION, COST_WORD, COST_PAIR = 1.0, 1.3, 1.8, 2.5, 3.5
+COST_INNER, COST_CLAUSE, COST_COMMA, COST_CONJUNCTION = 0.5, 1.0, 1.3, 1.8
+COST_WORD, COST_PAIR = 2.5, 3.5
 COST_GLUED, COST_INSIDE = 100.0, 200.0
 UNSPACED = {"strong": COST_CLAUSE, "comma": COST_COMMA, "phrase": COST_WORD, "pair": COST_PAIR,
             "inside": COST_INSIDE}
@@ -580,17 +749,114 @@ def trim_blanks(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=4096)
+def base_letters(word: str) -> str:
+    """The word without its accents and hyphens."""
+    return "".join(unicodedata.normalize("NFD", char)[0] for char in word if char != "-")
+
+
+class Stops:
+    """Tells in one language whether a full stop is an abbreviation's or a sentence's."""
+
+    def __init__(self, language: str):
+        from abbr2words import get_expander, supported_languages
+
+        language = language if language in ABBREVIATIONS else "en"
+        self.has_ordinals = language in ORDINALS
+        self.everyday, self.opening, self.trailing = (
+            set(words.get(language, "").split()) for words in (EVERYDAY, OPENING, TRAILING))
+        known = f"{ABBREVIATIONS['']} {ABBREVIATIONS[language]}".split()
+        if language in supported_languages():
+            entries = get_expander(language).get_abbreviations_list()
+            known += [entry[:-1] for entry in entries
+                      if entry.endswith(".") and not re.fullmatch("[A-Z]{2,}.", entry)]  # NE.
+        self.known = {"".join(entry.lower().split()) for entry in [*known, *self.trailing]}
+
+    def go_on(self, before: str, after: str) -> bool:
+        """Whether a sentence goes on from `before`, which ends with a stop, to `after`."""
+        if LABEL_RE.search(before):
+            return True
+        following = next_word(after)
+        if self.has_ordinals and ORDINAL_RE.search(before):
+            return following[:1].isalpha() and not self.opens(following)
+        word = LAST_WORD_RE.search(before)
+        if not word or not following:
+            return False
+        whole, last = "".join(word["whole"].split()), ELISION_RE.sub("", word["last"])
+        known = self._is_known(whole, last) or (len(last) == 1 and after[1:2] == ".")  # a. m.
+        if EXAMPLE_RE.search(before):
+            return True
+        if following[0].isdigit() and whole not in self.trailing:
+            return known or last.lower() in self.everyday or self._is_short(last)
+        if following[0].islower() and not CAMEL_RE.match(following):
+            return known
+        if self._may_close(whole, last, before[: word.start()]):
+            return False
+        leads = f" {whole} " in LEADING or f" {last} " in LEADING
+        return known and (leads or not self.opens(following))
+
+    def opens(self, word: str) -> bool:
+        """Whether a sentence rather than a name starts with the word. "A" may be either."""
+        return len(word) > 1 and word.lower() in self.opening
+
+    def closes(self, before: str) -> bool:
+        """Whether a sentence may well end with the one word before the stop: etc., 10 min."""
+        word = LAST_WORD_RE.search(before)
+        return word is not None and "." not in word["whole"] and self._may_close(
+            word["last"], word["last"], before[: word.start()])
+
+    def _may_close(self, whole: str, last: str, before: str) -> bool:
+        if f" {last.lower()} " in UNITS and NUMBER_RE.search(before):
+            return True
+        return whole in self.trailing or last in self.trailing
+
+    def _is_known(self, whole: str, last: str) -> bool:
+        if len(last) == 1 and "." not in whole:
+            return last.isupper() or last in CONSONANTS
+        if not last.isupper() and all(char in CONSONANTS for char in base_letters(last.lower())):
+            return True
+        if "." in whole and all(len(part) == 1 for part in re.split(r"\.-?", whole)):  # a.k.a.
+            return True
+        return any(word.lower() in self.known and word not in self.everyday
+                   for word in (whole, last))
+
+    def _is_short(self, word: str) -> bool:
+        return len(word) <= 3 and not word.isupper() and word.lower() not in self.opening
+
+
+@lru_cache
+def stops_of(language: str) -> Stops:
+    return Stops(language)
+
+
+def next_word(after: str) -> str:
+    match = NEXT_WORD_RE.match(after)
+    return match[0].lstrip(NO_LETTERS) if match else ""
+
+
 class Sentences:
-    """Finds the sentences of the paragraph `text[start:end]`."""
+    """Where the sentences of `text[start:end]` start, but the first: `ends`.
 
-    text: str
-    start: int
-    end: int
-    language: str
+    sentencex proposes them; beside it stands every stop before a blank, or before a capital where
+    a blank is missing. `inner` are those within a quotation or brackets.
+    """
 
-    def starts(self) -> list[int]:
-        """Where the paragraph's second, third, ... sentences start."""
+    def __init__(self, text: str, start: int, end: int, language: str):
+        self.text, self.start, self.end, self.language = text, start, end, language
+        self.stops = stops_of(language)
+        proposed = {self._beside_quotes(pos) for pos in self._proposed()}
+        glued = set(self._glued())
+        places = proposed | glued | {match.end() for match in STOP_RE.finditer(text, start, end)}
+        places = sorted(pos for pos in places if start < pos < end)
+        self.around = {pos: self._around(pos) for pos in places}
+        self.gone_on = {pos for pos in places if self.stops.go_on(*self.around[pos])}
+        self.small = self._is_small(places)
+        found = [pos for pos in places if pos in glued or self._is_end(pos)]
+        self.inner = self._enclosed(found) - proposed
+        self.ends = [pos for pos in found if pos in proposed or pos in glued
+                     or (pos not in self.inner and self._is_plain(pos))]
+
+    def _proposed(self) -> list[int]:
         from sentencex import get_sentence_boundaries
 
         # sentencex takes square time in some input (unclosed quotes), so it sees 2000 characters
@@ -600,27 +866,77 @@ class Sentences:
             masked = GAP_RE.sub(" ", self.text[block : min(block + step, self.end)])
             masked = CUE_RE.sub(lambda cue: f"[{'x' * (len(cue[0]) - 2)}]", masked)
             found = get_sentence_boundaries(self.language, masked)[1:]
-            starts = [block + sentence["start_index"] for sentence in found]
-            ends += [start for start in starts if self._is_end(start)]
-            far = starts and starts[-1] > block + step // 4 and block + step < self.end
-            block = starts[-1] if far else block + step
+            ends += [block + sentence["start_index"] for sentence in found]
+            far = found and ends[-1] > block + step // 4 and block + step < self.end
+            block = ends[-1] if far else block + step
         return ends
 
+    def _beside_quotes(self, pos: int) -> int:
+        """Where sentencex took a closing mark for an opening one, `›No.‹ He`, or the reverse."""
+        marks = CLOSING_QUOTES_RE.match(self.text, pos, self.end)
+        if marks and self.text[pos - 1] in STOPS:
+            return marks.end()
+        opened = OPENING_QUOTES_RE.search(self.text, max(self.start, pos - 4), pos)
+        return opened.start("marks") if opened else pos
+
+    def _glued(self) -> Iterator[int]:
+        """Where a blank is missing: in `years ago!Come in`, not in Node.js, U.S.A., a link."""
+        for match in GLUED_RE.finditer(self.text, self.start, self.end):
+            before = self.text[max(self.start, match.start() - 40) : match.start()].split()[-1]
+            before, after = before.lstrip(NO_LETTERS), match["after"]
+            if not (before.isalpha() and len(before) > 1 and before[-1].islower()):
+                continue
+            named = before[0].isupper() and match["stop"] == "."  # Array.Sort, perhaps
+            if after.istitle() and (self.stops.opens(after) or not named):
+                yield match.start("after")
+
+    def _enclosed(self, places: list[int]) -> set[int]:
+        spans = [match.span() for match in QUOTED_RE.finditer(self.text, self.start, self.end)]
+        return {pos for low, high in spans
+                for pos in places[bisect_right(places, low) : bisect_left(places, high)]}
+
+    def _is_small(self, places: Iterable[int]) -> bool:
+        """Whether the paragraph's sentences start with small letters."""
+        first = LETTER_RE.search(self.text, self.start, self.end)
+        votes = 1 if first and first[0].islower() else -1
+        for pos in places:
+            before, after = self.around[pos]
+            if after[0].islower() and PLAIN_STOP_RE.search(before) and not CAMEL_RE.match(after):
+                votes += pos not in self.gone_on
+            elif after[0].isupper():
+                votes -= 1
+        return votes > 0
+
+    def _around(self, right: int) -> tuple[str, str]:
+        left = trim_blanks(self.text, self.start, right)[1]
+        return self.text[max(self.start, left - 32) : left], self.text[right : right + 32]
+
     def _is_end(self, right: int) -> bool:
-        """What sentencex misses: titles, small letters after "3." or "»", closing marks."""
-        text = self.text
-        left = trim_blanks(text, self.start, right)[1]
-        before = text[max(self.start, left - 12) : left]
-        word = LAST_WORD_RE.search(before)
-        if word and (word[1] in TITLES or (len(word[1]) == 1 and word[1].isupper())):
+        """What sentencex misses: abbreviations, small letters after "3." or "»", closing marks."""
+        before, after = self.around[right]
+        if not before or CLOSING_RE.match(after):
             return False
-        if CLOSING_RE.match(text, right):
+        if (after[0].isalnum() or after[0] == "-") and not GAP_RE.match(self.text, right - 1):
+            return before[-1] in FULL_STOPS  # not in 3.5, J.-C., but in 「…。」と
+        if right in self.gone_on:
             return False
-        if left == right and text[right].isalnum():  # 3.5, example.com, 「…。」と
-            return before[-1] in FULL_STOPS
-        follows = text[right : right + 8].lstrip("—–- ")
-        dash = text[right] in "—–-"
-        return not (follows[:1].islower() and (dash or CONTINUED_RE.search(before)))
+        follows = after.lstrip("—–- ")
+        if not follows[:1].islower() or CAMEL_RE.match(follows):
+            return True
+        if after[0] in "—–-":
+            return False
+        return not (UNFINISHED_RE if self.small else CONTINUED_RE).search(before)
+
+    def _is_plain(self, right: int) -> bool:
+        """Whether a sentence ends even where sentencex sees an abbreviation or a quotation."""
+        before, after = self.around[right]
+        word = next_word(after)
+        if not word[:1].isupper():
+            return self.small and word[:1].islower()
+        stop = before.rstrip(CLOSING_QUOTES)
+        if stop != before and after[0] not in "([" and not stop.endswith(("..", "…")):
+            return not self.stops.go_on(stop, after)
+        return self.stops.opens(word) or self.stops.closes(before)
 
 
 @dataclass(frozen=True)
@@ -644,7 +960,7 @@ class Paragraph:
             if is_speakable(self.text[left:right]):
                 yield left, right, pause
                 pause = 0.0
-            pause = max(pause, CLAUSE_PAUSE if cost else SENTENCE_PAUSE)
+            pause = max(pause, SENTENCE_PAUSE if cost < COST_CLAUSE else CLAUSE_PAUSE)
             start = resume
 
     def _token_excess(self, start: int, end: int) -> float:
@@ -717,10 +1033,20 @@ class Paragraph:
                 cuts.append((left, right, UNSPACED[kind]))
         return sorted([*cuts, *((pos, pos, 0.0) for pos in ends)])
 
+    @cached_property
+    def _sentences(self) -> Sentences:
+        return Sentences(self.text, self.start, self.end, self.language)
+
+    @property
+    def _sentence_ends(self) -> list[int]:
+        return self._sentences.ends
+
     def _blank_cost(self, left: int, right: int) -> float:
         """The cost of a cut at the blank text[left:right] inside a sentence."""
         text, before = self.text, self.text[max(self.start, left - 12) : left]
         bare = before.rstrip(CLOSERS)
+        if right in self._sentences.inner:
+            return COST_INNER
         if CLOSING_RE.match(text, right) or DASH_RE.match(text, right) or before[-1] in OPENERS:
             return COST_GLUED
         if before[-1] == "." and not before.endswith(".."):  # an abbreviation, not an end
@@ -736,10 +1062,6 @@ class Paragraph:
             return COST_CLAUSE  # a line of verse or of a list
         word = text[right : right + 12].split(maxsplit=1)[0]
         return COST_CONJUNCTION if f" {word} " in CONJUNCTIONS.get(self.language, "") else COST_WORD
-
-    @cached_property
-    def _sentence_ends(self) -> list[int]:
-        return Sentences(self.text, self.start, self.end, self.language).starts()
 
 
 # -----------------------------------------------------------------------------
