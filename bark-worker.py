@@ -617,6 +617,14 @@ QUOTED_RE = re.compile("|".join((
     r'"[^"]*"', "“[^“”]*”", "„[^„“”]*[“”]", "«[^«»]*»", "»[^«»]*«", "‹[^‹›]*›", "›[^‹›]*‹",
     "「[^「」]*」", r"\([^()]*\)", r"\[[^\[\]]*\]")))
 CLOSING_RE = re.compile(rf"[!?;:,.%)\]}}»›\"']+(?:[{BLANK}]|$)|[」』）】》〉。、，！？；：…”’]")
+# Layout. In columns: prose is not wrapped closer, and few lines of verse are wider.
+MIN_WRAP, SURE_WRAP = 36, 60
+WIDE = "\u2e80"  # from here on
+ITEM_RE = re.compile(r"(?:[-*+•◦▪‣·–—]|\(?(?:\d{1,3}|[A-Za-z])[.)]|#{1,6})\s")
+HYPHEN_RE = re.compile(r"(?<=[^\W\d_])[-\u2010]$")
+COMPOUND_RE = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
+RUNNING_ON_RE = re.compile(r"[,;—–、，；]$")
+WITHIN_WORD, VERSE_MARKS, LINE_STOPS = ("-", ""), (", ", "，"), (". ", "。")
 DASH_RE = re.compile(rf"(?:[—–]|-{{1,3}})[{BLANK}]+")
 CLOSERS, OPENERS = "\"'”’»›“)]}」』）】》〉", "«‹([{¿¡„"
 FULL_STOPS = "。！？…।॥"  # end a sentence without a blank after them
@@ -723,8 +731,9 @@ def split_text(text: str, language: str, limits: SegmentLimits) -> list[Span]:
     elapsed = list(itertools.accumulate(map(speech_millis, text), initial=0))
     pieces = [
         piece
-        for start, end in paragraphs(text)
-        for piece in Paragraph(text, start, end, language.lower(), limits, elapsed).pieces()
+        for start, end, lines in laid_out(text)
+        for piece in Paragraph(text, start, end, language.lower(), limits, elapsed,
+                               {line.end: line.spoken for line in lines}).pieces()
     ]
     after = [*(pause_before for _, _, pause_before in pieces[1:]), 0.0]
     return [Span(start, end, pause) for (start, end, _), pause in zip(pieces, after, strict=False)]
@@ -747,6 +756,183 @@ def trim_blanks(text: str, start: int, end: int) -> tuple[int, int]:
     while start < end and GAP_RE.match(text, end - 1):
         end -= 1
     return start, end
+
+
+class LineEnd(NamedTuple):
+    """Where a line ends within a paragraph: `text[start:end]`, its hyphen and blanks, and what is
+    spoken there: " " where prose goes on, "-" or "" within a word, else a mark if it has none.
+    """
+
+    start: int
+    end: int
+    spoken: str
+
+
+class Block:
+    """Lines that belong together: an item of a list, or all that stand between items."""
+
+    def __init__(self, text: str, spans: list[tuple[int, int]]):
+        self.text, self.spans = text, spans
+        self.lines = [text[low:high] for low, high in spans]
+        self.pairs = list(itertools.pairwise(self.lines))
+        self.width = max(map(width_of, self.lines))
+        self.is_item = ITEM_RE.match(self.lines[0]) is not None
+
+    def is_wrapped(self, measure: int = 0) -> bool:
+        """Whether this is prose: its lines, but for the last, are as full as their words allow, by
+        its own width or by `measure`, the width of the text's other paragraphs.
+        """
+        if any(HYPHEN_RE.search(line) and after[0].islower() for line, after in self.pairs):
+            return True
+        if self.width < MIN_WRAP or not self.pairs:
+            return False
+        if self.width <= measure and self._is_full(measure):
+            return True
+        flowing = sum(after[0].isalpha() and not after[0].isupper() for _, after in self.pairs)
+        if len(self.pairs) == 1:
+            sure = not flowing or self.lines[0][0].islower()
+            return self.width >= (SURE_WRAP if sure else MIN_WRAP) and self._is_full(self.width)
+        if self._is_full(self.width) and (flowing or self.width >= SURE_WRAP):
+            return True
+        return 4 * flowing >= len(self.pairs) and self._is_full(0.85 * self.width)
+
+    def _is_full(self, width: float) -> bool:
+        """Whether most lines reach that far, but for a heading and the ends of paragraphs."""
+        reaches = [reach(line, after) for index, (line, after) in enumerate(self.pairs)
+                   if (index and line[-1] not in STOPS) or reach(line, after) > 0.7 * width]
+        return sum(each > width for each in reaches) >= max(1, 0.8 * len(reaches))
+
+    def ends(self, measure: int, following: int | None) -> Iterator[LineEnd]:
+        """The ends of its lines; of the last one too if the paragraph goes on at `following`."""
+        prose = self.is_wrapped(measure)
+        verse = self._is_verse()
+        for (line, after), (_, end), (start, _) in zip(
+                self.pairs, self.spans, self.spans[1:], strict=False):
+            if after[0].isalpha() and HYPHEN_RE.search(line):
+                yield LineEnd(end - 1, start, "-")
+            elif "\xad" in self.text[end:start]:
+                yield LineEnd(end, start, "")
+            elif self._goes_on(line, after, prose):
+                yield LineEnd(end, start, " ")
+            else:
+                yield LineEnd(end, start, closing_mark(line, verse))
+        if following is not None:
+            yield LineEnd(self.spans[-1][1], following, closing_mark(self.lines[-1], False))
+
+    def _is_verse(self) -> bool:
+        """Whether commas fit its lines' ends: some have one, or all are phrases of like length."""
+        if self.is_item or any(map(RUNNING_ON_RE.search, self.lines[:-1])):
+            return not self.is_item
+        phrases = sum(len(line.split()) for line in self.lines) >= 3 * len(self.lines)
+        return phrases and min(map(width_of, self.lines)) >= 0.6 * self.width
+
+    def _goes_on(self, line: str, after: str, prose: bool) -> bool:
+        """Whether the next line's words belong to this one's."""
+        if prose:  # but for a heading, or the last line of a speech
+            return not after[0].isupper() or reach(line, after) > 0.7 * self.width
+        if not after[0].islower():
+            return False
+        if self.is_item:
+            return True
+        return not self.lines[0][0].islower() and len(line.split()) > 3
+
+
+def width_of(line: str) -> int:
+    """In columns: Chinese characters take two."""
+    return len(line) + sum(char >= WIDE for char in line)
+
+
+def reach(line: str, after: str) -> int:
+    """Where the first word of the next line would have ended in this one."""
+    word = after[0] if after[0] >= WIDE else after[:40].split(maxsplit=1)[0]
+    return width_of(line) + 1 + width_of(word)
+
+
+def closing_mark(line: str, verse: bool) -> str:
+    """What makes a line's end heard: nothing but a blank if it ends with a sign of its own."""
+    last = line.rstrip("\"'”’»›“‘)")[-1:]
+    if not last.isalnum():
+        return " "
+    if last >= WIDE and not "가" <= last <= "힣":
+        return "，" if verse else "。"
+    return ", " if verse else ". "
+
+
+def blocks_of(text: str, start: int, end: int) -> list[Block]:
+    """The paragraph `text[start:end]` as blocks: each item of a list starts one."""
+    blocks: list[list[tuple[int, int]]] = []
+    pos = start
+    for line in text[start:end].splitlines(keepends=True):
+        low, high = trim_blanks(text, pos, pos + len(line))
+        pos += len(line)
+        if not blocks or ITEM_RE.match(text, low):
+            blocks.append([])
+        blocks[-1].append((low, high))
+    return [Block(text, spans) for spans in blocks if len(blocks) > 1 or len(spans) > 1]
+
+
+def laid_out(text: str) -> Iterator[tuple[int, int, list[LineEnd]]]:
+    """Each paragraph's start and end, and the ends of its lines but the last."""
+    laid = [(start, end, blocks_of(text, start, end)) for start, end in paragraphs(text)]
+    measure = max((block.width for _, _, blocks in laid for block in blocks
+                   if len(block.pairs) > 1 and block.is_wrapped()), default=0)
+    for start, end, blocks in laid:
+        following = [block.spans[0][0] for block in blocks[1:]]
+        yield start, end, [line for block, pos in itertools.zip_longest(blocks, following)
+                           for line in block.ends(measure, pos)]
+
+
+class Hyphens:
+    """Tells whether a word that is hyphenated over a line's end is one word."""
+
+    def __init__(self, text: str, language: str):
+        self.written = set(COMPOUND_RE.findall(text.lower()))
+        self.others = CONJUNCTIONS.get(language, "").split()
+        self.dictionary = dictionary(language)
+
+    def between(self, left: str, right: str) -> str:
+        """What stands between the parts: nothing; a hyphen, as between two words where the whole is
+        none; a blank too, as in `Ein- und Ausgang`.
+        """
+        left, right = left.lower(), right.lower()
+        if right in self.others:
+            return "- "
+        if "-" in left or f"{left}-{right}" in self.written:
+            return "-"
+        if left + right in self.written or left + right in self.dictionary:
+            return ""
+        return "-" if left in self.dictionary and right in self.dictionary else ""
+
+
+@lru_cache
+def dictionary(language: str) -> frozenset[str]:
+    """A language's words in small letters; none where pyspellchecker has no list."""
+    from spellchecker import SpellChecker
+
+    if language not in SpellChecker.languages():
+        return frozenset()
+    return frozenset(SpellChecker(language=language).word_frequency.words())
+
+
+def read_lines(text: str, spans: list[Span], language: str) -> list[str]:
+    """Each span's text, and what is spoken at its lines' ends. `language` is a voice's letters."""
+    ends = [end for _, _, ends in laid_out(text) for end in ends if end.spoken != " "]
+    hyphens = Hyphens(text, language) if any(end.spoken == "-" for end in ends) else None
+    read, nearest = [], 0
+    for span in spans:
+        spoken, done = "", span.start
+        while nearest < len(ends) and ends[nearest].start <= span.end:
+            start, end, mark = ends[nearest]
+            nearest += 1
+            if start < done:
+                continue
+            if mark == "-" and hyphens and text[end].islower():
+                left = COMPOUND_RE.findall(text, max(done, start - 40), start)
+                right = COMPOUND_RE.match(text, end)
+                mark = hyphens.between(left[-1] if left else "", right[0] if right else "")
+            spoken, done = spoken + text[done:start] + mark, min(end, span.end)
+        read.append((spoken + text[done : span.end]).strip())
+    return read
 
 
 @lru_cache(maxsize=4096)
@@ -947,6 +1133,7 @@ class Paragraph:
     language: str
     limits: SegmentLimits
     elapsed: list[int]  # elapsed[i]: milliseconds of speech in text[:i]
+    lines: dict[int, str]  # where a line starts: what is spoken before it
 
     def pieces(self) -> Iterator[tuple[int, int, float]]:
         """Start, end and the pause before each segment, filled up to the best cut in reach."""
@@ -1037,16 +1224,23 @@ class Paragraph:
     def _sentences(self) -> Sentences:
         return Sentences(self.text, self.start, self.end, self.language)
 
-    @property
+    @cached_property
     def _sentence_ends(self) -> list[int]:
-        return self._sentences.ends
+        """Where the paragraph's second, third, ... sentences start, and a list's lines."""
+        ended = {pos for pos, spoken in self.lines.items() if spoken in LINE_STOPS}
+        return sorted(ended.union(self._sentences.ends))
 
     def _blank_cost(self, left: int, right: int) -> float:
         """The cost of a cut at the blank text[left:right] inside a sentence."""
         text, before = self.text, self.text[max(self.start, left - 12) : left]
         bare = before.rstrip(CLOSERS)
+        line = self.lines.get(right)
         if right in self._sentences.inner:
             return COST_INNER
+        if line in WITHIN_WORD:
+            return COST_GLUED
+        if line in VERSE_MARKS:
+            return COST_CLAUSE
         if CLOSING_RE.match(text, right) or DASH_RE.match(text, right) or before[-1] in OPENERS:
             return COST_GLUED
         if before[-1] == "." and not before.endswith(".."):  # an abbreviation, not an end
@@ -1058,8 +1252,6 @@ class Paragraph:
             return COST_CLAUSE
         if bare != before.rstrip("'’") or bare.endswith((",", "،", "、", "，")):
             return COST_COMMA
-        if "\n" in text[left:right] and not text[right].islower():
-            return COST_CLAUSE  # a line of verse or of a list
         word = text[right : right + 12].split(maxsplit=1)[0]
         return COST_CONJUNCTION if f" {word} " in CONJUNCTIONS.get(self.language, "") else COST_WORD
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 import unicodedata
 from pathlib import Path
@@ -308,12 +309,114 @@ def test_no_cut_falls_inside_a_word_a_number_an_abbreviation_or_a_cue(bark, atom
     assert not inside & {edge for span in spans for edge in (span.start, span.end)}
 
 
-@pytest.mark.parametrize("unit", ["a", ".", "“", "[", "字", "\n", "a\n\n", "\u200d", "a. "])
+PROSE = (
+    "The ship came slowly round the point at last, and all of them went down to the Quay to see"
+    " her. It was a cold morning in March, and old Captain Hale, who had waited for this day since"
+    " Easter, did not say a word. Then the bells of St. Mary rang over the roofs of Market Street."
+)
+GERMAN = (
+    "Der alte Mann ging langsam durch die Straße und sah in jedes Fenster der Häuser, in denen"
+    " Kinder mit bunten Bällen spielten. Niemand kannte seinen Namen, und Tante Grete sagte, er sei"
+    " vor Jahren aus Hamburg gekommen. Am Abend saß er auf der Bank unter der Linde."
+)
+
+
+def read(bark: ModuleType, text: str, language: str = "en", **kwargs: float) -> str:
+    """What is spoken of the text, its segments parted by |."""
+    spans = bark.split_text(text, language, limits(bark, **kwargs))
+    return "|".join(map(bark.normalize_text, bark.read_lines(text, spans, language)))
+
+
+@pytest.mark.parametrize("columns", [38, 44, 52, 60, 66, 72, 80])
+@pytest.mark.parametrize(("language", "prose"), [("en", PROSE), ("de", GERMAN)])
+def test_prose_is_cut_and_read_alike_however_it_is_wrapped(bark, language, prose, columns):
+    wrapped = textwrap.fill(prose, columns)
+    for chars in (175, 90, 50):
+        whole = read(bark, prose, language, chars=chars)
+        assert whole.replace("|", " ") == prose
+        assert read(bark, wrapped, language, chars=chars) == whole
+        assert read(bark, f"{wrapped}\n\n{wrapped}", language, chars=chars) == f"{whole}|{whole}"
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "spoken"),
+    [
+        ("en", "It was a nega-\ntive answer.", "It was a negative answer."),
+        ("en", "He is a well-\nknown man.", "He is a well-known man."),
+        ("en", "My mother-in-\nlaw knew some-\nthing.", "My mother-in-law knew something."),
+        ("en", "An Anglo-\nSaxon king.", "An Anglo-Saxon king."),
+        ("en", "The Quorgle! A Quor-\ngle.", "The Quorgle! A Quorgle."),
+        ("en", "A re-wilded park. It was re-\nwilded.", "A re-wilded park. It was re-wilded."),
+        ("en", "The syl\xad\nlable ends.", "The syllable ends."),
+        ("de", "Ein- \nund Ausgang am Bahn-\nhof.", "Ein- und Ausgang am Bahnhof."),
+        ("fr", "C'est peut-\nêtre un maga-\nsin.", "C'est peut-être un magasin."),
+        ("pl", "To jest kamie-\nnica.", "To jest kamienica."),
+    ],
+)
+def test_a_word_that_is_hyphenated_over_a_lines_end_is_one_word(bark, language, text, spoken):
+    assert read(bark, text, language) == spoken
+
+
+def test_no_cut_falls_inside_a_word_that_is_hyphenated_over_a_lines_end(bark):
+    text = "It was, as far as I know, a nega-\ntive answer to a question that nobody asked."
+    for chars in range(30, len(text)):
+        assert any("nega-\ntive" in piece for piece in pieces(bark, text, chars=chars))
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("Red\nBlue\nGreen", "Red. Blue. Green"),
+        ("milk\neggs\nrye bread", "milk. eggs. rye bread"),
+        ("To do:\n- Call Ann\n- Buy milk and\n  eggs!\n- Rest",
+         "To do: - Call Ann. - Buy milk and eggs! - Rest"),
+        ("1. Milk\n2. Eggs", "1. Milk. 2. Eggs"),
+        ("The Garden\n" + textwrap.fill(PROSE, 72), f"The Garden. {PROSE}"),
+        ("are you coming\ni have tickets 🎉\nbye", "are you coming. i have tickets 🎉 bye"),
+        ("Whose woods these are I think I know.\nHis house is in the village though;\n"
+         "He will not see me stopping here\nTo watch his woods fill up with snow",
+         "Whose woods these are I think I know. His house is in the village though; He will not see"
+         " me stopping here, To watch his woods fill up with snow"),
+        ("Я помню чудное мгновенье\nПередо мной явилась ты",
+         "Я помню чудное мгновенье, Передо мной явилась ты"),
+        ("红\n绿\n蓝", "红。绿。蓝"),
+        ("I never thought that you\nwould come back", "I never thought that you would come back"),
+    ],
+)  # fmt: skip
+def test_a_line_of_a_list_or_of_verse_is_heard_to_end(bark, text, spoken):
+    assert read(bark, text).replace("|", " ") == spoken
+
+
+def test_lines_of_a_list_are_cut_like_sentences_and_keep_their_marks(bark):
+    assert read(bark, "Apples from the garden\nPears from the market", chars=30) == (
+        "Apples from the garden,|Pears from the market"
+    )
+    text = "Fresh apples\nPears, plums and nuts\nBread"
+    assert read(bark, text, chars=24) == "Fresh apples.|Pears, plums and nuts.|Bread"
+    assert pauses(bark, text, chars=24) == [0.25, 0.25, 0.0]
+
+
+@PROPERTY
+@given(st.lists(st.sampled_from([*SPICE, "-\n", "so", "Well"]), max_size=80).map("".join))
+def test_reading_lines_adds_and_loses_no_letter(bark, text):
+    spans = bark.split_text(text, "en", limits(bark, 40))
+    for span, spoken in zip(spans, bark.read_lines(text, spans, "en"), strict=True):
+        written = text[span.start : span.end]
+        letters = [[char for char in each if char.isalnum()] for each in (written, spoken)]
+        assert letters[0] == letters[1]
+
+
+UNITS = ["a", ".", "“", "[", "字", "\n", "a\n\n", "\u200d", "a. ", "Dr. ", '"A. ', "‹a.‹ ", "("]
+UNITS += ["Red\n", "- a\n", "a-\nb", "word word, word. ", ". . ", "a.B "]
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_time_grows_with_the_length_and_not_with_its_square(bark, unit):
     def seconds(length: int) -> float:
         began = time.process_time()
-        bark.split_text((unit * length)[:length], "en", limits(bark))
+        text = (unit * length)[:length]
+        bark.read_lines(text, bark.split_text(text, "en", limits(bark)), "en")
         return time.process_time() - began
 
     seconds(1000)
-    assert seconds(100_000) < 1.0
+    assert seconds(200_000) < 2.0
