@@ -459,13 +459,13 @@ ABBREVIATIONS = {
           " wachtm weibl westl wiss ziff zirka zit zus österr östl übers",
     "en": "abbr acad acct addl adj admin advt ala alas alt amer anon appt ariz ark asst"
           " astron atty aux avg bibl biog biol bur cal calif cert chem circ cit colo comdr"
-          " comm commr comp conf cong conj conn cont contd conv corr del diam dict dir dist"
-          " distr div ed edn educ elev encl encyc eng enl equiv esp etym exc excl fasc fem fla"
-          " fol freq geog geol ger harb heb hist hwy illus ind inst instr intl intro inv jour"
-          " kans lat lieut mass mech mich minn mont natl naut neb nev obs occas okla ont opp"
-          " ore org orig penn pharm philos phys poss pred pres presb prob proc pron prov pseud"
-          " publ que quot rec recd reg repr req resp rte sask ser subj suppl supt surg tenn"
-          " terr tex theol trans treas univ usu vocab vols wash wis wyo",
+          " comm commr comp conf cong conj conn cont contd conv corr cu del dia diam dict dir"
+          " dist distr div doz ed edn educ elev encl encyc eng enl equiv esp etym exc excl"
+          " fasc fem fla fol freq geog geol ger harb heb hist hwy illus ind inst instr intl"
+          " intro inv jour kans lat lieut mass mech mich minn mont natl naut neb nev obs occas"
+          " okla ont opp ore org orig penn pharm philos phys poss pred pres presb prob proc"
+          " pron prov pseud publ qty que quot rec recd reg repr req resp rte sask ser subj"
+          " suppl supt surg tenn terr tex theol trans treas univ usu vocab vols wash wis wyo",
     "es": "admón almte alte arts bibl brig cit cmdte cnel comis comte conc coord cor cód dep"
           " depto dicc dipt dpto dña edif edit eds excl excma fasc figs fol gdor gob hab ibíd"
           " ilma ilmo ilustr impr inst izq loc ltda lám mons mtra nro ntra oblig op orig pbro"
@@ -481,27 +481,30 @@ ABBREVIATIONS = {
     "it": "amb amm arciv ass bibl brig capp card circ cit com comand comm cons dep dip dir"
           " fratt fraz ist loc mons num op parr pref proc prov rett scal segr serg sez sind"
           " tab tav ten trad uff univ vesc voll",
-    "pl": "abp afr akad amer ang arch asp aspir asyst austr bibl biol biskup bryg bryt chem"
-          " chir cyt czes doc dosł dot dow dypl dyr egz ekon ew fiz fot franc geogr geol gosp"
-          " gram grec gub hab hist hiszp im insp inst jedn kanc kard kier klas koresp książ"
-          " kwart lekt lic maks marsz med mies min nadinsp nadkom niem nieof obec obyw odc"
-          " oddz ok oprac org orygin os osob pers plut podkom pol poprz por pow poz poł prał"
-          " prez prezyd proc prok przen przew przeł przym przyp psych publ red rejon reż rodz"
-          " roln ros rozdz ryc rys sekr sierż społ stac sygn szer szwajc tabl techn temp tow"
-          " tyg tys tłum ub uczn ukr uniw ur urodz ust wen woj współcz wyd wyst właśc zach zag"
-          " zakł zam zarz zast zaw zał zewn łac środk",
+    "pl": "abp adw afr akad amer ang arch art artyst asp aspir astr asyst austr bibl biol"
+          " biskup bryg bryt centr chem chir chiń cyt czes dekl demokr diec doc dosł dot dow"
+          " duszp dypl dyr dyw egz ekol ekon elektr ew fab farm fiz fot franc gastr geogr geol"
+          " gimn gosp gram grec gub górn głęb hab hist hiszp im insp inst jedn kanc kard katol"
+          " kier klas kol koresp kryt książ kult kwart lekt lic maks marsz mec med mies min"
+          " nadinsp nadkom najśw niem nieof obec obyw odc oddz ok oprac org orygin os osob"
+          " pers plut podkom pol poprz por pow poz poł prał prez prezyd proc prok przen przew"
+          " przeł przym przyp psych publ red rejon reż rodz roln ros rozdz ryc rys sekr sierż"
+          " społ spółdz stac stow sygn szer szwajc tab tabl techn tel temp tow tyg tys tłum ub"
+          " uczn ukr uniw ur urodz ust wen woj współcz wyd wyst właśc zach zag zagr zakł zam"
+          " zarz zast zaw zazw zał zewn ćwicz łac środk żarg",
     "pt": "alm ampl and apto aum brig cel com coord dep dept depto des edit eds emb esc esq"
           " estr exa exma fasc gráf hab ibid ilma ilmo ilustr impr introd loc mons máx méd mín"
           " núm op org parág pe pref pres proc prom ref rod sec sta supl séc sécs tab telef"
           " ten trad tte univ vols",
-    "ru": "авг адм адмир англ апр арх архиеп архит асс библиогр биогр биол букв вост вып ген"
-          " геогр геол гор греч губерн дек дер диак дир докт европ еп журн зав заг зам засл"
-          " знач игум изд инж испр итал каб кав канд кап капит каф колич корп корр лаб лат"
-          " лейт литер маш мес митр моск муз наб назв наим науч нем ноя нояб оз окр окт опубл"
-          " орг осн отв отд офиц пед перев перс подполк полк полков польск пос поч предисл"
-          " през преп прибл прил прим проток псевд публ разг ред редкол реж респ рус свящ сев"
-          " секр сен сент серж совр сокр соотв сост спец студ техн тов укр унив упр уч фак фам"
-          " февр физ филос франц хим худ церк чел экз эл энц юр яз янв",
+    "ru": "авг адм адмир англ апр арх архиеп архит асс библиогр биогр биол букв бульв вост"
+          " вып ген геогр геол гор греч губерн дек дер диак дир докт доп европ еп журн зав заг"
+          " зам засл знач игум изд инд инж исп испр итал каб кав канд кап капит каф колич комн"
+          " корп корр лаб лат лейт литер макс маш мес митр моск муз наб назв наим науч нач нем"
+          " ноя нояб обр общ оз окр окт опубл орг осн отв отд офиц пед перев перераб перс"
+          " подполк полк полков польск пос поч предисл през преп прибл прил прим проток псевд"
+          " публ разг ред редкол реж респ рус свящ сев секр сен сент серж совр сокр соотв сост"
+          " соч спец студ техн тов туп укр унив упр уч фак фам февр физ филос франц хим худ"
+          " церк чел экз эл энц юр яз янв",
     "tr": "alm amir ank apt ar arş asb asis asist astsb av ağu başb başk böl coğ doç ecz ed"
           " eki ekon ens erm eyl eğt fak far fel fiz gnkur gör hem huk isp İkt İlç İng İsp İst"
           " İt jap jeol karş kas korg kur lab lat mad mah mat mim muh müd müf müh müt nis oca"
@@ -525,10 +528,9 @@ EVERYDAY = {
 }
 # Titles, and what points at a name: no sentence ends before it, even if it is "La" or "Der".
 LEADING = (
-    " Mr Mrs Ms Mx Dr Drs Prof M MM Mme Mmes Mlle Mgr Me Sr Sra Srta Sres Sras D Dña Dra Sto Sta St"
-    " Ste Sig sig Sigg Dott dott Hr Hrn Fr Frl Rev Gen Col Capt Lt Sgt e.g i.e cf cfr viz"
-    " vgl z.B d.h np tj tzn tzw zob por см ср напр т.е т.к c.-à-d p.ej ej p.ex v.g es"
-    " p.es bkz Bkz krş örn Örn ул пл им ul al pl "
+    " Mr Mrs Ms Mx Dr Drs Prof M MM Mme Mmes Mlle Mgr Me Sr Sra Srta Sres Sras D Dña Dra Sto Sta"
+    " Sig sig Sigg Dott dott Hr Hrn Frl e.g i.e cf cfr viz vgl z.B d.h np tj tzn tzw zob por"
+    " см ср напр т.е т.к c.-à-d p.ej ej p.ex v.g es p.es bkz Bkz krş örn Örn ул пл им ul al pl "
 )
 # What often closes a sentence, and does before a capital; so do units after a number.
 TRAILING = {
@@ -991,6 +993,11 @@ class Stops:
         return word is not None and "." not in word["whole"] and self._may_close(
             word["last"], word["last"], before[: word.start()])
 
+    def may_shorten(self, before: str) -> bool:
+        """Whether the word before the stop is everyday's, but an abbreviation as well."""
+        word = LAST_WORD_RE.search(before)
+        return word is not None and word["last"].lower() in self.everyday
+
     def _may_close(self, whole: str, last: str, before: str) -> bool:
         if f" {last.lower()} " in UNITS and NUMBER_RE.search(before):
             return True
@@ -1111,7 +1118,9 @@ class Sentences:
             return True
         if after[0] in "—–-":
             return False
-        return not (UNFINISHED_RE if self.small else CONTINUED_RE).search(before)
+        if self.small:
+            return not UNFINISHED_RE.search(before)
+        return not (CONTINUED_RE.search(before) or self.stops.may_shorten(before))
 
     def _is_plain(self, right: int) -> bool:
         """Whether a sentence ends even where sentencex sees an abbreviation or a quotation."""
