@@ -852,7 +852,7 @@ def reach(line: str, after: str) -> int:
 
 def closing_mark(line: str, verse: bool) -> str:
     """What makes a line's end heard: nothing but a blank if it ends with a sign of its own."""
-    last = line.rstrip("\"'”’»›“‘)")[-1:]
+    last = line.rstrip("\"'”’»›“‘)*_`")[-1:]
     if not last.isalnum():
         return " "
     if last >= WIDE and not "가" <= last <= "힣":

@@ -376,6 +376,7 @@ def test_no_cut_falls_inside_a_word_that_is_hyphenated_over_a_lines_end(bark):
         ("To do:\n- Call Ann\n- Buy milk and\n  eggs!\n- Rest",
          "To do: - Call Ann. - Buy milk and eggs! - Rest"),
         ("1. Milk\n2. Eggs", "1. Milk. 2. Eggs"),
+        ("He said “no”\n*Never*\n[laughs]\nYes", "He said “no”. *Never*. [laughs] Yes"),
         ("The Garden\n" + textwrap.fill(PROSE, 72), f"The Garden. {PROSE}"),
         ("are you coming\ni have tickets 🎉\nbye", "are you coming. i have tickets 🎉 bye"),
         ("Whose woods these are I think I know.\nHis house is in the village though;\n"
