@@ -5,8 +5,10 @@ from __future__ import annotations
 import textwrap
 import time
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -426,3 +428,52 @@ def test_time_grows_with_the_length_and_not_with_its_square(bark, unit):
 
     seconds(1000)
     assert seconds(200_000) < 2.0
+
+
+# The first piece
+
+
+def soon(bark: ModuleType, **kwargs: int) -> Any:
+    return replace(limits(bark, **kwargs), soon=True)
+
+
+OPENING = "The boat left at noon, and nobody on the quay waved to those who stood at its rail. "
+
+
+@pytest.mark.parametrize(("text", "first"), [
+    ("The boat left at noon and nobody waved at it. " + OPENING, "The boat left at noon and nobody"
+     " waved at it."),
+    ("It left. " + OPENING * 2, "It left. The boat left at noon, and nobody on the quay waved to"
+     " those"),
+    ("“I give up on it, I do, and then I go home…” And " + OPENING,
+     "“I give up on it, I do, and then I go home…”"),
+    ("The old miller who had lived beside the brown river, which was slow in summer and quick after"
+     " the rain, walked down to it and looked at the water for a long while.",
+     "The old miller who had lived beside the brown river,"),
+    ("Chapter One\n\n" + OPENING * 2, "Chapter One"),
+    (OPENING.strip(), OPENING.strip())])
+def test_the_first_piece_of_a_long_text_is_short_and_whole(
+        bark: ModuleType, text: str, first: str) -> None:
+    spans = bark.split_text(text, "en", soon(bark))
+    assert text[spans[0].start : spans[0].end] == first
+
+
+def test_only_the_first_piece_is_short(bark: ModuleType) -> None:
+    text = OPENING * 6 + "\n\n" + OPENING * 6
+    lengths = [span.end - span.start for span in bark.split_text(text, "en", soon(bark))]
+    assert lengths[0] < 90 and min(lengths[1:]) >= len(OPENING) - 1
+    assert sum(length > 110 for length in lengths[1:]) >= 4
+
+
+def test_a_text_that_fits_a_piece_of_110_characters_stays_whole(bark: ModuleType) -> None:
+    text = ("The boat left at noon, as ever. " * 3 + "Nobody waved.")[:109] + "."
+    assert len(text) == 110 and len(bark.split_text(text, "en", soon(bark))) == 1
+    assert len(bark.split_text(text + " No.", "en", soon(bark))) > 1
+
+
+def test_the_first_piece_of_a_model_that_takes_short_texts_is_shorter_still(
+        bark: ModuleType) -> None:
+    short = soon(bark, chars=48, tokens=48)
+    spans = bark.split_text("The boat left at noon. Nobody on the quay waved to it at all.", "en",
+                            short)
+    assert spans[0].end == len("The boat left at noon.")
