@@ -2,9 +2,9 @@
 
 expression_table.tsv has a sentence a line, with the cues that a careful reader would add standing
 where they belong. Rows called "tuned" served to write and correct the rules. Those called "held"
-were written when the rules stood, without a look at them, and measured once: README has what that
-gave. Three plain slips that they showed ("as though", "help but laugh", "boomed the admiral") were
-mended afterwards.
+were written when the rules stood, without a look at them, and measured once: docs/expression.md has
+what that gave. Three plain slips that they showed ("as though", "help but laugh", "boomed the
+admiral") were mended afterwards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROPERTY = settings(
 )
 CUES = ["[laughs]", "[laughter]", "[sighs]", "[gasps]", "[clears throat]", "[music]"]
 CUE = re.compile(f"(?:{'|'.join(map(re.escape, CUES))}) ?")
-NAMES = {"tuned": "tuned", "held": "held out, at first sight"}  # in README
+NAMES = {"tuned": "tuned", "held": "held out, at first sight"}  # in docs/expression.md
 ROWS = [line.split("\t") for line in
         (ROOT / "tests/expression_table.tsv").read_text(encoding="utf-8").splitlines()]
 SOURCE = WORKER.read_text(encoding="utf-8")
@@ -91,12 +91,12 @@ def test_the_table_is_large_and_has_both_sides() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tuned", "held"])
-def test_cues_go_where_a_reader_would_put_them_as_often_as_the_readme_says(
+def test_cues_go_where_a_reader_would_put_them_as_often_as_the_docs_say(
         bark: ModuleType, kind: str) -> None:
     precision, recall = measure(bark, kind)
     assert precision >= 0.95 and recall >= 0.85
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (row,) = (line for line in readme.splitlines() if line.startswith(f"| {NAMES[kind]} "))
+    page = (ROOT / "docs/expression.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| {NAMES[kind]} "))
     count = len([row for row, _ in ROWS if row == kind])
     rows, *at_first = (float(cell) for cell in row.strip("|").split("|")[1:])
     assert rows == count and precision >= at_first[0] and recall >= at_first[1]

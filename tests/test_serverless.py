@@ -549,15 +549,15 @@ def test_openais_route_brings_audio_and_its_stream_intact(served: Served) -> Non
     assert streamed["response"] == straight.body
 
 
-def test_the_call_from_python_in_the_readme_brings_speech(
+def test_the_call_from_python_in_the_docs_brings_speech(
         served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vast, worker, _ = served
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n([^`]*Serverless[^`]*)```", readme)
+    page = (ROOT / "docs/renting.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n([^`]*Serverless[^`]*)```", page)
     monkeypatch.setattr("vastai.Serverless", lambda: Client(
         vast.account_key, webserver_url=vast.url, autoscaler_url=vast.url))
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "renting.md", "exec"), {})
     straight = direct(worker, "/synthesize", {"text": "Hello, world!"}).json
     assert (tmp_path / "hello.wav").read_bytes() == base64.b64decode(straight["audio"])
 
