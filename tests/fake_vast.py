@@ -49,6 +49,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "ghcr.io/darvondoom/libread-bark-tts:latest"
+IMAGE_ENV = {"HF_HOME": "/workspace/models"}  # of Dockerfile.ghcr, for whatever runs in it
 ONSTART = ("nohup bash -c 'while :; do python -u /app/bark-worker.py; sleep 1; done'"
            " >>/proc/1/fd/1 2>&1 &")
 TICK = 0.02  # seconds between looks at what the clock has brought about
@@ -573,10 +574,9 @@ class Instance:
         command = self._command()
         if command is None or self.fate == "silent":
             return
-        if home := self.env.get("HF_HOME"):
-            for name, model in self.vast.models.items():
-                container.add_model(Path(container.translate(home)), name, model,
-                                    broken=self.fate == "worker_fails")
+        home = Path(container.translate({**IMAGE_ENV, **self.env}["HF_HOME"]))
+        for name, model in self.vast.models.items():
+            container.add_model(home, name, model, broken=self.fate == "worker_fails")
         container.start(command, self.environment(), on_console=self.runtype == "args")
 
     def _end_processes(self) -> None:
@@ -630,8 +630,8 @@ class Instance:
         for name, reserved in container.ports.items():
             number, _, kind = name.partition("/")
             injected[f"VAST_{kind.upper()}_PORT_{number}"] = str(reserved.getsockname()[1])
-        passed = {name: container.translate(value) for name, value in self.env.items()
-                  if not name.startswith("-")}
+        passed = {name: container.translate(value)
+                  for name, value in {**IMAGE_ENV, **self.env}.items() if not name.startswith("-")}
         here = {"PORT": str(self.worker_port()), "HOST": "127.0.0.1",
                 "DATA_DIRECTORY": injected["DATA_DIRECTORY"]}
         return {**injected, **passed, **here}
