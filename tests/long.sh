@@ -2,8 +2,8 @@
 # Runs the checks that take too long for run.sh. Arguments go to pytest. Needs what run.sh needs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=manage-bark-worker.sh
-source ./manage-bark-worker.sh
+# shellcheck source=manage/local.sh
+source manage/local.sh
 
 ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt" \
   "$ROOT/tests/requirements-long.txt"

@@ -17,6 +17,7 @@ from conftest import ROOT, clean_environment, wait_until
 from fake_vast import INTERVALS, FakeVast
 
 SCRIPT = ROOT / "manage-bark-worker.sh"
+PARTS = sorted(ROOT.glob("manage/*.sh"))  # what it sources for commands that are not renting
 BASH = shutil.which(os.environ.get("TEST_BASH", "bash")) or "bash"
 RUN_SECONDS = 120.0  # one run of the script; each call of vastai takes about one
 
@@ -35,8 +36,9 @@ def folder_of(tools: tuple[str, ...], folder: Path) -> Path:
 
 
 def sourcing(code: str, *arguments: str, script: Path = SCRIPT) -> list[str]:
-    """The command of a shell that sources the script, then runs `code` on the arguments."""
-    return [BASH, "-c", f'source "$1"; shift; {code}', "test", str(script), *arguments]
+    """The command of a shell that sources all of the script, then runs `code` on the arguments."""
+    load = "".join(f"load {part.stem}; " for part in PARTS)
+    return [BASH, "-c", f'source "$1"; shift; {load}{code}', "test", str(script), *arguments]
 
 
 @dataclass

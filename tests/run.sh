@@ -4,8 +4,8 @@
 # Beyond pip it needs Python 3.11 or newer with its venv module, curl and jq.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=manage-bark-worker.sh
-source ./manage-bark-worker.sh
+# shellcheck source=manage/local.sh
+source manage/local.sh
 
 failed=''
 
@@ -23,7 +23,7 @@ for tool in curl jq; do
 done
 step venv ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt"
 step ruff .venv/bin/ruff check .
-step shellcheck .venv/bin/shellcheck -x manage-bark-worker.sh tests/*.sh .ci/run
+step shellcheck .venv/bin/shellcheck -x manage-bark-worker.sh manage/*.sh tests/*.sh .ci/run
 step hadolint .venv/bin/hadolint Dockerfile.ghcr
 step workflows .venv/bin/check-jsonschema --builtin-schema vendor.github-workflows \
   .github/workflows/*.yml

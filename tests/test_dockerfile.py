@@ -86,6 +86,6 @@ def test_torch_stays_below_2_15_as_long_as_there_is_an_image_for_cuda_12_6() -> 
 
 def test_both_variants_that_are_published_are_the_managers_own() -> None:
     workflow = (ROOT / ".github/workflows/build-bark-tts.yml").read_text(encoding="utf-8")
-    manager = (ROOT / "manage-bark-worker.sh").read_text(encoding="utf-8")
+    manager = (ROOT / "manage/local.sh").read_text(encoding="utf-8")
     published = set(re.findall(r"cuda: (cu\d+)", workflow))
     assert len(published) == 2 and published == set(re.findall(r"printf '(cu\d+)\\n'", manager))

@@ -94,8 +94,8 @@ def test_the_table_of_what_an_endpoints_worker_needs_is_its_own(pyworker: Module
 
 def test_what_an_endpoint_costs_at_most_is_the_managers_own_sum() -> None:
     """And what `endpoint` takes is what its row in the table of commands says."""
-    said = subprocess.run([BASH, "-c", 'source "$1"; say_cost_at_most', "test", SCRIPT],
-                          capture_output=True, text=True, check=True).stderr
+    said = subprocess.run(sourcing("say_cost_at_most"), capture_output=True, text=True,
+                          check=True).stderr
     assert said.startswith("at most 2 workers of at most 0.20 $/h: 0.40 $/h (9.60 $ a day)")
     assert "`--max-workers` (2) times `--max-price` (0.20 $/h): 0.40 $/h, 9.60 $ a day" in RENTING
     (row,) = [row[0] for row in rows(RENTING, "Commands") if " endpoint " in row[0]]

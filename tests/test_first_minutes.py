@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"),
                                 reason="elsewhere pip's own build of torch is the only one")
 
 VERSION = "2.13.0"
+LOCAL = "manage/local.sh"
 NO_GPU = "no NVIDIA GPU here"
 # pip takes an empty variable for none, and this file for all of its own. PyPI is out of reach.
 NO_PIP_SETTINGS = {**{name: "" for name in os.environ if name.startswith("PIP_")},
@@ -118,12 +119,13 @@ def pip_settings(path: Path | str, **settings: str) -> dict[str, str]:
 def clone(tmp_path: Path, venv: Path, indexes: Indexes) -> Path:
     """A clone with a fresh .venv, for which PyTorch's index and PyPI are on loopback."""
     folder = clone_script(tmp_path)
-    text = SCRIPT.read_text(encoding="utf-8")
+    script = folder / LOCAL
+    text = script.read_text(encoding="utf-8")
     for old, new in (("https://download.pytorch.org/whl", indexes.url),
                      ("REACH_SECONDS=10 ", "REACH_SECONDS=60 ")):
         assert old in text
         text = text.replace(old, new, 1)
-    (folder / SCRIPT.name).write_text(text, encoding="utf-8")
+    script.write_text(text, encoding="utf-8")
     (folder / "requirements.txt").write_text(
         f"# Two parts\n--index-url {indexes.url}/pypi\n# -- worker: this\ntorch=={VERSION}\n"
         f"other==1.0\n# -- renting: that\n--index-url {indexes.url}/pypi\nvastai==1.0\n")
@@ -204,7 +206,7 @@ def test_a_persons_own_settings_go_first(
 def test_an_index_that_does_not_answer_is_told_of_and_pips_own_is_taken(
         clone: Path, bare: Path, indexes: Indexes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        script = clone / SCRIPT.name
+        script = clone / LOCAL
         text = script.read_text().replace("REACH_SECONDS=60 ", "REACH_SECONDS=2 ")
         script.write_text(text.replace(
             f"TORCH_WHEELS='{indexes.url}'",

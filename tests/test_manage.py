@@ -42,6 +42,7 @@ def clone_script(folder: Path) -> Path:
     """Puts the script into `folder`, beside a worker that no test there gets to start."""
     for name in ("manage-bark-worker.sh", "bark-worker.py", "requirements.txt"):
         shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "manage", folder / "manage")
     return folder
 
 
@@ -137,10 +138,11 @@ def test_python_without_venv_is_told_from_none(clone: Path, tmp_path: Path) -> N
 
 
 def test_script_without_its_worker_says_what_belongs_beside_it(tmp_path: Path) -> None:
-    alone = shutil.copy(SCRIPT, tmp_path)
-    done = run("local", path=tmp_path, script=Path(alone))
+    clone = clone_script(tmp_path)
+    (clone / "bark-worker.py").unlink()
+    done = run("local", path=clone, script=clone / SCRIPT.name)
     assert done.returncode == 3
-    assert f"bark-worker.py and requirements.txt must lie beside this script, in {tmp_path}" \
+    assert f"bark-worker.py and requirements.txt must lie beside this script, in {clone}" \
         in done.stderr
 
 

@@ -19,15 +19,16 @@ from typing import Any
 
 import pytest
 from conftest import clean_environment
-from manager import BASH, SCRIPT, executable, folder_of, sourcing
+from manager import BASH, PARTS, SCRIPT, executable, folder_of, sourcing
 
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
 TOOLS = ("sed", "tr")  # all that reading the options takes
+APART = tuple(part.stem for part in PARTS)  # commands that lie in manage/
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "env",
             "endpoint", "local", "completion", "help")
 ENDPOINT_COMMANDS = {"--json": "status", "--out": "test", "--timeout": "test", "--tail": "logs"}
-SOURCE = SCRIPT.read_text(encoding="utf-8")
+SOURCE = "".join(path.read_text(encoding="utf-8") for path in (SCRIPT, *PARTS))
 
 
 def shell(code: str, *arguments: str, stdin: str = "", **settings: str,
@@ -1031,6 +1032,22 @@ def test_every_command_has_help_that_calls_nothing(name: str, tmp_path: Path) ->
         assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
 
 
+@pytest.mark.parametrize("words", [["endpoint"], ["local"], ["completion"]])
+def test_a_script_alone_says_what_its_other_commands_lack(words: list[str], tmp_path: Path) -> None:
+    script = Path(shutil.copy(SCRIPT, tmp_path))
+    for called in (words, [*words, "--help"], ["help", *words]):
+        done = command(*called, path=tmp_path, script=script)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert f"manage/{words[0]}.sh is missing: the folder manage/ must lie beside this script," \
+            f" in {tmp_path}\n" in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in APART])
+def test_a_script_alone_has_help_for_what_rents(name: str, bare_path: Path, tmp_path: Path) -> None:
+    script = Path(shutil.copy(SCRIPT, tmp_path))
+    assert command("help", name, path=bare_path, script=script).stdout == help_of(name, bare_path)
+
+
 def test_help_lists_every_command_and_no_other(tmp_path: Path) -> None:
     told = command("help", path=tmp_path)
     assert (told.returncode, told.stderr) == (0, "")
@@ -1287,6 +1304,6 @@ def test_completion_is_turned_on_as_its_help_says(tmp_path: Path) -> None:
 
 def test_no_return_leaves_its_status_to_bash() -> None:
     """Under a trap a bare `return` tells the status from before the trap (bash 4.4 and later)."""
-    lines = [line for line in SCRIPT.read_text().splitlines() if not line.lstrip().startswith("#")]
+    lines = [line for line in SOURCE.splitlines() if not line.lstrip().startswith("#")]
     bare = re.compile(r"\breturn\b(?! (\d|\"\$))")
     assert [line for line in lines if bare.search(line)] == []

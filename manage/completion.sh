@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Tab completion for bash and zsh. Sourced by manage-bark-worker.sh when `completion` is called.
+# shellcheck source=manage-bark-worker.sh
+[[ -n "${PROGRAM:-}" ]] || source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"
+
+readonly USAGE_COMPLETION="usage: $PROGRAM completion bash|zsh
+
+Prints what makes the shell complete commands and options:
+  eval \"\$(./$PROGRAM completion bash)\""
+
+# Prints the options of a command, by blanks: they are those that its help tells.
+options_of() {
+  local word options=''
+  while read -r word _; do
+    case "$word" in
+      -f,) options="$options -f --follow" ;;
+      --*) options="$options $word" ;;
+    esac
+  done <<<"$(usage_of "$1")"
+  printf '%s\n' "${options# }"
+}
+
+commands() {
+  local line commands=''
+  while IFS= read -r line; do
+    [[ ! "$line" =~ ^\ \ ([a-z]+)\  ]] || commands="$commands ${BASH_REMATCH[1]}"
+  done <<<"$USAGE"
+  printf '%s\n' "${commands# }"
+}
+
+cmd_completion() {
+  local command cases='' text
+  read -r -d '' text <<'SH' || true
+_manage_bark_worker() {
+  local words=''
+  case "$COMP_CWORD ${COMP_WORDS[1]:-}" in
+    1\ * | 2\ help) words='@COMMANDS@' ;;
+    2\ completion) words='bash zsh' ;;
+    2\ endpoint) words='up status test logs down' ;;
+@OPTIONS@
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _manage_bark_worker manage-bark-worker.sh ./manage-bark-worker.sh
+SH
+  case "${1:-}" in
+    bash) ;;
+    zsh) text="autoload -U +X compinit && compinit
+autoload -U +X bashcompinit && bashcompinit
+$text" ;;
+    *) usage_error "completion is for bash or zsh, not '${1:-}'" completion ;;
+  esac
+  for command in $(commands); do
+    load_command "$command"
+    cases="$cases"$'\n'"    *\ $command) words='$(options_of "$command")' ;;"
+  done
+  text="${text/@COMMANDS@/$(commands)}"
+  tell "${text/@OPTIONS@/${cases#$'\n'}}"
+}
+
+loaded="$loaded completion"
