@@ -385,11 +385,8 @@ load() {
   if is_loaded "$1"; then return 0; fi
   [[ -r "$ROOT/manage/$1.sh" ]] || die "$EX_MISSING" "manage/$1.sh is missing: the folder manage/ \
 must lie beside this script, in $ROOT"
-  case "$1" in
-    endpoint) source "$ROOT/manage/endpoint.sh" ;;
-    local) source "$ROOT/manage/local.sh" ;;
-    completion) source "$ROOT/manage/completion.sh" ;;
-  esac
+  # shellcheck source=/dev/null    # each of them follows this file instead
+  source "$ROOT/manage/$1.sh"
 }
 
 is_loaded() { [[ " $loaded " == *" $1 "* ]]; }
@@ -427,27 +424,57 @@ pause() {
 # -----------------------------------------------------------------------------
 # Options
 
-words=()    # the arguments of the command, with --name=value as two words; as they are after --
+operands=()         # the words beside options that the command was given
+said_options=' '    # the names of the options, between blanks
 
-split_words() {
-  local word plain=''
-  words=()
-  for word in "$@"; do
-    case "$plain$word" in
-      --) words+=(--) plain=' ' ;;
-      --*=*) words+=("${word%%=*}" "${word#*=}") ;;
-      *) words+=("$word") ;;
-    esac
+# usage: read_options COMMAND SPEC WORDS...    (sets both of these, and the variables in SPEC)
+# SPEC has --name:variable for an option that sets the variable to yes, --name=variable for one that
+# gives it a value, and WORD if other words may stand among them. As two words counts --name=value.
+# After -- come other words alone.
+read_options() {
+  local command="$1" spec=" ${2//$'\n'/} " word plain='' variable
+  shift 2
+  operands=() said_options=' '
+  while (($#)); do
+    word="$1"
+    shift
+    if [[ -z "$plain" && "$word" == --*=* ]]; then
+      set -- "${word#*=}" "$@"
+      word="${word%%=*}"
+    fi
+    if [[ "$plain$word" == -- ]]; then
+      plain=yes
+    elif [[ -n "$plain" || "$word" != -* ]]; then
+      [[ "$spec" == *' WORD '* ]] || refuse_word "$command" "$word"
+      operands+=("$word")
+    elif [[ "$word" != *' '* && "$spec" == *" $word"[:=]* ]]; then
+      said_options="$said_options$word "
+      variable="${spec#*" $word"[:=]}"
+      variable="${variable%% *}"
+      if [[ "$spec" == *" $word:"* ]]; then
+        printf -v "$variable" yes
+      else
+        [[ -n "${1:-}" && "$1" != --* ]] || usage_error "$word needs a value" "${command%% *}"
+        printf -v "$variable" '%s' "$1"
+        shift
+      fi
+    else
+      refuse_word "$command" "$word"
+    fi
   done
 }
 
-taken=1    # words that the option just read has taken
-
-# usage: need_value COMMAND OPTION [VALUE]    (and counts it as taken)
-need_value() {
-  [[ -n "${3:-}" && "$3" != --* ]] || usage_error "$2 needs a value" "$1"
-  taken=2
+# usage: refuse_word COMMAND WORD
+refuse_word() {
+  local hint=''
+  case "$1" in
+    *test) hint='; a TEXT that begins so comes after --' ;;
+    stop | destroy) hint='; an ID is a number' ;;
+  esac
+  usage_error "$1 knows no '$2'$hint" "${1%% *}"
 }
+
+is_said() { [[ "$said_options" == *" $1 "* ]]; }
 
 # Prints a decimal number in millionths: 0.25 gives 250000.
 millionths() {
@@ -737,9 +764,8 @@ offer_vastai() {
   venv_works || make_venv
   requirements_of renting >"$list"
   say 'installing vastai into .venv'
-  installing=vastai
   packages_before="$(packages)"
-  install_packages -r "$list"
+  install_packages vastai -r "$list"
   say_what_came "$packages_before"
 }
 
@@ -901,7 +927,7 @@ def worker: .health | "\(.status), \(.queue.running // 0) running, \(.queue.wait
   + if .error then ": \(.error)" else "" end;
 
 # The bid that an offer would be rented with, and what it then costs in all.
-def bid: if env.pricing != "bid" then null elif env.bid != "" then env.bid | tonumber
+def bid: if env.interruptible == "" then null elif env.bid != "" then env.bid | tonumber
   else (.min_bid // 0) * 1.25 * 10000 | ceil / 10000 end;
 def offer: bid as $bid | ($bid == null or $bid >= .min_bid) as $winning | {id,
     gpu: (.gpu_name | clean), vram: ((.gpu_ram // 0) / 1024), region: (.geolocation | clean),
@@ -913,7 +939,7 @@ def offer: bid as $bid | ($bid == null or $bid >= .min_bid) as $winning | {id,
     storage: ((.storage_cost // 0) * (env.disk | tonumber) / (env.month_hours | tonumber))};
 # A row that is not as Vast has them is no offer. In the choice, the traffic of the first start
 # counts as if spread over a day.
-def offers: map(select((objects | .dph_total | numbers) and (env.pricing != "bid" or .min_bid))
+def offers: map(select((objects | .dph_total | numbers) and (env.interruptible == "" or .min_bid))
   | (try offer catch empty) | select([.id, .vram, .reliability, .down, .first, .cost, .storage]
     | all(type == "number"))) | sort_by(.cost + .first / 24);
 def sentence: "\(.gpu), \(.vram | round) GB, \(.region): \(.cost | fixed(4)) $/h"
@@ -982,7 +1008,7 @@ facts() {
   our_label="$LABEL" worker_port="$WORKER_PORT" month_hours="$HOURS_A_MONTH" gpus="$gpus" \
     min_vram="$min_vram" max_price="$max_price" max_traffic="$max_traffic" \
     first_start="$FIRST_START_GB" min_reliability="$min_reliability" region="$region" \
-    pricing="$pricing" bid="$bid" disk="$disk" jq -r "${@:2}" "$JQ_DEFS $1"
+    interruptible="$interruptible" bid="$bid" disk="$disk" jq -r "${@:2}" "$JQ_DEFS $1"
 }
 
 # usage: fact ROW FILTER    (of one instance or offer)
@@ -1317,44 +1343,50 @@ gpus="$DEFAULT_GPUS" min_vram=8 max_price=0.20 max_traffic=0.05 min_reliability=
 disk=50 region=''
 gpus_typed=''       # yes, if a person named them
 rent_options=''    # names of what was said that only a new instance can have
-pricing='on-demand' bid='' image="${BARK_IMAGE:-$DEFAULT_IMAGE}"
+interruptible='' bid='' image="${BARK_IMAGE:-$DEFAULT_IMAGE}"
+readonly SEARCH_OPTIONS='--gpu=gpus --min-vram=min_vram --max-price=max_price
+ --max-traffic=max_traffic --min-reliability=min_reliability --disk=disk --region=region
+ --interruptible:interruptible --bid=bid --image=image'
 
 # usage: note_rent_option NAME
 note_rent_option() { rent_options="${rent_options:+$rent_options, }$1"; }
 
-# usage: search_option COMMAND OPTION [VALUE]    (fails for an option that is none of search's)
-search_option() {
-  case "$2" in
-    --interruptible) note_rent_option "$2"; pricing=bid; return 0 ;;
-    --gpu | --min-vram | --max-price | --max-traffic | --min-reliability | --disk | --region | \
-      --bid | --image) ;;
-    *) return 1 ;;
-  esac
-  note_rent_option "$2"
-  need_value "$1" "$2" "${3:-}"
-  case "$2" in
-    --gpu) gpus="$(gpu_names "$3")" gpus_typed=yes
-      if [[ "$gpus" == ANY ]]; then gpus='' gpus_typed=''; fi ;;
-    --min-vram) need_number "$1" "$2" "$3" 1 1000; min_vram="$3" ;;
-    --max-price) need_number "$1" "$2" "$3" 0.001 128; max_price="$3" ;;
-    --max-traffic) need_number "$1" "$2" "$3" 0 10; max_traffic="$3" ;;
-    --min-reliability) need_number "$1" "$2" "$3" 0 1; min_reliability="$3" ;;
-    --disk) need_whole "$1" "$2" "$3" 8 2000; disk="$((10#$3))" ;;
-    --region) region="$(region_codes "$3")" || usage_error \
-      "--region is '$3'; it must be country codes such as DE or DE,FR, or EU" "$1" ;;
-    --bid) need_number "$1" "$2" "$3" 0.001 128; bid="$3" ;;
-    --image) image="$3" ;;
-  esac
+# usage: check_search COMMAND    (the options of search, one by one and what one asks of another)
+check_search() {
+  need_number "$1" --min-vram "$min_vram" 1 1000
+  need_number "$1" --max-price "$max_price" 0.001 128
+  need_number "$1" --max-traffic "$max_traffic" 0 10
+  need_number "$1" --min-reliability "$min_reliability" 0 1
+  need_whole "$1" --disk "$disk" 8 2000
+  disk="$((10#$disk))"
+  if is_said --gpu; then read_gpus "$1"; fi
+  if is_said --region; then read_region "$1"; fi
+  if [[ -n "$bid" ]]; then check_bid "$1"; fi
+  check_image "$1"
 }
 
-# usage: check_search COMMAND    (what one option asks of another)
-check_search() {
+# usage: read_gpus COMMAND
+read_gpus() {
+  gpus="$(gpu_names "$gpus")" gpus_typed=yes
+  if [[ "$gpus" == ANY ]]; then gpus='' gpus_typed=''; fi
   [[ "$gpus" =~ ^[A-Za-z0-9\ ,-]*$ ]] ||
     usage_error "--gpu is '$gpus'; it must be names such as 'RTX 3060,RTX 4060 Ti', or any" "$1"
-  [[ -z "$bid" || "$pricing" == bid ]] || usage_error '--bid needs --interruptible' "$1"
-  [[ -z "$bid" ]] || (($(millionths "$bid") <= $(millionths "$max_price"))) || usage_error \
-    "--bid $bid is more than --max-price $max_price" "$1"
-  check_image "$1"
+}
+
+# usage: read_region COMMAND
+read_region() {
+  local typed="$region"
+  region="$(region_codes "$typed")" || usage_error \
+    "--region is '$typed'; it must be country codes such as DE or DE,FR, or EU" "$1"
+}
+
+# usage: check_bid COMMAND
+check_bid() {
+  need_number "$1" --bid "$bid" 0.001 128
+  [[ -n "$interruptible" ]] || usage_error '--bid needs --interruptible' "$1"
+  if (($(millionths "$bid") > $(millionths "$max_price"))); then
+    usage_error "--bid $bid is more than --max-price $max_price" "$1"
+  fi
 }
 
 # usage: check_image COMMAND    (and gives an image without a tag one, as Vast takes none without)
@@ -1390,7 +1422,9 @@ offers='[]'    # the cheapest first
 
 # usage: search_offers QUERY LIMIT    (sets offers)
 search_offers() {
-  persist vast_json array search offers "$1" --type "$pricing" --storage "$disk" \
+  local type=on-demand
+  if [[ -n "$interruptible" ]]; then type=bid; fi
+  persist vast_json array search offers "$1" --type "$type" --storage "$disk" \
     --order dph_total --limit "$2" || die_by_vast 'the offers cannot be searched'
   offers="$(feed "$reply" facts 'offers | tojson')"
 }
@@ -1450,13 +1484,7 @@ show_offer() {
 offer_line() { printf '%-10s %-16s %4s %8s %7s %-20s %6s %6s %8s\n' "$@"; }
 
 cmd_search() {
-  split_words "$@"
-  set -- ${words[@]+"${words[@]}"}
-  while (($#)); do
-    taken=1
-    search_option search "$@" || usage_error "search knows no '$1'" search
-    shift "$taken"
-  done
+  read_options search "$SEARCH_OPTIONS" "$@"
   check_search search
   offer_vastai
   open_account
@@ -1764,55 +1792,40 @@ replace='' dry_run=''    # yes or nothing
 renting=''               # yes once this run means to rent
 replaced_id=''           # the old instance that goes when the new one is healthy
 
-# usage: start_option OPTION [VALUE]
-start_option() {
-  case "$1" in
-    --model | --voice | --timeout | --idle-stop | --max-hours) need_value start "$1" "${2:-}" ;;
-  esac
-  case "$1" in
-    --model) model="$2"; note_rent_option "$1" ;;
-    --voice) voice="$2"; note_rent_option "$1" ;;
-    --timeout) need_whole start "$1" "$2" 1 86400; timeout="$((10#$2))" ;;
-    --idle-stop) need_number start "$1" "$2" 0 "$MOST_MINUTES"
-      note_rent_option "$1"
-      idle_stop="$2" ;;
-    --max-hours) need_number start "$1" "$2" 0 "$MOST_HOURS"
-      note_rent_option "$1"
-      max_hours="$2" ;;
-    --replace) replace=yes ;;
-    --dry-run) dry_run=yes ;;
-    -y | --yes) agreed=yes ;;
-    *) search_option start "$@" || usage_error "start knows no '$1'" start ;;
-  esac
-}
-
 parse_start() {
   local name
-  split_words "$@"
-  set -- ${words[@]+"${words[@]}"}
-  while (($#)); do
-    taken=1
-    start_option "$@"
-    shift "$taken"
-  done
+  read_options start "$SEARCH_OPTIONS --model=model --voice=voice --timeout=timeout
+ --idle-stop=idle_stop --max-hours=max_hours --replace:replace --dry-run:dry_run -y:agreed
+ --yes:agreed" "$@"
   check_search start
   check_worker start
+  need_whole start --timeout "$timeout" 1 86400
+  timeout="$((10#$timeout))"
   check_guards
+  for name in $said_options; do
+    case "$name" in
+      --timeout | --replace | --dry-run | -y | --yes) ;;
+      *) note_rent_option "$name" ;;
+    esac
+  done
   for name in BARK_IMAGE BARK_MODEL BARK_VOICE BARK_IDLE_STOP BARK_START_LIMIT BARK_MAX_HOURS \
     $PASSED_ON; do
-    [[ -z "${!name:-}" ]] || note_rent_option "$name"
+    if [[ -n "${!name:-}" ]]; then note_rent_option "$name"; fi
   done
 }
 
-# What the environment says of guards. No instance stops itself while `start` still waits for it.
+# What options and environment say of guards. No instance stops itself while `start` still waits for it.
 check_guards() {
-  need_number start BARK_IDLE_STOP "$idle_stop" 0 "$MOST_MINUTES"
+  need_number start "$(said_or --idle-stop BARK_IDLE_STOP)" "$idle_stop" 0 "$MOST_MINUTES"
   need_number start BARK_START_LIMIT "$start_limit" 0 "$MOST_MINUTES"
-  need_number start BARK_MAX_HOURS "$max_hours" 0 "$MOST_HOURS"
+  need_number start "$(said_or --max-hours BARK_MAX_HOURS)" "$max_hours" 0 "$MOST_HOURS"
   if [[ -z "${BARK_START_LIMIT:-}" ]] && ((timeout >= 60 * START_LIMIT)); then
     start_limit=$((timeout / 60 + 1))
   fi
 }
+
+# usage: said_or OPTION VARIABLE    (prints where the setting came from)
+said_or() { if is_said "$1"; then printf '%s\n' "$1"; else printf '%s\n' "$2"; fi; }
 
 # usage: check_worker COMMAND    (what a rented worker is given)
 check_worker() {
@@ -2196,11 +2209,7 @@ describe() {
 
 cmd_status() {
   local json='' id row found='' ready=''
-  while (($#)); do
-    [[ "$1" == --json ]] || usage_error "status knows no '$1'" status
-    json=yes
-    shift
-  done
+  read_options status --json:json "$@"
   open_account
   look_or_die
   if [[ "$instances" == '[]' && -z "$json" ]]; then no_instance_but_perhaps_an_endpoint; fi
@@ -2240,38 +2249,18 @@ readonly JQ_SPOKEN='def spoken: {text: ., seed: -1}
   + if env.VOICE != "" then {voice: env.VOICE} else {} end;'
 out='bark-test.wav' play='' spoken_voice=''
 
-# usage: parse_test COMMAND ARGUMENTS...    (COMMAND is test or `endpoint test`)
+# usage: parse_test COMMAND SPEC ARGUMENTS...    (COMMAND is test or `endpoint test`)
 parse_test() {
-  local command="$1" help="${1%% *}" given='' plain=''
-  split_words "${@:2}"
-  set -- ${words[@]+"${words[@]}"}
-  while (($#)); do
-    taken=1
-    case "$plain$1" in
-      --voice) need_value "$help" "$1" "${2:-}"; spoken_voice="$2" ;;
-      --out) need_value "$help" "$1" "${2:-}"; out="$2" ;;
-      --) plain=' ' ;;
-      -*) test_option "$command" "$@" || usage_error \
-        "$command knows no '$1'; a TEXT that begins so comes after --" "$help" ;;
-      *) [[ -z "$given" ]] || usage_error "$command takes one TEXT; put it in quotes" "$help"
-        given=yes text="$1" ;;
-    esac
-    shift "$taken"
-  done
+  local command="$1" help="${1%% *}" spec="$2"
+  shift 2
+  read_options "$command" "WORD --voice=spoken_voice --out=out $spec" "$@"
+  if ((${#operands[@]} > 1)); then
+    usage_error "$command takes one TEXT; put it in quotes" "$help"
+  fi
+  text="${operands[0]-$text}"
   [[ "$text" == *[![:space:]]* ]] ||
     usage_error "TEXT is '$text'; there is nothing to speak in it" "$help"
   check_out "$help"
-}
-
-# usage: test_option COMMAND OPTION [VALUE]    (fails for one that COMMAND has not by itself)
-test_option() {
-  case "$1 $2" in
-    'test --play') play=yes ;;
-    'endpoint test --timeout') need_value endpoint "$2" "${3:-}"
-      need_whole endpoint "$2" "$3" 1 86400
-      timeout="$((10#$3))" ;;
-    *) return 1 ;;
-  esac
 }
 
 # usage: check_out COMMAND    (before anything costs money)
@@ -2288,7 +2277,7 @@ check_out() {
 }
 
 cmd_test() {
-  parse_test test "$@"
+  parse_test test --play:play "$@"
   open_account
   look_or_die
   find_running
@@ -2356,25 +2345,13 @@ play_sound() {
 
 cmd_logs() {
   local follow='' tail=1000 daemon=''
-  split_words "$@"
-  set -- ${words[@]+"${words[@]}"}
-  while (($#)); do
-    taken=1
-    case "$1" in
-      -f | --follow) follow=yes ;;
-      --tail) need_value logs "$1" "${2:-}"
-        need_whole logs "$1" "$2" 1 100000
-        tail="$((10#$2))" ;;
-      --daemon) daemon=yes ;;
-      *) usage_error "logs knows no '$1'" logs ;;
-    esac
-    shift "$taken"
-  done
+  read_options logs '-f:follow --follow:follow --tail=tail --daemon:daemon' "$@"
+  need_whole logs --tail "$tail" 1 100000
   open_account
   look_or_die
   row="$(chosen_row)"
   [[ -n "$row" ]] || no_instance
-  show_log "$(fact "$row" .id)" "$tail" "$daemon" "$follow"
+  show_log "$(fact "$row" .id)" "$((10#$tail))" "$daemon" "$follow"
 }
 
 # usage: show_log ID TAIL DAEMON FOLLOW
@@ -2418,16 +2395,14 @@ new_lines() {
 
 target_id=''
 
-# usage: parse_target COMMAND FLAG [ARGUMENTS...]    (sets target_id; agreed, if FLAG is there)
+# usage: parse_target COMMAND SPEC [ARGUMENTS...]    (sets target_id)
 parse_target() {
-  local command="$1" flag="$2"
+  local command="$1" spec="WORD $2" word
   shift 2
-  while (($#)); do
-    if [[ "$1" == "$flag" || "$flag $1" == '--yes -y' ]]; then agreed=yes
-    elif [[ "$1" =~ ^[0-9]+$ && -z "$target_id" ]]; then target_id="$1"
-    else usage_error "$command knows no '$1'; an ID is a number" "$command"
-    fi
-    shift
+  read_options "$command" "$spec" "$@"
+  for word in ${operands[@]+"${operands[@]}"}; do
+    [[ "$word" =~ ^[0-9]+$ && -z "$target_id" ]] || refuse_word "$command" "$word"
+    target_id="$word"
   done
 }
 
@@ -2446,7 +2421,7 @@ find_targets() {
 
 cmd_stop() {
   local id failed=''
-  parse_target stop --now "$@"
+  parse_target stop --now:agreed "$@"
   find_targets
   if [[ "$(fact "$targets" .state)" == unreadable ]]; then
     say_odd_rows
@@ -2547,7 +2522,7 @@ confirm_stopped() {
 
 cmd_destroy() {
   local id failed=''
-  parse_target destroy --yes "$@"
+  parse_target destroy '-y:agreed --yes:agreed' "$@"
   find_targets
   say "$(feed "$targets" facts '"instance \(.id): \(.state), \(.gpu), "
     + (.why // "\(.price | fixed(4)) $/h")')"
@@ -2603,15 +2578,9 @@ cmd_ssh() {
 
 cmd_tunnel() {
   local port="$WORKER_PORT"
-  split_words "$@"
-  set -- ${words[@]+"${words[@]}"}
-  while (($#)); do
-    [[ "$1" == --port ]] || usage_error "tunnel knows no '$1'" tunnel
-    need_value tunnel "$1" "${2:-}"
-    need_whole tunnel --port "$2" 1 65535
-    port="$((10#$2))"
-    shift "$taken"
-  done
+  read_options tunnel --port=port "$@"
+  need_whole tunnel --port "$port" 1 65535
+  port="$((10#$port))"
   find_ssh
   say 'open until Ctrl-C once the address shows: your SSH key must have been in the Vast account' \
     'when the instance was rented, and a new instance may need a minute'
@@ -2623,7 +2592,7 @@ cmd_tunnel() {
 }
 
 cmd_env() {
-  (($# == 0)) || usage_error "env knows no '$1'" env
+  read_options env '' "$@"
   open_account
   look_or_die
   find_running

@@ -222,24 +222,16 @@ marker_of() { id="$1" feed "$endpoints" endpoint_facts 'marker(env.id)'; }
 # up
 
 parse_up() {
-  split_words "$@"
-  set -- ${words[@]+"${words[@]}"}
-  while (($#)); do
-    taken=1
-    case "$1" in
-      --max-workers | --model | --voice) need_value endpoint "$1" "${2:-}" ;;
-    esac
-    case "$1" in
-      --max-workers) need_whole endpoint "$1" "$2" 1 100; max_workers="$((10#$2))" ;;
-      --model) model="$2" ;;
-      --voice) voice="$2" ;;
-      -y | --yes) agreed=yes ;;
-      --interruptible | --bid)
-        usage_error "$1 is not for endpoints: Vast rents their workers on demand" endpoint ;;
-      *) search_option endpoint "$@" || usage_error "endpoint up knows no '$1'" endpoint ;;
-    esac
-    shift "$taken"
+  local name
+  read_options 'endpoint up' "$SEARCH_OPTIONS --max-workers=max_workers --model=model --voice=voice
+ -y:agreed --yes:agreed" "$@"
+  for name in --interruptible --bid; do
+    if is_said "$name"; then
+      usage_error "$name is not for endpoints: Vast rents their workers on demand" endpoint
+    fi
   done
+  need_whole endpoint --max-workers "$max_workers" 1 100
+  max_workers="$((10#$max_workers))"
   check_search endpoint
   check_worker endpoint
   [[ "$image" != *@* ]] || usage_error "--image is '$image'; a template of Vast's, which an \
@@ -504,11 +496,7 @@ remove_templates() {
 
 endpoint_down() {
   local ids hashes marker="$LABEL"
-  while (($#)); do
-    [[ "$1" == -y || "$1" == --yes ]] || usage_error "endpoint down knows no '$1'" endpoint
-    agreed=yes
-    shift
-  done
+  read_options 'endpoint down' '-y:agreed --yes:agreed' "$@"
   open_account
   find_endpoint
   ids="$(feed "$endpoints" endpoint_facts 'map(select(is_meant) | "\(.id)") | join(" ")')"
@@ -534,11 +522,7 @@ endpoint_down() {
 
 endpoint_status() {
   local json='' id found verdict
-  while (($#)); do
-    [[ "$1" == --json ]] || usage_error "endpoint status knows no '$1'" endpoint
-    json=yes
-    shift
-  done
+  read_options 'endpoint status' --json:json "$@"
   open_account
   find_endpoint
   id="$(endpoint_fact .id)"
@@ -585,15 +569,9 @@ describe_endpoint() {
 
 endpoint_logs() {
   local tail=100 id
-  split_words "$@"
-  set -- ${words[@]+"${words[@]}"}
-  while (($#)); do
-    [[ "$1" == --tail ]] || usage_error "endpoint logs knows no '$1'" endpoint
-    need_value endpoint "$1" "${2:-}"
-    need_whole endpoint "$1" "$2" 1 100000
-    tail="$((10#$2))"
-    shift 2
-  done
+  read_options 'endpoint logs' --tail=tail "$@"
+  need_whole endpoint --tail "$tail" 1 100000
+  tail="$((10#$tail))"
   open_account
   need_endpoint
   id="$(endpoint_fact .id)"
@@ -622,7 +600,9 @@ queued_seconds='' queue_began=0 request_index=0
 endpoint_test() {
   local cold='no cold start: a worker was ready'
   timeout=1800
-  parse_test 'endpoint test' "$@"
+  parse_test 'endpoint test' --timeout=timeout "$@"
+  need_whole endpoint --timeout "$timeout" 1 86400
+  timeout="$((10#$timeout))"
   open_account
   need_endpoint
   make_scratch

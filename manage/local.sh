@@ -238,19 +238,16 @@ ensure_venv() {
   done
   [[ -n "$changed" ]] || return 0
   say "installing$changed into .venv"
-  installing="${changed# }"
   for file in "$@"; do rm -f "$(stamp_of "$file")"; done
-  install_packages "${arguments[@]}"
+  install_packages "${changed# }" "${arguments[@]}"
   for file in "$@"; do cp "$file" "$(stamp_of "$file")"; done
 }
 
-installing=''    # what pip is at, for people
-
-# usage: install_packages PIP_ARGUMENTS...
+# usage: install_packages NAMES PIP_ARGUMENTS...    (NAMES is for people)
 install_packages() {
   forget_halves
-  run_child run_pip install "$@" ||
-    die "$EX_MISSING" "pip could not install $installing; its own message stands above. Run this \
+  run_child run_pip install "${@:2}" ||
+    die "$EX_MISSING" "pip could not install $1; its own message stands above. Run this \
 again when that is mended"
 }
 
@@ -536,11 +533,10 @@ install_worker() {
   fi
   say "installing torch $version${torch_source:+ ($torch_source)} and what else the worker needs" \
     'into .venv'
-  installing="the worker's packages"
   packages_before="$(packages)"
   rm -f "$(stamp_of "$WORKER_LIST")"
   if ((${#torch_arguments[@]})); then install_torch "$build"; fi
-  install_packages -r "$WORKER_LIST"
+  install_packages "the worker's packages" -r "$WORKER_LIST"
   cp "$WORKER_LIST" "$(stamp_of "$WORKER_LIST")"
   say_what_came "$packages_before"
 }
@@ -548,7 +544,7 @@ install_worker() {
 # usage: install_torch BUILD    (as chosen; without a GPU pip's own will do, too)
 install_torch() {
   if [[ "$1" != cpu ]]; then
-    install_packages --no-deps "${torch_arguments[@]}"
+    install_packages "the worker's packages" --no-deps "${torch_arguments[@]}"
     return 0
   fi
   forget_halves
@@ -717,18 +713,7 @@ say_who_speaks() {
 
 cmd_local() {
   local model="${BARK_MODEL:-}" no_gpu clean=''
-  while (($#)); do
-    case "$1" in
-      --model=*) set -- --model "${1#*=}" "${@:2}"; continue ;;
-      --model) [[ -n "${2:-}" ]] || usage_error '--model needs an ID' local
-        model="$2"; shift ;;
-      --verbose) verbose=yes ;;
-      --clean) clean=yes ;;
-      --yes) agreed=yes ;;
-      *) usage_error "local knows no '$1'" local ;;
-    esac
-    shift
-  done
+  read_options local '--model=model --verbose:verbose --clean:clean --yes:agreed' "$@"
   if [[ -n "$clean" ]]; then clean_venv; return 0; fi
   [[ -z "$agreed" ]] || usage_error '--yes goes with --clean' local
   [[ -f "$WORKER" && -f "$ROOT/requirements.txt" ]] ||

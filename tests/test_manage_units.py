@@ -102,6 +102,9 @@ def cli_gpu_names() -> list[str]:
     return sorted({name for name in values if isinstance(name, str) and NVIDIA.fullmatch(name)})
 
 
+TYPED_GPU = 'read_options search "$SEARCH_OPTIONS" --gpu "$1"; read_gpus search'
+
+
 @pytest.mark.parametrize(("typed", "name"), [
     ("rtx4090", "RTX 4090"), ("RTX 4060ti", "RTX 4060 Ti"), ("3080Ti", "RTX 3080 Ti"),
     ("4070 super", "RTX 4070S"), ("RTX 4070 Super", "RTX 4070S"), ("4070 ti SUPER", "RTX 4070S Ti"),
@@ -112,7 +115,7 @@ def cli_gpu_names() -> list[str]:
 def test_a_gpu_is_known_however_it_is_typed(typed: str, name: str) -> None:
     known = json.dumps(cli_gpu_names())
     code = 'listed="$2"; known_gpus() { printf "%s\\n" "$listed"; }; ' \
-        'search_option search --gpu "$1"; check_gpus; echo "$gpus"'
+        f'{TYPED_GPU}; check_gpus; echo "$gpus"'
     assert answer(code, typed, known) == f"{name}\n"
 
 
@@ -121,14 +124,14 @@ def test_a_gpu_is_known_however_it_is_typed(typed: str, name: str) -> None:
 ])
 def test_a_gpu_that_cannot_match_is_told_with_what_is_near(typed: str, near: str) -> None:
     code = 'listed="$2"; known_gpus() { printf "%s\\n" "$listed"; }; ' \
-        'search_option search --gpu "$1"; check_gpus'
+        f'{TYPED_GPU}; check_gpus'
     done = shell(code, typed, json.dumps(cli_gpu_names()))
     assert (done.returncode, done.stdout) == (2, "")
     assert "unknown GPU '" in done.stderr and near in done.stderr.split("did you mean")[1]
 
 
 def test_without_vasts_list_a_gpu_is_taken_as_it_is() -> None:
-    code = 'known_gpus() { return 1; }; search_option search --gpu "$1"; check_gpus; echo "$gpus"'
+    code = f'known_gpus() {{ return 1; }}; {TYPED_GPU}; check_gpus; echo "$gpus"'
     assert answer(code, "RTX 9999") == "RTX 9999\n"
 
 
@@ -794,7 +797,7 @@ def test_an_interruptible_offer_costs_its_bid(bid: str, found: list[tuple[int, f
                                               ) -> None:
     rows = [offer(id=1, min_bid=0.03, dph_total=0.07), offer(id=2, min_bid=0.1, dph_total=0.12),
             offer(id=3, min_bid=None)]
-    told = facts("offers | map(select(.winning))", rows, pricing="bid", bid=bid)
+    told = facts("offers | map(select(.winning))", rows, interruptible="yes", bid=bid)
     assert [(one["id"], one["bid"], one["cost"]) for one in told] == \
         [(number, pytest.approx(price), pytest.approx(cost)) for number, price, cost in found]
 
@@ -817,7 +820,7 @@ def test_each_option_that_keeps_an_offer_out_is_named_with_the_value_that_lets_i
 
 
 def test_a_bid_that_does_not_win_is_told_what_would() -> None:
-    assert facts("offer | widenings", offer(min_bid=0.05), pricing="bid", bid="0.04") == \
+    assert facts("offer | widenings", offer(min_bid=0.05), interruptible="yes", bid="0.04") == \
         ["--bid 0.05"]
 
 
