@@ -317,7 +317,7 @@ as it is set here: the number of an endpoint, which \`endpoint up\` prints."
 
 readonly USAGE_HELP="usage: $PROGRAM help [COMMAND]"
 
-# usage: usage_of COMMAND    (fails for one that there is not; what lies in manage/ has to be loaded)
+# usage: usage_of COMMAND    (fails for one that there is not; of manage/'s, of those loaded)
 usage_of() {
   case "$1" in
     start) printf '%s\n' "$USAGE_START" ;;
@@ -418,6 +418,24 @@ pause() {
   for ((left = $1; left > 0; left--)); do
     sleep 1 || true
     tick
+  done
+}
+
+short_pause() {
+  sleep 0.2 || true
+  tick
+}
+
+# usage: until_true SECONDS PAUSE COMMAND...    (until it succeeds; fails once SECONDS are over)
+# PAUSE is what lies between two tries, in seconds; 0 is a short one.
+until_true() {
+  local deadline between="$2"
+  tick
+  deadline=$((now + $1))
+  shift 2
+  until "$@"; do
+    if ((now >= deadline)); then return 1; fi
+    if ((between > 0)); then pause "$between"; else short_pause; fi
   done
 }
 
@@ -698,7 +716,7 @@ reply_is() { [[ "$(feed "$reply" jq -r type 2>/dev/null)" == "$1" ]]; }
 # An answer that is not what was asked for is none.
 no_answer() { complaint='Vast answered, but not what was asked for'; }
 
-# usage: persist QUESTION...    (a question changes nothing, so it is put up to three times)
+# usage: persist CALL...    (up to three times, so it changes nothing, or only once)
 persist() {
   local attempt
   for attempt in 1 2 3; do
@@ -1524,23 +1542,22 @@ lost_looks=0 lost_time=0                        # in a row, that say offline or 
 # usage: await_worker ID SECONDS    (fails unless outcome is ready)
 # Vast is asked only while the worker itself does not answer.
 await_worker() {
-  local deadline
   tick
-  deadline=$((now + $2))
   begin_wait "$1"
-  while :; do
-    hear_worker || see_instance "$1" || true
-    if [[ -z "$outcome" && -n "$address" && "$phase" == running* ]]; then hear_worker || true; fi
-    if [[ -n "$outcome" ]]; then break; fi
-    show_phase
-    if ((now >= deadline)); then
-      outcome=late reason="instance $1 was not healthy within $2 s: $phase"
-      if [[ "$phase" == scheduling* ]]; then outcome=taken; fi
-      break
-    fi
-    pause "$POLL"
-  done
+  if ! until_true "$2" "$POLL" has_outcome "$1"; then
+    outcome=late reason="instance $1 was not healthy within $2 s: $phase"
+    if [[ "$phase" == scheduling* ]]; then outcome=taken; fi
+  fi
   [[ "$outcome" == ready ]]
+}
+
+# usage: has_outcome ID    (after one more look)
+has_outcome() {
+  hear_worker || see_instance "$1" || true
+  if [[ -z "$outcome" && -n "$address" && "$phase" == running* ]]; then hear_worker || true; fi
+  if [[ -n "$outcome" ]]; then return 0; fi
+  show_phase
+  return 1
 }
 
 # usage: begin_wait ID
@@ -1669,14 +1686,13 @@ min_id() { printf '%s\n' "$@" | sort -n | grep -m 1 .; }
 # Before a healthy instance counts: another start's may have come first, an order without an answer
 # may have brought a second one. Fails if this run's has to go, or was ended by somebody.
 settle() {
-  local deadline=$((now + APPEAR_SECONDS))
-  while ((now < deadline)) || order_may_come; do
-    if see_instance "$rented_id"; then
-      if [[ "$outcome" != ready ]]; then return 1; fi
-      if [[ -n "$row" ]] && is_settled; then return 0; fi
-    fi
-    pause 1
-  done
+  until_true "$APPEAR_SECONDS" 1 may_settle || true
+  [[ "$outcome" == ready ]]
+}
+
+may_settle() {
+  see_instance "$rented_id" || return 1
+  [[ "$outcome" != ready ]] || { [[ -n "$row" ]] && is_settled; }
 }
 
 # usage: judge_state ID
@@ -1814,7 +1830,7 @@ parse_start() {
   done
 }
 
-# What options and environment say of guards. No instance stops itself while `start` still waits for it.
+# What is said of guards. No instance stops itself while `start` still waits for it.
 check_guards() {
   need_number start "$(said_or --idle-stop BARK_IDLE_STOP)" "$idle_stop" 0 "$MOST_MINUTES"
   need_number start BARK_START_LIMIT "$start_limit" 0 "$MOST_MINUTES"
@@ -1939,15 +1955,9 @@ wake() {
 
 # usage: ask_to_start ID    (sets outcome if Vast says no; no answer leaves that to be seen)
 ask_to_start() {
-  local attempt
-  for attempt in 1 2 3; do
-    if vast start instance "$1"; then break; fi
-    case "$refused" in
-      429) pause "$((attempt * 10))" ;;
-      4* | usage) die_by_vast "instance $1 cannot be started" ;;
-      *) pause "$((attempt * 2))" ;;
-    esac
-  done
+  if ! persist vast start instance "$1" && is_clear_no && [[ "$refused" != 429 ]]; then
+    die_by_vast "instance $1 cannot be started"
+  fi
   if [[ -z "$complaint" && -n "$reply" && "$reply" != starting* ]]; then
     outcome=taken reason="instance $1 does not start; Vast says: $reply"
   fi
@@ -2105,23 +2115,23 @@ read_order() {
 # After an order without a clear answer: sets rented_id to what came of it; or to nothing, once that
 # is certain. Until then nothing else is ordered: where no look settles it, this run ends.
 find_order() {
-  local deadline=$((now + UNANSWERED_SECONDS)) found unclear
   say "no clear answer to the order ($reason): looking for what it brought, for up to" \
     "$UNANSWERED_SECONDS s, and ordering nothing else"
-  while ((now < deadline)); do
-    pause 2
-    if look && found="$(own_ids)" && unclear="$(unclear_ids)"; then
-      if [[ -n "$found" ]]; then
-        rented_id="${found%%$'\n'*}" open_order=''
-        return 0
-      fi
-      if [[ -z "$unclear" ]] && ! order_may_come; then
-        open_order=''
-        return 0
-      fi
-    fi
-  done
-  die "$EX_REFUSED" "Vast does not tell what came of the order; nothing else is rented"
+  pause 2
+  until_true "$UNANSWERED_SECONDS" 2 order_is_clear ||
+    die "$EX_REFUSED" "Vast does not tell what came of the order; nothing else is rented"
+}
+
+# Looks, and closes the order if that settles it.
+order_is_clear() {
+  local found unclear
+  look && found="$(own_ids)" && unclear="$(unclear_ids)" || return 1
+  if [[ -n "$found" ]]; then
+    rented_id="${found%%$'\n'*}" open_order=''
+    return 0
+  fi
+  if [[ -n "$unclear" ]] || order_may_come; then return 1; fi
+  open_order=''
 }
 
 # Brings the instance just rented to health, or gives it back; fails if the next may be tried.
@@ -2488,36 +2498,44 @@ say_what_is_cut() {
 
 # usage: drain ADDRESS SECONDS    (returns when the worker has nothing to do, or time is up)
 drain() {
-  local work deadline=$((now + $2)) said=''
-  while work="$(work_of "$1")" && [[ "$work" != '0 running, 0 waiting' ]]; do
-    if ((now >= deadline)); then
-      say "after $2 s still $work: stopping all the same, which cuts them"
-      return 0
-    fi
-    if [[ "$work" != "$said" ]]; then say "waiting for requests: $work"; fi
-    said="$work"
-    pause 1
-  done
+  local work='' said=''
+  until_true "$2" 1 has_no_work "$1" ||
+    say "after $2 s still $work: stopping all the same, which cuts them"
+}
+
+# usage: has_no_work ADDRESS    (sets work, and says it if it is not what was said)
+has_no_work() {
+  work="$(work_of "$1")" || return 0
+  if [[ "$work" == '0 running, 0 waiting' ]]; then return 0; fi
+  if [[ "$work" != "$said" ]]; then say "waiting for requests: $work"; fi
+  said="$work"
+  return 1
 }
 
 # Waits until Vast itself tells that instance $1 is stopped; asks for it again if it is not.
 confirm_stopped() {
-  local deadline=$((now + STOP_SECONDS)) state='' wanted row
-  while ((now < deadline)); do
-    if look; then
-      row="$(row_of "$1")"
-      if [[ -n "$row" ]]; then
-        unpack "$(fact "$row" '"\(.wanted)|\(.state)"')" wanted state
-        if [[ "$wanted" != stopped ]]; then vast stop instance "$1" || say "$complaint"; fi
-        if [[ "$wanted" == stopped && "$state" != stopping ]]; then return 0; fi
-      elif is_absent "$1"; then
-        return 0
-      fi
-    fi
-    pause "$((POLL < 5 ? POLL : 5))"
-  done
+  local state=''
+  if until_true "$STOP_SECONDS" "$((POLL < 5 ? POLL : 5))" has_stopped "$1"; then return 0; fi
+  state="$(fact "$(row_of "$1")" .state 2>/dev/null)" || true
   say "Vast was told to stop instance $1, and still lists it as ${state:-unknown}"
   return "$EX_LATE"
+}
+
+# usage: has_stopped ID
+has_stopped() {
+  local state wanted row
+  look || return 1
+  row="$(row_of "$1")"
+  if [[ -z "$row" ]]; then
+    is_absent "$1"
+    return "$?"
+  fi
+  unpack "$(fact "$row" '"\(.wanted)|\(.state)"')" wanted state
+  if [[ "$wanted" != stopped ]]; then
+    vast stop instance "$1" || say "$complaint"
+    return 1
+  fi
+  [[ "$state" != stopping ]]
 }
 
 cmd_destroy() {

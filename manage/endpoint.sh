@@ -665,26 +665,28 @@ HTTP ${status%% *}"
 
 # usage: await_route DEADLINE    (sets route_reply and queued_seconds)
 await_route() {
-  local url="$RUN_URL/route/?api_key=$endpoint_key" body
   phase='no worker is ready; Vast starts one' wait_began=$now gpu_price=''
-  while :; do
-    body="$(key="$endpoint_key" cost="${#text}" index="$request_index" name="$(endpoint_fact \
-      .endpoint_name)" jq -cn '{endpoint: env.name, api_key: env.key, cost: (env.cost | tonumber),
-        request_idx: (env.index | tonumber), replay_timeout: 60}')"
-    if persist web_json object "$endpoint_key" "$url" "$body"; then
-      route_reply="$reply"
-      request_index="$(feed "$reply" facts '.request_idx // 0')"
-      [[ ! "$(feed "$reply" facts '.url // ""')" =~ ^https?://[^/] ]] || break
-    elif [[ "$refused" == 4* ]]; then
-      die_by_vast 'Vast routes no request of this endpoint'
-    fi
-    ((now < $1)) ||
-      die "$EX_LATE" "no worker was ready within $timeout s${complaint:+: $complaint}; what Vast \
+  until_true "$(($1 - now))" "$((POLL < 5 ? POLL : 5))" is_routed ||
+    die "$EX_LATE" "no worker was ready within $timeout s${complaint:+: $complaint}; what Vast \
 does: $AGAIN endpoint logs; what it costs: $AGAIN endpoint status"
-    show_phase
-    pause "$((POLL < 5 ? POLL : 5))"
-  done
   queued_seconds=$((now - queue_began))
+}
+
+# Asks for a worker; sets route_reply and request_index.
+is_routed() {
+  local url="$RUN_URL/route/?api_key=$endpoint_key" body
+  body="$(key="$endpoint_key" cost="${#text}" index="$request_index" name="$(endpoint_fact \
+    .endpoint_name)" jq -cn '{endpoint: env.name, api_key: env.key, cost: (env.cost | tonumber),
+      request_idx: (env.index | tonumber), replay_timeout: 60}')"
+  if persist web_json object "$endpoint_key" "$url" "$body"; then
+    route_reply="$reply"
+    request_index="$(feed "$reply" facts '.request_idx // 0')"
+    if [[ "$(feed "$reply" facts '.url // ""')" =~ ^https?://[^/] ]]; then return 0; fi
+  elif [[ "$refused" == 4* ]]; then
+    die_by_vast 'Vast routes no request of this endpoint'
+  fi
+  show_phase
+  return 1
 }
 
 # Sends the text to the worker that Vast named; prints HTTP status and seconds.

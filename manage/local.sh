@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the worker on this machine: the Python environment it needs, torch in the build that fits,
-# the worker itself. Sourced by manage-bark-worker.sh when `local` is called; source it to have both.
+# the worker itself. Sourced by manage-bark-worker.sh when `local` is called.
 # shellcheck source=manage-bark-worker.sh
 [[ -n "${PROGRAM:-}" ]] || source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"
 
@@ -123,13 +123,13 @@ signal_child() { kill "-$1" -- "-$child_pid" 2>/dev/null || true; }
 
 child_lives() { [[ -n "$child_pid" ]] && kill -0 "$child_pid" 2>/dev/null; }
 
+child_is_gone() { ! child_lives; }
+
 # Asks the child to end, makes it after END_SECONDS, and returns its exit status.
 end_child() {
-  local deadline status=0
-  tick
-  deadline=$((now + END_SECONDS))
+  local status=0
   signal_child TERM
-  while child_lives && ((now < deadline)); do short_pause; done
+  until_true "$END_SECONDS" 0 child_is_gone || true
   signal_child KILL
   wait "$child_pid" 2>/dev/null || status=$?
   return "$status"
@@ -160,22 +160,15 @@ run_child() {
 
 # usage: run_child_within SECONDS COMMAND...    (fails if it takes longer)
 run_child_within() {
-  local deadline status=0
-  tick
-  deadline=$((now + $1))
+  local status=0
   guard
   start_child "${@:2}"
-  while child_lives && ((now < deadline)); do short_pause; done
+  until_true "$1" 0 child_is_gone || true
   signal_child KILL
   wait "$child_pid" 2>/dev/null || status=$?
   child_pid=''
   trap - EXIT HUP INT TERM
   return "$status"
-}
-
-short_pause() {
-  sleep 0.2 || true
-  tick
 }
 
 # -----------------------------------------------------------------------------
@@ -600,12 +593,7 @@ relay_log() {
 }
 
 # The worker's last words come before ours. Bash 3.2 cannot wait for a process substitution.
-wait_for_log_end() {
-  local deadline
-  tick
-  deadline=$((now + 5))
-  until [[ -e "$RUN_DIR/log-ended" ]] || ((now >= deadline)); do short_pause; done
-}
+wait_for_log_end() { until_true 5 0 test -e "$RUN_DIR/log-ended" || true; }
 
 # Fails if the worker ends before it listens.
 wait_for_address() {
