@@ -744,10 +744,13 @@ and user_write for an endpoint' ;;
   die "$EX_REFUSED" "$1: $complaint$hint"
 }
 
-# usage: authorized KEY CURL_ARGUMENTS...    (the key goes through a pipe, so that no list shows it)
-authorized() {
-  local key="${1//\\/\\\\}"
-  printf 'header = "Authorization: Bearer %s"\n' "${key//\"/\\\"}" | curl -sS -K - "${@:2}"
+# usage: call_url KEY URL JSON CURL_OPTIONS...    (KEY and JSON may be empty; JSON is for POST)
+# Neither of the three, each of which may hold a secret, stands in a list of processes or in a file.
+call_url() {
+  key="$1" url="$2" feed "$3" jq -Rr '"url = \(env.url | tojson)",
+    (env.key | select(. != "") | "header = \("Authorization: Bearer " + . | tojson)"),
+    (select(. != "") | "header = \"Content-Type: application/json\"", "data-binary = \(tojson)")' |
+    curl -sS -K - "${@:4}"
 }
 
 # Prints the worker's health as JSON; fails if there is no answer that is one.
@@ -1081,8 +1084,8 @@ look() {
   instances="$readable" odd_rows="$odd"
 }
 
-# usage: listed_rows FILTER    (of the rows in all pages, as one list)
-listed_rows() { printf '%s' "$pages" | facts "map(.instances[]) | $1" -cs; }
+# usage: listed_rows FILTER [DEFINITIONS]    (of the rows in all pages, as one list)
+listed_rows() { printf '%s' "$pages" | facts "${2:-} map(.instances[]) | $1" -cs; }
 
 look_or_die() { persist look || die_by_vast 'the instances cannot be listed'; }
 
@@ -2307,12 +2310,11 @@ keep_sound() {
 
 # Has the worker at address say text; leaves the answer in $scratch/sound.
 speak() {
-  local status
-  printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc "$JQ_SPOKEN"' spoken' \
-    >"$scratch/request"
-  took="$(authorized "$(fact "$row" .key)" --max-time 660 -o "$scratch/sound" \
-    -w '%{http_code} %{time_total}' -H 'Accept: audio/wav' -H 'Content-Type: application/json' \
-    --data-binary "@$scratch/request" "$address/synthesize" 2>"$scratch/err")" ||
+  local status body
+  body="$(printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc "$JQ_SPOKEN"' spoken')"
+  took="$(call_url "$(fact "$row" .key)" "$address/synthesize" "$body" --max-time 660 \
+    -o "$scratch/sound" -w '%{http_code} %{time_total}' -H 'Accept: audio/wav' \
+    2>"$scratch/err")" ||
     die "$EX_UNHEALTHY" "$address does not speak: $(tail -n 1 "$scratch/err")"
   status="${took%% *}" took="${took#* }"
   took="${took/,/.}"    # some locales write it so

@@ -40,7 +40,7 @@ $PASSED_ON."
 
 readonly PYWORKER_PORT=3000
 readonly INACTIVE_SECONDS=600    # without a request; then Vast lets every worker go
-readonly SHOW_UP_LOOKS=5         # in which what was made has to stand in Vast's lists
+readonly SHOW_UP_SECONDS=20       # in which what was made has to stand in Vast's lists
 RUN_URL="$CONSOLE_URL"           # as the CLI has it: one address, unless it is Vast's own
 [[ "$CONSOLE_URL" != 'https://console.vast.ai' ]] || RUN_URL='https://run.vast.ai'
 readonly RUN_URL
@@ -53,7 +53,7 @@ endpoint_row=''               # the endpoint that is meant
 endpoint_key=''               # its key, which opens the way to its workers
 
 # What `up` has made so far and gives back unless it comes to its end.
-making=''                     # template, endpoint or group, while an order may be on its way
+making=''                     # template, endpoint, worker group: while an order may be on its way
 template_name=''              # drawn by this run
 made_hash='' made_endpoint=''
 endpoints_before=''           # ids, by blanks
@@ -104,30 +104,21 @@ account_key() {
   return 1
 }
 
-# usage: web KEY URL [BODY]    (GET, or POST of JSON; as `vast`, sets reply and complaint)
-# For what the CLI hides, an endpoint's key, or has no command for. Neither key, URL nor body, each
-# of which may hold one, stands in a list of processes or in a file.
+# usage: web KEY URL [JSON]    (GET, or POST of JSON; as `vast`, sets reply and complaint)
+# For what the CLI hides, an endpoint's key, or has no command for.
 web() {
   local said status
   reply='' complaint='' refused=''
-  said="$(web_config "$@" | curl -sS -K - --max-time 60 -w '\n%{http_code}' 2>&1)" || {
+  if ! said="$(call_url "$1" "$2" "${3:-}" --max-time 60 -w '\n%{http_code}' 2>&1)"; then
     complaint="no answer from ${2%%\?*}: $(feed "$said" grep '^curl:')"
     return 1
-  }
+  fi
   tick
   status="${said##*$'\n'}" reply="${said%$'\n'*}"
   if [[ "$status" == 2?? ]]; then return 0; fi
   refused="$status" complaint="$(reply_says '.msg // .error // .error_msg // ""')"
   complaint="Vast says: ${complaint:-${reply:0:200}} (HTTP $status)"
   return 1
-}
-
-# usage: web_config KEY URL [BODY]    (prints it as curl reads it)
-web_config() {
-  printf 'header = "Authorization: Bearer %s"\nurl = "%s"\n' "$1" "$2"
-  if [[ -n "${3:-}" ]]; then
-    printf 'header = "Content-Type: application/json"\ndata-binary = %s\n' "$(feed "$3" jq -R .)"
-  fi
 }
 
 # usage: web_json array|object KEY URL [BODY]
@@ -206,10 +197,10 @@ look_workers() {
 look_members() {
   local found
   list_instances || return 1
-  if ! found="$(workers="$1" marker="$2" feed "$pages" endpoint_facts 'map(.instances[]
-      | if oddity == "" then member | .sure = is_member
-        else odd_row + {plain: may_be_anyones, sure: listed(env.workers)} end
-      | select(.sure or ((.known | not) and .plain))) | sort_by(.id) | tojson' -cs)"; then
+  if ! found="$(workers="$1" marker="$2" listed_rows 'map(
+      if oddity == "" then member | .sure = is_member
+      else odd_row + {plain: may_be_anyones, sure: listed(env.workers)} end
+      | select(.sure or ((.known | not) and .plain))) | sort_by(.id)' "$JQ_ENDPOINT")"; then
     no_answer
     return 1
   fi
@@ -289,59 +280,65 @@ come; none after $((INACTIVE_SECONDS / 60)) minutes without one. Loading is bill
 first Vast may try workers without a request"
 }
 
-# usage: order_or_die WHAT    (ends, and so gives back, if the last call was refused)
-order_or_die() {
-  [[ -z "$complaint" ]] || ! is_clear_no || die_by_vast "$1"
+# usage: order WHAT WORDS...    (has Vast create it; ends, and so gives back, if that is refused)
+order() {
+  making="$1" if_cut=''
+  vast create "${@:2}" || true
+  if [[ -n "$complaint" ]] && is_clear_no; then die_by_vast "the $1 cannot be made"; fi
 }
 
-# Sets made_hash. The CLI prints Python and not JSON, and no error as one: what counts is the list.
-make_template() {
-  local attempt said
-  template_name="$LABEL-endpoint-$(od -An -N 8 -tx1 /dev/urandom | tr -d ' \n')"
-  making=template if_cut=''
-  vast create template --name "$template_name" --image "${image%:*}" \
-    --image_tag "${image##*:}" --env "$(endpoint_env)" --ssh --direct --disk_space "$disk" \
-    --onstart-cmd "$(endpoint_on_start)" --search_params "$(hard_query) $(soft_query)" || true
-  order_or_die 'the template cannot be made'
-  said="${complaint:-$reply}"
-  for ((attempt = 0; attempt < SHOW_UP_LOOKS; attempt++)); do
-    find_template && [[ -n "$made_hash" ]] && break
-    pause 2
-  done
-  [[ "$said" != *'not valid JSON'* ]] || said="Vast says no, and its CLI does not tell \
-why; has the key the permission user_write (https://cloud.vast.ai/manage-keys/)?"
-  [[ -n "$made_hash" ]] || die "$EX_REFUSED" "the template cannot be made: ${said:0:200}"
+# usage: find_ordered WHAT CHECK    (what counts is that Vast lists it: ends unless CHECK finds it)
+find_ordered() {
+  local said="$complaint"
+  said="${said:-$(reply_says '.msg // .error // empty')}"
+  said="${said:-$reply}"
+  if ! until_true "$SHOW_UP_SECONDS" 2 "$2"; then
+    if [[ "$said" == *'not valid JSON'* ]]; then
+      said="Vast says no, and its CLI does not tell why; has the key the permission user_write\
+ (https://cloud.vast.ai/manage-keys/)?"
+    fi
+    said="${said:-no answer}"
+    die "$EX_REFUSED" "the $1 cannot be made: ${said:0:200}"
+  fi
   making=''
 }
 
-# Sets made_hash to the template of this run's name, if Vast lists it; fails if it does not answer.
+# Sets made_hash. The CLI prints Python and not JSON, and no error as one.
+make_template() {
+  template_name="$LABEL-endpoint-$(od -An -N 8 -tx1 /dev/urandom | tr -d ' \n')"
+  order template template --name "$template_name" --image "${image%:*}" \
+    --image_tag "${image##*:}" --env "$(endpoint_env)" --ssh --direct --disk_space "$disk" \
+    --onstart-cmd "$(endpoint_on_start)" --search_params "$(hard_query) $(soft_query)"
+  find_ordered template find_template
+}
+
+# Sets made_hash to the template of this run's name; fails if Vast does not list it.
 find_template() {
   vast_json array search templates "name=$template_name" || return 1
   made_hash="$(name="$template_name" feed "$reply" facts 'map(select(.name == env.name))
     | .[0].hash_id // ""')"
+  [[ -n "$made_hash" ]]
 }
 
 # Sets made_endpoint to one that has the limits that were asked for.
 make_endpoint() {
-  local attempt said
-  making=endpoint
-  vast_json object create endpoint --endpoint_name "$LABEL" --min_load 0 --min_cold_load 0 \
+  order endpoint endpoint --endpoint_name "$LABEL" --min_load 0 --min_cold_load 0 \
     --cold_workers 0 --max_workers "$max_workers" --inactivity_timeout "$INACTIVE_SECONDS" \
-    --target_util 0.9 --cold_mult 1 || true
-  order_or_die 'the endpoint cannot be made'
-  said="${complaint:-$(reply_says '.msg // .error // ""')}"
+    --target_util 0.9 --cold_mult 1
   made_endpoint="$(reply_says 'select(.success) | .result // ""')"
-  for ((attempt = 0; attempt < SHOW_UP_LOOKS; attempt++)); do
-    if look_endpoints; then
-      [[ -n "$made_endpoint" ]] || made_endpoint="$(new_endpoints | head -n 1)"
-      [[ -z "$made_endpoint" ]] || ! limits_hold "$made_endpoint" || break
-    fi
-    pause 2
-  done
-  [[ -n "$made_endpoint" ]] || die "$EX_REFUSED" "the endpoint cannot be made: ${said:-no answer}"
-  making=''
-  limits_hold "$made_endpoint" || die "$EX_REFUSED" \
+  find_ordered endpoint find_made_endpoint
+  until_true "$SHOW_UP_SECONDS" 2 shows_limits || die "$EX_REFUSED" \
     "Vast does not show endpoint $made_endpoint with the limits that were asked for"
+}
+
+find_made_endpoint() {
+  look_endpoints || return 1
+  if [[ -z "$made_endpoint" ]]; then made_endpoint="$(new_endpoints | head -n 1)"; fi
+  [[ -n "$made_endpoint" ]]
+}
+
+shows_limits() {
+  limits_hold "$made_endpoint" || { look_endpoints && limits_hold "$made_endpoint"; }
 }
 
 # Prints the ids of endpoints of our name that were not there before.
@@ -361,18 +358,12 @@ limits_hold() {
 
 # usage: make_group ENDPOINT_ID
 make_group() {
-  local attempt said
-  making=group
-  vast create workergroup --endpoint_id "$1" --template_hash "$made_hash" --gpu_ram "$min_vram" \
-    --search_params "$(hard_query) $(soft_query)" || true
-  order_or_die 'the worker group cannot be made'
-  said="${complaint:-$reply}"
-  for ((attempt = 0; attempt < SHOW_UP_LOOKS; attempt++)); do
-    ! look_endpoints || [[ "$(groups_of '' "$made_hash")" == '[]' ]] || { making=''; return 0; }
-    pause 2
-  done
-  die "$EX_REFUSED" "the worker group cannot be made: ${said:0:200}"
+  order 'worker group' workergroup --endpoint_id "$1" --template_hash "$made_hash" \
+    --gpu_ram "$min_vram" --search_params "$(hard_query) $(soft_query)"
+  find_ordered 'worker group' find_group
 }
+
+find_group() { look_endpoints && [[ "$(groups_of '' "$made_hash")" != '[]' ]]; }
 
 # usage: use_the_first ENDPOINT_ID    (another `up` at the same time may have made one before)
 use_the_first() {
@@ -691,12 +682,11 @@ is_routed() {
 
 # Sends the text to the worker that Vast named; prints HTTP status and seconds.
 ask_worker() {
-  printf '%s' "$route_reply" >"$scratch/route"
-  printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc --slurpfile auth "$scratch/route" \
-    "$JQ_SPOKEN"' {auth_data: $auth[0], session_id: null, payload: spoken}' >"$scratch/request"
-  curl -sS --max-time 660 -o "$scratch/answer" -w '%{http_code} %{time_total}' \
-    -H 'Content-Type: application/json' --data-binary "@$scratch/request" \
-    "$(fact "$route_reply" .url)/synthesize" 2>"$scratch/err" || true
+  local body
+  body="$(printf '%s' "$text" | VOICE="$spoken_voice" route="$route_reply" jq -Rsc "$JQ_SPOKEN"'
+    {auth_data: (env.route | fromjson), session_id: null, payload: spoken}')"
+  call_url '' "$(fact "$route_reply" .url)/synthesize" "$body" --max-time 660 \
+    -o "$scratch/answer" -w '%{http_code} %{time_total}' 2>"$scratch/err" || true
 }
 
 cmd_endpoint() {

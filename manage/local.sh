@@ -361,24 +361,26 @@ torch_index() {
 
 # usage: pip_line VERSION INDEX
 pip_line() {
-  printf '  .venv/bin/pip install --force-reinstall torch==%s' "${1%%+*}"
-  printf ' --index-url https://download.pytorch.org/whl/%s\n' "$2"
+  echo "  .venv/bin/pip install --force-reinstall torch==${1%%+*} --index-url $TORCH_WHEELS/$2"
 }
 
 # usage: torch_advice VERSION BUILT_FOR DRIVER_CUDA REASON    (prints what to do)
 torch_advice() {
   local index built_index="cu${2//./}"
-  [[ -n "$3" ]] || { echo 'nvidia-smi does not tell the CUDA version of its driver;' \
-    'torch needs a driver for CUDA 12.6 (560) or newer.'; return 0; }
   index="$(torch_index "$3")"
   if [[ "$4" == *'no kernel image'* && "$2" == 13.* ]]; then
     index='cu126'    # CUDA 13 left out GPUs before Turing
   fi
-  if [[ -z "$index" ]]; then
+  if [[ -z "$3" ]]; then
+    echo 'nvidia-smi does not tell the CUDA version of its driver;' \
+      'torch needs a driver for CUDA 12.6 (560) or newer.'
+  elif [[ -z "$index" ]]; then
     echo "The driver supports CUDA $3, and torch ${1%%+*} needs 12.6: update the driver to 560 or" \
       'newer.'
-    [[ "$3" != 12.* ]] || { echo 'Until then its CUDA 12.6 build may do, as drivers run all of' \
-      'CUDA 12 in most cases:'; pip_line "$1" cu126; }
+    if [[ "$3" == 12.* ]]; then
+      echo 'Until then its CUDA 12.6 build may do, as drivers run all of CUDA 12 in most cases:'
+      pip_line "$1" cu126
+    fi
   elif [[ "$index" == "$built_index" ]]; then
     echo "The driver supports CUDA $3 and torch was built for CUDA $2, which fits; look for" \
       'another cause: a driver updated without a reboot, or a container without the GPU.'
@@ -553,8 +555,13 @@ die_for_driver() {
     advice="The driver supports CUDA $2, and this GPU needs torch for 13.0: update it to 580 or \
 newer."
   fi
-  die "$EX_MISSING" "there is no torch to install for this GPU.
-$advice
+  die_without_gpu 'there is no torch to install for this GPU.' "$advice"
+}
+
+# usage: die_without_gpu FAULT ADVICE
+die_without_gpu() {
+  die "$EX_MISSING" "$1
+$2
 Or leave the GPU alone: BARK_DEVICE=cpu ./$PROGRAM local"
 }
 
@@ -564,11 +571,9 @@ require_torch_on_gpu() {
   report="$(torch_report)" || die "$EX_MISSING" 'torch does not load; its own message stands above'
   IFS='|' read -r usable version built_for reason <<<"$report"
   [[ "$usable" != yes ]] || return 0
-  [[ "$built_for" != none ]] || reason='it is a build for the CPU only'
-  die "$EX_MISSING" "torch $version cannot use an NVIDIA GPU: \
-${reason:-it sees no device}
-$(torch_advice "$version" "$built_for" "$(driver_cuda)" "$reason")
-Or leave the GPU alone: BARK_DEVICE=cpu ./$PROGRAM local"
+  if [[ "$built_for" == none ]]; then reason='it is a build for the CPU only'; fi
+  die_without_gpu "torch $version cannot use an NVIDIA GPU: ${reason:-it sees no device}" \
+    "$(torch_advice "$version" "$built_for" "$(driver_cuda)" "$reason")"
 }
 
 # -----------------------------------------------------------------------------
