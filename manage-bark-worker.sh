@@ -9,7 +9,7 @@ set -euo pipefail
 
 # What starts this file again from where it was called, for commands to copy.
 CALLED="${BASH_SOURCE[0]}"
-[[ "$CALLED" == */* ]] || CALLED="./$CALLED"
+if [[ "$CALLED" != */* ]]; then CALLED="./$CALLED"; fi
 if [[ "$CALLED" != "./${CALLED##*/}" ]]; then
   CALLED="$(cd "${CALLED%/*}" && pwd)/${CALLED##*/}"
 fi
@@ -20,10 +20,10 @@ readonly AGAIN="${BARK_LABEL:+BARK_LABEL=$BARK_LABEL }$CALLED"
 ROOT="${BASH_SOURCE[0]}"
 while [[ -L "$ROOT" ]]; do
   LINK="$(readlink "$ROOT")"
-  [[ "$LINK" == /* || "$ROOT" != */* ]] || LINK="${ROOT%/*}/$LINK"
+  if [[ "$LINK" != /* && "$ROOT" == */* ]]; then LINK="${ROOT%/*}/$LINK"; fi
   ROOT="$LINK"
 done
-[[ "$ROOT" == */* ]] || ROOT="./$ROOT"
+if [[ "$ROOT" != */* ]]; then ROOT="./$ROOT"; fi
 ROOT="$(cd "${ROOT%/*}" && pwd -P)"
 readonly ROOT
 readonly PROGRAM='manage-bark-worker.sh'
@@ -345,7 +345,7 @@ line_open=''    # a progress line on the terminal waits to be overwritten
 
 # Never fails: a reader that has left must not stop what gives money back.
 say() {
-  [[ -z "$line_open" ]] || printf '\n' >&2 || true
+  if [[ -n "$line_open" ]]; then printf '\n' >&2 || true; fi
   line_open=''
   printf '%s\n' "$*" >&2 || true
 }
@@ -472,7 +472,9 @@ read_options() {
       if [[ "$spec" == *" $word:"* ]]; then
         printf -v "$variable" yes
       else
-        [[ -n "${1:-}" && "$1" != --* ]] || usage_error "$word needs a value" "${command%% *}"
+        if [[ -z "${1:-}" || "$1" == --* ]]; then
+          usage_error "$word needs a value" "${command%% *}"
+        fi
         printf -v "$variable" '%s' "$1"
         shift
       fi
@@ -497,7 +499,7 @@ is_said() { [[ "$said_options" == *" $1 "* ]]; }
 # Prints a decimal number in millionths: 0.25 gives 250000.
 millionths() {
   local whole="${1%%.*}" part=''
-  [[ "$1" != *.* ]] || part="${1#*.}"
+  if [[ "$1" == *.* ]]; then part="${1#*.}"; fi
   part="${part}000000"
   printf '%d\n' "$((10#${whole:-0} * 1000000 + 10#${part:0:6}))"
 }
@@ -526,7 +528,7 @@ says_yes() {
 
 # usage: agree QUESTION DOING DONE    (ends unless --yes was said or a person says yes)
 agree() {
-  [[ -z "$agreed" ]] || return 0
+  if [[ -n "$agreed" ]]; then return 0; fi
   [[ -t 0 ]] ||
     die "$EX_USAGE" "not $2 without being told to: this is no terminal, so say --yes"
   says_yes "$1" || die "$EX_UNHEALTHY" "nothing is $3"
@@ -550,8 +552,9 @@ need_plain() {
 gpu_names() {
   local name names=''
   while IFS= read -r name; do
-    [[ "$name" =~ [[:lower:]] && "$name" =~ [[:upper:]] && "$name" != [RA][tn][xy]* ]] ||
+    if [[ ! ("$name" =~ [[:lower:]] && "$name" =~ [[:upper:]]) || "$name" == [RA][tn][xy]* ]]; then
       name="$(gpu_name "$name")"
+    fi
     names="$names,$name"
   done < <(feed "$1" tr ',_' '\n ' | sed -E 's/^ +//; s/ +$//')
   printf '%s\n' "${names#,}"
@@ -681,7 +684,7 @@ note_call() {
 read_reply() {
   local status="${call_end%% *}" errors="${call_end#* }" said line
   complaint='' refused=''
-  [[ -n "$errors" || "$status" != 0 ]] || return 0
+  if [[ -z "$errors" && "$status" == 0 ]]; then return 0; fi
   errors="${errors//$LINE/$'\n'}"
   said="$(feed "$errors" jq -Rr 'fromjson? | objects | select(.error == true)
     | (.msg // "no reason given" | tostring | gsub("\\s+"; " ")) as $msg
@@ -692,7 +695,7 @@ read_reply() {
     refused="${said%%|*}" complaint="${said#*|}"
     return 0
   fi
-  [[ "$status" != 0 ]] || return 0
+  if [[ "$status" == 0 ]]; then return 0; fi
   if [[ "$status" == 2 ]]; then refused=usage; fi
   line="$(feed "$errors" grep -v '^ *$' | tail -n 1)" || true
   case "$line" in
@@ -718,15 +721,16 @@ no_answer() { complaint='Vast answered, but not what was asked for'; }
 
 # usage: persist CALL...    (up to three times, so it changes nothing, or only once)
 persist() {
-  local attempt
+  local attempt step
   for attempt in 1 2 3; do
-    ! "$@" || return 0
+    if "$@"; then return 0; fi
     case "$refused" in
       400 | 401 | 403 | 404 | usage) return 1 ;;
-      429) [[ "$complaint" != *'Resets at'* ]] || return 1    # the day's searches are used up
-        ((attempt == 3)) || pause "$((attempt * 10))" ;;
-      *) ((attempt == 3)) || pause "$((attempt * 2))" ;;
+      429) step=10 ;;
+      *) step=2 ;;
     esac
+    if [[ "$complaint" == *'Resets at'* ]]; then return 1; fi    # the day's searches are used up
+    if ((attempt < 3)); then pause "$((attempt * step))"; fi
   done
   return 1
 }
@@ -767,6 +771,8 @@ known_gpus() {
   feed "$names" jq -ce '.gpu_names | arrays | map(strings) | select(. != [])' 2>/dev/null
 }
 
+has_tool() { command -v "$1" >/dev/null 2>&1; }
+
 # Finds the command; fails if it is neither on PATH nor in .venv.
 find_vastai() {
   VASTAI="$(command -v vastai 2>/dev/null)" || VASTAI="$VENV/bin/vastai"
@@ -782,7 +788,7 @@ offer_vastai() {
   says_yes 'vastai is missing: install it into .venv (32 packages, borb among them under the'\
 ' AGPL)?' || return 0    # `require_tools` says what to do
   load local
-  venv_works || make_venv
+  if ! venv_works; then make_venv; fi
   requirements_of renting >"$list"
   say 'installing vastai into .venv'
   packages_before="$(packages)"
@@ -792,15 +798,17 @@ offer_vastai() {
 
 # Fails unless every tool is there; names each one that is not.
 require_tools() {
-  local missing=''
-  command -v curl >/dev/null 2>&1 || missing="$missing
-  curl: sudo apt install curl, or brew install curl"
-  command -v jq >/dev/null 2>&1 || missing="$missing
-  jq: sudo apt install jq, or brew install jq"
+  local missing='' tool
+  for tool in curl jq; do
+    if ! has_tool "$tool"; then
+      missing="$missing
+  $tool: sudo apt install $tool, or brew install $tool"
+    fi
+  done
   find_vastai || missing="$missing
   vastai: python3 -m venv .venv && .venv/bin/pip install vastai==$VASTAI_VERSION
     (beside this script; or anywhere on PATH)"
-  [[ -z "$missing" ]] || die "$EX_MISSING" "missing, and how to get it:$missing"
+  if [[ -n "$missing" ]]; then die "$EX_MISSING" "missing, and how to get it:$missing"; fi
 }
 
 # Finds the account's key. The CLI reads VAST_API_KEY, and takes an empty one for a key.
@@ -831,7 +839,7 @@ open_account() {
 
 # Makes the folder for what has to be a file: a sound, a request, a log that is followed.
 make_scratch() {
-  [[ -z "$scratch" ]] || return 0
+  if [[ -n "$scratch" ]]; then return 0; fi
   scratch="$(umask 077 && mktemp -d "${TMPDIR:-/tmp}/bark-worker.XXXXXX")" ||
     die "$EX_MISSING" "no folder for files on their way can be made in ${TMPDIR:-/tmp}"
 }
@@ -1100,7 +1108,7 @@ is_absent() { [[ "$(all_rows | facts "any(.[]; .id == $1)")" == false ]]; }
 
 # Says of each row that cannot be read what ends it; fails if there is none.
 say_odd_rows() {
-  [[ "$odd_rows" != '[]' ]] || return 1
+  if [[ "$odd_rows" == '[]' ]]; then return 1; fi
   say "$(destroy="$(by_hand destroy instance)" feed "$odd_rows" facts '.[]
     | "instance \(.id // "without an id") may be ours, but Vast\u0027s row of it cannot be read:"
       + " \(.why); this ends it: \(env.destroy) \(.id // "ID") -y"')"
@@ -1126,7 +1134,7 @@ find_running() {
   row="$(chosen_row)"
   [[ -n "$row" ]] || no_instance
   address="$(fact "$row" .address)"
-  [[ -z "$address" ]] || return 0
+  if [[ -n "$address" ]]; then return 0; fi
   die "$EX_UNHEALTHY" "$(fact "$row" '"instance \(.id) cannot be called: it is \(.state)"
     + if .message == "" then "" else " (\(.message))" end'); run: $AGAIN start"
 }
@@ -1304,7 +1312,7 @@ is_stopped() { is_absent "$1" || [[ "$(fact "$(row_of "$1")" .wanted)" == stoppe
 # usage: by_hand WORDS...    (prints the command of vastai that a person can copy)
 by_hand() {
   local program=vastai
-  command -v vastai >/dev/null 2>&1 || program="$VASTAI"
+  if ! has_tool vastai; then program="$VASTAI"; fi
   printf '%s\n' "$(key_for VAST_API_KEY)$program $*"
 }
 
@@ -1332,7 +1340,7 @@ say_still_billed() {
     say "instance $id may still be billed; this ends it: $(by_hand "$verb" instance "$id$yes")"
     said="$said$id "
   done
-  [[ "$said" == ' ' ]] || return 0
+  if [[ "$said" != ' ' ]]; then return 0; fi
   say "an order went out and Vast does not tell what became of it: it may be billed. See whether" \
     "$(by_hand show instances) or https://cloud.vast.ai/instances/ lists a '$LABEL', and end it:" \
     "$(by_hand destroy instance ID -y)"
@@ -1419,14 +1427,14 @@ check_image() {
   [[ "$image" =~ $pattern ]] || usage_error "--image is '$image'; it must be a name in small \
 letters, with a tag or digest if need be: ghcr.io/owner/name:tag or ghcr.io/owner/name@sha256:..." \
     "$1"
-  [[ "${image##*/}" == *[:@]* ]] || image="$image:latest"
+  if [[ "${image##*/}" != *[:@]* ]]; then image="$image:latest"; fi
 }
 
 # Prints what no option changes: what the image and the worker need. The image's CUDA 12.6 build of
 # torch has no kernels for Blackwell cards (compute capability 10 and up); its CUDA 13 build does.
 hard_query() {
   local cuda='cuda_max_good>=12.6 compute_cap<1000'
-  [[ "$image" != *cu130* ]] || cuda='cuda_max_good>=13.0'
+  if [[ "$image" == *cu130* ]]; then cuda='cuda_max_good>=13.0'; fi
   printf '%s\n' "num_gpus=1 cpu_arch=amd64 $cuda direct_port_count>=2 inet_down>=$MIN_DOWNLOAD\
  disk_space>=$disk"
 }
@@ -1434,8 +1442,8 @@ hard_query() {
 soft_query() {
   local query="gpu_ram>=$min_vram reliability>$min_reliability dph_total<=$max_price"
   query="$query inet_down_cost<=$max_traffic"
-  [[ -z "$gpus" ]] || query="$query gpu_name in [${gpus// /_}]"
-  [[ -z "$region" ]] || query="$query geolocation in [$region]"
+  if [[ -n "$gpus" ]]; then query="$query gpu_name in [${gpus// /_}]"; fi
+  if [[ -n "$region" ]]; then query="$query geolocation in [$region]"; fi
   printf '%s\n' "$query"
 }
 
@@ -1695,7 +1703,9 @@ settle() {
 
 may_settle() {
   see_instance "$rented_id" || return 1
-  [[ "$outcome" != ready ]] || { [[ -n "$row" ]] && is_settled; }
+  if [[ "$outcome" == ready ]]; then
+    [[ -n "$row" ]] && is_settled
+  fi
 }
 
 # usage: judge_state ID
@@ -1849,11 +1859,11 @@ said_or() { if is_said "$1"; then printf '%s\n' "$1"; else printf '%s\n' "$2"; f
 # usage: check_worker COMMAND    (what a rented worker is given)
 check_worker() {
   local name
-  [[ "$model" != builtin-voice ]] || model=/app/builtin-voice    # where the image has it
-  [[ -z "$model" ]] || check_model "$1"
-  [[ -z "$voice" ]] || need_plain "$1" --voice "$voice"
+  if [[ "$model" == builtin-voice ]]; then model=/app/builtin-voice; fi    # where the image has it
+  if [[ -n "$model" ]]; then check_model "$1"; fi
+  if [[ -n "$voice" ]]; then need_plain "$1" --voice "$voice"; fi
   for name in $PASSED_ON; do
-    [[ -z "${!name:-}" ]] || need_plain "$1" "$name" "${!name}"
+    if [[ -n "${!name:-}" ]]; then need_plain "$1" "$name" "${!name}"; fi
   done
 }
 
@@ -1895,8 +1905,10 @@ nobody bids more, or at once for a higher bid: $(by_hand change bid "$id")" ;;
 }
 
 say_what_does_not_count() {
-  [[ -z "$rent_options" ]] || say "it keeps what it was rented with; for a new one with" \
-    "$rent_options, destroy it first: $AGAIN destroy"
+  if [[ -n "$rent_options" ]]; then
+    say "it keeps what it was rented with; for a new one with $rent_options, destroy it first:" \
+      "$AGAIN destroy"
+  fi
 }
 
 # usage: join ID [STATE]    (waits for an instance that is not this run's, and leaves it alone)
@@ -2048,10 +2060,10 @@ what_is_left() {
 container_env() {
   local name
   printf '%s' "-p $WORKER_PORT:$WORKER_PORT -e BARK_API_KEY=$run_key -e HF_HOME=$MODELS"
-  [[ -z "$model" ]] || printf ' -e BARK_MODEL=%s' "$model"
-  [[ -z "$voice" ]] || printf ' -e BARK_VOICE=%s' "$voice"
+  if [[ -n "$model" ]]; then printf ' -e BARK_MODEL=%s' "$model"; fi
+  if [[ -n "$voice" ]]; then printf ' -e BARK_VOICE=%s' "$voice"; fi
   for name in $PASSED_ON; do
-    [[ -z "${!name:-}" ]] || printf ' -e %s=%s' "$name" "${!name}"
+    if [[ -n "${!name:-}" ]]; then printf ' -e %s=%s' "$name" "${!name}"; fi
   done
   guard_env BARK_IDLE_STOP "$idle_stop"
   guard_env BARK_START_LIMIT "$start_limit"
@@ -2061,7 +2073,7 @@ container_env() {
 
 # usage: guard_env NAME NUMBER    (prints nothing for one that is off)
 guard_env() {
-  [[ "$(millionths "$2")" == 0 ]] || printf ' -e %s=%s' "$1" "$2"
+  if [[ "$(millionths "$2")" != 0 ]]; then printf ' -e %s=%s' "$1" "$2"; fi
 }
 
 # usage: order_instance OFFER    (sets rented_id; fails if there is none, with refused and reason)
@@ -2279,14 +2291,14 @@ parse_test() {
 # usage: check_out COMMAND    (before anything costs money)
 check_out() {
   local folder=./ written why=''
-  [[ "$out" != */* ]] || folder="${out%/*}/"
+  if [[ "$out" == */* ]]; then folder="${out%/*}/"; fi
   written="$folder"
-  [[ ! -e "$out" ]] || written="$out"
+  if [[ -e "$out" ]]; then written="$out"; fi
   if [[ -d "$out" ]]; then why='it is a folder; name a file in it'
   elif [[ ! -d "$folder" ]]; then why="there is no folder $folder; make it, or name another file"
   elif [[ ! -w "$written" ]]; then why='you may not write there; name another file'
   fi
-  [[ -z "$why" ]] || usage_error "--out $out cannot be written: $why" "$1"
+  if [[ -n "$why" ]]; then usage_error "--out $out cannot be written: $why" "$1"; fi
 }
 
 cmd_test() {
@@ -2329,7 +2341,10 @@ check_sound() {
   seconds="$(od -An -v -N 44 -t u1 "$1" | facts "wav_seconds($size)" -s)"
   printf '%s\n' "$seconds"
   [[ "$seconds" =~ ^[0-9.]+$ ]] || return 1
-  (($(peak_of "$1") >= AUDIBLE)) || { printf 'and silent\n'; return 1; }
+  if (($(peak_of "$1") < AUDIBLE)); then
+    printf 'and silent\n'
+    return 1
+  fi
 }
 
 # Prints the largest sample of a 16-bit WAV file, 0 to 32768.
@@ -2342,7 +2357,10 @@ peak_of() {
 find_player() {
   local player
   for player in aplay afplay paplay ffplay; do
-    ! command -v "$player" >/dev/null 2>&1 || { printf '%s\n' "$player"; return 0; }
+    if has_tool "$player"; then
+      printf '%s\n' "$player"
+      return 0
+    fi
   done
   return 1
 }
@@ -2351,7 +2369,7 @@ play_sound() {
   local player
   player="$(find_player)" || die "$EX_MISSING" "no player found (aplay, afplay, paplay or ffplay);\
  the sound is in $1"
-  [[ "$player" != ffplay ]] || player='ffplay -nodisp -autoexit'
+  if [[ "$player" == ffplay ]]; then player='ffplay -nodisp -autoexit'; fi
   $player "$1" >&2
 }
 
@@ -2379,7 +2397,9 @@ show_log() {
       seen_lines="$text"$'\n' shown="$asked"
     else
       failures=$((failures + 1))
-      ((failures < 3)) && [[ ! "$refused" =~ ^40[0-9]$ ]] || die_by_vast 'the log cannot be had'
+      if ((failures == 3)) || [[ "$refused" =~ ^40[0-9]$ ]]; then
+        die_by_vast 'the log cannot be had'
+      fi
     fi
     if [[ -n "$reader_left" || (-z "$4" && "$failures" == 0) ]]; then return 0; fi
     pause "$POLL"
@@ -2425,8 +2445,8 @@ find_targets() {
   open_account
   look_or_die
   targets="$(target_rows "$target_id")"
-  [[ -z "$targets" ]] || return 0
-  [[ "$instances" != '[]' ]] || no_instance
+  if [[ -n "$targets" ]]; then return 0; fi
+  if [[ "$instances" == '[]' ]]; then no_instance; fi
   die "$EX_NO_INSTANCE" "no instance $target_id is labelled '$LABEL'; those that are: $(all_rows |
     facts 'map(.id // empty | tostring) | join(", ")')"
 }
@@ -2586,7 +2606,7 @@ find_ssh() {
     '"\(.state)|\(.ssh_host)|\(.ssh_port)"')" state ssh_host ssh_port
   [[ "$state" == running && -n "$ssh_host" && -n "$ssh_port" ]] ||
     die "$EX_UNHEALTHY" "the instance is $state, and Vast tells no SSH address of it (yet)"
-  command -v ssh >/dev/null 2>&1 ||
+  has_tool ssh ||
     die "$EX_MISSING" 'ssh is missing: sudo apt install openssh-client'
 }
 
@@ -2663,7 +2683,7 @@ main() {
   usage_of "$command" >/dev/null || misused "unknown command '$command'"
   for word in "${@:2}"; do
     case "$word" in -h | --help) show_help "$command"; return 0 ;; esac
-    [[ "$command" != ssh && "$word" != -- ]] || break    # ssh's other words are for the instance
+    if [[ "$command" == ssh || "$word" == -- ]]; then break; fi    # ssh's are for the instance
   done
   "cmd_$command" "${@:2}"
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tab completion for bash and zsh. Sourced by manage-bark-worker.sh when `completion` is called.
 # shellcheck source=manage-bark-worker.sh
-[[ -n "${PROGRAM:-}" ]] || source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"
+if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"; fi
 
 readonly USAGE_COMPLETION="usage: $PROGRAM completion bash|zsh
 
@@ -23,7 +23,7 @@ options_of() {
 commands() {
   local line commands=''
   while IFS= read -r line; do
-    [[ ! "$line" =~ ^\ \ ([a-z]+)\  ]] || commands="$commands ${BASH_REMATCH[1]}"
+    if [[ "$line" =~ ^\ \ ([a-z]+)\  ]]; then commands="$commands ${BASH_REMATCH[1]}"; fi
   done <<<"$USAGE"
   printf '%s\n' "${commands# }"
 }

@@ -3,7 +3,7 @@
 # `endpoint` is called. The endpoint's name is the label.
 # shellcheck disable=SC2016    # programs of jq stand in single quotes
 # shellcheck source=manage-bark-worker.sh
-[[ -n "${PROGRAM:-}" ]] || source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"
+if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"; fi
 
 readonly USAGE_ENDPOINT="usage: $PROGRAM endpoint up|status|test|logs|down [OPTIONS]
 
@@ -42,7 +42,7 @@ readonly PYWORKER_PORT=3000
 readonly INACTIVE_SECONDS=600    # without a request; then Vast lets every worker go
 readonly SHOW_UP_SECONDS=20       # in which what was made has to stand in Vast's lists
 RUN_URL="$CONSOLE_URL"           # as the CLI has it: one address, unless it is Vast's own
-[[ "$CONSOLE_URL" != 'https://console.vast.ai' ]] || RUN_URL='https://run.vast.ai'
+if [[ "$CONSOLE_URL" == 'https://console.vast.ai' ]]; then RUN_URL='https://run.vast.ai'; fi
 readonly RUN_URL
 
 max_workers=2
@@ -99,7 +99,10 @@ account_key() {
   stored="${XDG_CONFIG_HOME:-$home/.config}/vastai"
   if [[ -n "${VAST_API_KEY:-}" ]]; then printf '%s\n' "$VAST_API_KEY"; return 0; fi
   for file in "$stored/vast_tfa_key" "$stored/vast_api_key" "$home/.vast_api_key"; do
-    [[ ! -s "$file" ]] || { tr -d ' \r\n' <"$file"; return 0; }
+    if [[ -s "$file" ]]; then
+      tr -d ' \r\n' <"$file"
+      return 0
+    fi
   done
   return 1
 }
@@ -148,10 +151,12 @@ find_endpoint() {
   persist look_endpoints || die_by_vast 'the endpoints cannot be listed'
   endpoint_row="$(feed "$endpoints" endpoint_facts 'map(select(is_meant)) | .[0] // empty
     | tojson')"
-  [[ -n "$endpoint_row" || -z "${VASTAI_ENDPOINT_ID:-}" ]] || die "$EX_NO_INSTANCE" \
-    "VASTAI_ENDPOINT_ID is $VASTAI_ENDPOINT_ID, and the account has no such endpoint; it has:
+  if [[ -z "$endpoint_row" && -n "${VASTAI_ENDPOINT_ID:-}" ]]; then
+    die "$EX_NO_INSTANCE" \
+      "VASTAI_ENDPOINT_ID is $VASTAI_ENDPOINT_ID, and the account has no such endpoint; it has:
 $(endpoint_names)
 Set it to one of these numbers, or unset it for the endpoint called '$LABEL'"
+  fi
 }
 
 # Prints those of the account, for people.
@@ -225,8 +230,10 @@ parse_up() {
   max_workers="$((10#$max_workers))"
   check_search endpoint
   check_worker endpoint
-  [[ "$image" != *@* ]] || usage_error "--image is '$image'; a template of Vast's, which an \
-endpoint needs, has a name and a tag and no place for a digest: name a tag instead" endpoint
+  if [[ "$image" == *@* ]]; then
+    usage_error "--image is '$image'; a template of Vast's, which an endpoint needs, has a name and\
+ a tag and no place for a digest: name a tag instead" endpoint
+  fi
 }
 
 # What a worker of the endpoint runs: as the single one, behind Vast's PyWorker. What Vast may leave
@@ -266,7 +273,10 @@ endpoint_up() {
   agree 'Make the endpoint?' 'making an endpoint' made
   endpoints_before="$(feed "$endpoints" jq -r 'map(.id | tostring) | join(" ")')"
   make_template
-  [[ -n "$id" ]] || { make_endpoint; id="$made_endpoint"; }
+  if [[ -z "$id" ]]; then
+    make_endpoint
+    id="$made_endpoint"
+  fi
   make_group "$id"
   use_the_first "$id"
 }
@@ -391,15 +401,18 @@ give_back_endpoint() {
   local ids="$made_endpoint" marker='' failed=''
   [[ -n "$made_hash$made_endpoint$making" ]] || return 0
   say 'giving back what was made of the endpoint'
-  [[ -n "$made_hash" || -z "$template_name" ]] || persist find_template || true
+  if [[ -z "$made_hash" && -n "$template_name" ]]; then persist find_template || true; fi
   if [[ "$making" == endpoint && -z "$ids" ]]; then
     pause 2
     if persist look_endpoints; then ids="$(new_endpoints | tr '\n' ' ')"; else failed=yes; fi
   fi
-  [[ -z "$made_endpoint" ]] || marker="$(marker_of "$made_endpoint")"
+  if [[ -n "$made_endpoint" ]]; then marker="$(marker_of "$made_endpoint")"; fi
   remove_endpoint "$ids" "$made_hash" "$marker" || failed=yes
   making='' made_hash='' made_endpoint=''
-  [[ -z "$failed" ]] && { say 'no endpoint was made'; return 0; }
+  if [[ -z "$failed" ]]; then
+    say 'no endpoint was made'
+    return 0
+  fi
   say "see what is there, and end it: $(rescue endpoint status), then $(rescue endpoint down)"
   return 1
 }
@@ -421,11 +434,14 @@ remove_endpoint() {
       delete_what_is_left
     elif [[ -z "$left_unclear" ]] || ((attempt > 6)); then
       clear=$((clear + 1))
-      ((clear < 2)) || break
+      if ((clear == 2)); then break; fi
     fi
     pause "$((attempt < 4 ? 2 : 5))"
   done
-  ((clear == 2)) || { say_what_is_left; return 1; }
+  if ((clear < 2)); then
+    say_what_is_left
+    return 1
+  fi
   for id in $left_unclear; do
     say "instance $id comes up and does not tell whose it is; if it is nobody's, this ends it:" \
       "$(by_hand destroy instance "$id" -y)"
@@ -449,14 +465,15 @@ see_what_is_left() {
   left_unclear="$(feed "$members" facts '.[] | select(.sure | not) | .id')"
 }
 
+# usage: delete_once OBJECT ID NAME
+delete_once() {
+  if ! vast delete "$1" "$2" && [[ "$refused" != 404 ]]; then say "$3 $2: $complaint"; fi
+}
+
 delete_what_is_left() {
   local id
-  for id in $left_groups; do
-    vast delete workergroup "$id" || [[ "$refused" == 404 ]] || say "worker group $id: $complaint"
-  done
-  for id in $left_endpoints; do
-    vast delete endpoint "$id" || [[ "$refused" == 404 ]] || say "endpoint $id: $complaint"
-  done
+  for id in $left_groups; do delete_once workergroup "$id" 'worker group'; done
+  for id in $left_endpoints; do delete_once endpoint "$id" endpoint; done
   for id in $left_members; do destroy_once "$id" || true; done
 }
 
@@ -469,10 +486,11 @@ say_what_is_left() {
   for id in $left_endpoints; do
     say "endpoint $id is still there; this ends it: $(by_hand delete endpoint "$id")"
   done
-  [[ -z "$left_members" ]] || say_still_billed destroy "$left_members"
-  [[ -n "$left_groups$left_endpoints$left_members" ]] ||
+  if [[ -n "$left_members" ]]; then say_still_billed destroy "$left_members"; fi
+  if [[ -z "$left_groups$left_endpoints$left_members" ]]; then
     say "Vast does not tell what is left ($complaint); see: $(by_hand show endpoints)," \
       "$(by_hand show workergroups) and $(by_hand show instances)"
+  fi
 }
 
 # usage: remove_templates HASHES    (they cost nothing: one that stays is named, and that is all)
@@ -480,8 +498,9 @@ remove_templates() {
   local hash
   for hash in $1; do
     vast delete template --hash-id "$hash" || true
-    [[ -z "$complaint" && "$reply" != *[Ee]rror* ]] ||
+    if [[ -n "$complaint" || "$reply" == *[Ee]rror* ]]; then
       say "template $hash is still there, and free: ${complaint:-$reply}"
+    fi
   done
 }
 
@@ -495,7 +514,7 @@ endpoint_down() {
     ({id: .endpoint_id} | listed(env.ids))
     or (env.wanted_endpoint == "" and .endpoint_name == env.our_label))
     | .template_hash // empty) | unique | join(" ")')"
-  [[ -z "${VASTAI_ENDPOINT_ID:-}" ]] || marker="$(marker_of "$VASTAI_ENDPOINT_ID")"
+  if [[ -n "${VASTAI_ENDPOINT_ID:-}" ]]; then marker="$(marker_of "$VASTAI_ENDPOINT_ID")"; fi
   persist see_what_is_left "$ids" "$hashes" "$marker" || die_by_vast 'nothing is deleted'
   [[ -n "$left_endpoints$left_groups$left_members" ]] || no_endpoint
   say "$(feed "$endpoints" endpoint_facts '.[] | select(is_meant)
@@ -517,7 +536,9 @@ endpoint_status() {
   open_account
   find_endpoint
   id="$(endpoint_fact .id)"
-  [[ -z "$id" ]] || persist look_workers "$id" || die_by_vast 'the workers cannot be listed'
+  if [[ -n "$id" ]]; then
+    persist look_workers "$id" || die_by_vast 'the workers cannot be listed'
+  fi
   persist look_members "$(ids_of "$worker_list")" \
     "$(marker_of "$id")" || die_by_vast 'the instances cannot be listed'
   found="$(status_of_endpoint "$id")"
@@ -605,7 +626,7 @@ endpoint_test() {
     | test("^(idle|ready|working|busy|active)$"; "i"))')" == true ]]; then ready_before=yes; fi
   if_cut="Vast may have started a worker, and ends it when idle; see: $AGAIN endpoint status"
   speak_along_route
-  [[ -n "$ready_before" ]] || cold="cold start $queued_seconds s"
+  if [[ -z "$ready_before" ]]; then cold="cold start $queued_seconds s"; fi
   keep_sound "; queued $queued_seconds s, $cold"
 }
 
@@ -615,8 +636,10 @@ need_recruits() {
   unpack "$(endpoint_fact '"\(.id)|\(.endpoint_state // "active")"')" id state
   [[ "$state" == active ]] || die "$EX_UNHEALTHY" "endpoint $id is $state, and starts no worker; \
 to change that: $(by_hand update endpoint "$id" --endpoint_state active)"
-  [[ "$(groups_of "$id")" != '[]' ]] || die "$EX_UNHEALTHY" \
-    "endpoint $id has no worker group, so no worker can start; to make one: $AGAIN endpoint up"
+  if [[ "$(groups_of "$id")" == '[]' ]]; then
+    die "$EX_UNHEALTHY" \
+      "endpoint $id has no worker group, so no worker can start; to make one: $AGAIN endpoint up"
+  fi
 }
 
 # The CLI hides it.
@@ -639,8 +662,9 @@ speak_along_route() {
     case "$status" in
       '200 '*) break ;;
       '000'* | '408 '* | '429 '* | '5'*)    # it is gone or full: the next one may do
-        ((now < deadline)) || die "$EX_LATE" "no worker spoke within $timeout s; the last said \
-HTTP ${status%% *}"
+        if ((now >= deadline)); then
+          die "$EX_LATE" "no worker spoke within $timeout s; the last said HTTP ${status%% *}"
+        fi
         say "the worker says HTTP ${status%% *}: asking for another"
         request_index=0
         pause 2 ;;

@@ -2,7 +2,7 @@
 # Runs the worker on this machine: the Python environment it needs, torch in the build that fits,
 # the worker itself. Sourced by manage-bark-worker.sh when `local` is called.
 # shellcheck source=manage-bark-worker.sh
-[[ -n "${PROGRAM:-}" ]] || source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"
+if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"; fi
 
 readonly WORKER="$ROOT/bark-worker.py"
 readonly BUILTIN_VOICE="$ROOT/builtin-voice"
@@ -142,7 +142,7 @@ finish_child() {
       say 'stopping: running requests may finish for 10 s (Ctrl-C again: at once)'
     fi
     end_child || true
-    [[ ! -d "$RUN_DIR" ]] || wait_for_log_end
+    if [[ -d "$RUN_DIR" ]]; then wait_for_log_end; fi
   fi
   rm -rf "$RUN_DIR"
 }
@@ -185,8 +185,10 @@ find_python() {
     fi
     without_venv="${without_venv:-$name}"
   done
-  [[ -z "$without_venv" ]] || die "$EX_MISSING" "$without_venv has no venv module; on Debian or \
-Ubuntu: sudo apt install python$(python_version "$without_venv")-venv"
+  if [[ -n "$without_venv" ]]; then
+    die "$EX_MISSING" "$without_venv has no venv module; on Debian or Ubuntu: sudo apt install \
+python$(python_version "$without_venv")-venv"
+  fi
   die "$EX_MISSING" "Python 3.11 or newer is missing; on Debian or Ubuntu: sudo apt install \
 python3 python3-venv; on macOS: brew install python@3.11; else: https://www.python.org/downloads/"
 }
@@ -208,7 +210,7 @@ requirements_of() {
   local line part=worker pattern='^# -- ([a-z]+):'
   while IFS= read -r line || [[ -n "$line" ]]; do
     if [[ "$line" =~ $pattern ]]; then part="${BASH_REMATCH[1]}"; fi
-    [[ "$part" != "$1" ]] || printf '%s\n' "$line"
+    if [[ "$part" == "$1" ]]; then printf '%s\n' "$line"; fi
   done <"$ROOT/requirements.txt"
 }
 
@@ -224,10 +226,13 @@ is_installed() { cmp -s "$1" "$(stamp_of "$1")"; }
 # Makes .venv if it is absent or broken, and installs the files if one changed since last time.
 ensure_venv() {
   local file changed='' arguments=()
-  venv_works || { say 'making .venv'; make_venv; }
+  if ! venv_works; then
+    say 'making .venv'
+    make_venv
+  fi
   for file in "$@"; do
     arguments+=(-r "$file")
-    is_installed "$file" || changed="$changed ${file#"$ROOT"/}"
+    if ! is_installed "$file"; then changed="$changed ${file#"$ROOT"/}"; fi
   done
   [[ -n "$changed" ]] || return 0
   say "installing$changed into .venv"
@@ -248,7 +253,7 @@ again when that is mended"
 forget_halves() {
   local folder
   for folder in "$VENV"/lib/python*/site-packages/*.dist-info; do
-    [[ -e "$folder/RECORD" ]] || rm -rf "$folder"
+    if [[ ! -e "$folder/RECORD" ]]; then rm -rf "$folder"; fi
   done
 }
 
@@ -300,9 +305,9 @@ packages() {
 say_what_came() {
   local package torch='' count=0 size
   while IFS= read -r package; do
-    [[ $'\n'"$1"$'\n' != *$'\n'"$package"$'\n'* ]] || continue
+    if [[ $'\n'"$1"$'\n' == *$'\n'"$package"$'\n'* ]]; then continue; fi
     count=$((count + 1))
-    [[ "$package" != torch-* ]] || torch=" (torch ${package#torch-})"
+    if [[ "$package" == torch-* ]]; then torch=" (torch ${package#torch-})"; fi
   done <<<"$(packages)"
   ((count)) || return 0
   size="$("$VENV_PYTHON" -I -S -c 'import os, sys
@@ -315,13 +320,16 @@ print(sum(os.lstat(os.path.join(folder, name)).st_size
 users_of_venv() {
   local place
   for place in "$VENV"/run-*; do
-    ! kill -0 "${place##*-}" 2>/dev/null || printf '%s\n' "${place##*-}"
+    if kill -0 "${place##*-}" 2>/dev/null; then printf '%s\n' "${place##*-}"; fi
   done
   while IFS= read -r place; do    # Linux: who has its libraries loaded
     place="${place#/proc/}"
     printf '%s\n' "${place%/maps}"
   done < <(grep -lsF "$VENV/" /proc/[0-9]*/maps 2>/dev/null)
 }
+
+# usage: keep_venv WHY
+keep_venv() { die "$EX_UNHEALTHY" "$VENV $1"; }
 
 # Removes the .venv that this script made, after asking.
 clean_venv() {
@@ -330,17 +338,19 @@ clean_venv() {
     say "there is no $VENV"
     return 0
   fi
-  [[ ! -L "$VENV" ]] || die "$EX_UNHEALTHY" "$VENV is a link, so it stays; remove what you mean by \
-hand"
-  [[ -f "$VENV_MARK" ]] || die "$EX_UNHEALTHY" "$VENV has not the mark of one that local made, so \
-it stays; by hand: rm -r $VENV"
+  if [[ -L "$VENV" ]]; then keep_venv "is a link, so it stays; remove what you mean by hand"; fi
+  if [[ ! -f "$VENV_MARK" ]]; then
+    keep_venv "has not the mark of one that local made, so it stays; by hand: rm -r $VENV"
+  fi
   users="$(users_of_venv)"
-  [[ -z "$users" ]] || die "$EX_UNHEALTHY" "$VENV is in use by process ${users//$'\n'/, }, so it \
-stays; end that first"
+  if [[ -n "$users" ]]; then
+    keep_venv "is in use by process ${users//$'\n'/, }, so it stays; end that first"
+  fi
   IFS= read -r model < <(find "$VENV" \( -name 'models--*' -o -name 'model*.safetensors' \
     -o -name 'pytorch_model*.bin' \) 2>/dev/null) || true
-  [[ -z "$model" ]] || die "$EX_UNHEALTHY" "there is a model in it, $model, so $VENV stays; move \
-that first"
+  if [[ -n "$model" ]]; then
+    die "$EX_UNHEALTHY" "there is a model in it, $model, so $VENV stays; move that first"
+  fi
   agree "Remove $VENV? Downloaded models are elsewhere and stay." 'removing .venv' removed
   rm -rf "$VENV"
   say "$VENV is removed"
@@ -398,7 +408,7 @@ build_for() {
   case "$1" in
     '') ;;    # pip's own may do
     [0-9].* | 10.* | 11.*) return 1 ;;
-    12.*) ! is_blackwell || return 1
+    12.*) if is_blackwell; then return 1; fi
       printf 'cu126\n' ;;
     *) capability="$(least_capability)"
       if ((${capability:-75} < 75)); then printf 'cu126\n'; else printf 'cu130\n'; fi ;;
@@ -434,7 +444,7 @@ torch_wanted() {
 torch_here() {
   local package
   while IFS= read -r package; do
-    [[ "$package" != torch-* ]] || printf '%s\n' "${package#torch-}"
+    if [[ "$package" == torch-* ]]; then printf '%s\n' "${package#torch-}"; fi
   done <<<"$(packages)"
 }
 
@@ -466,17 +476,13 @@ list_torch() {
 # Prints which of pip's settings of a person say where packages come from, by blanks: of the
 # environment and of every pip.conf. PyPI's own address is none.
 own_settings() {
-  local line name settings=''
+  local line name settings='' not_set="='(0|no|off|false|False)?'\$"
+  not_set="$not_set|[.]index-url=.*//pypi.org/simple"
   while IFS= read -r line; do
     name="${line%%=*}"
-    [[ "$line" != *"=''" ]] || continue    # pip takes an empty one for none
     case "${name##*.}" in
-      index-url) [[ "$line" == *"//pypi.org/simple"* ]] || settings="$settings index-url" ;;
-      no-index) case "$line" in
-          *"='0'" | *"='no'" | *"='off'" | *"='false'" | *"='False'") ;;
-          *) settings="$settings no-index" ;;
-        esac ;;
-      extra-index-url | find-links) settings="$settings ${name##*.}" ;;
+      index-url | no-index | extra-index-url | find-links)
+        if [[ ! "$line" =~ $not_set ]]; then settings="$settings ${name##*.}"; fi ;;
     esac
   done <<<"$("$VENV_PYTHON" -m pip config list 2>/dev/null)"
   printf '%s\n' "$settings"
@@ -512,10 +518,10 @@ choose_torch() {
 # Installs what the worker needs, torch in the build that fits, each thing once.
 install_worker() {
   local version build=cpu driver='' packages_before
-  venv_works || make_venv
+  if ! venv_works; then make_venv; fi
   requirements_of worker >"$WORKER_LIST"
   version="$(torch_wanted)"
-  [[ "$OSTYPE" == linux* ]] || build=''    # elsewhere pip's own is the only one
+  if [[ "$OSTYPE" != linux* ]]; then build=''; fi    # elsewhere pip's own is the only one
   if [[ -z "$1" ]]; then
     driver="$(driver_cuda)"
     build="$(build_for "$driver")" || die_for_driver "$version" "$driver"
@@ -570,7 +576,7 @@ require_torch_on_gpu() {
   local report usable version built_for reason
   report="$(torch_report)" || die "$EX_MISSING" 'torch does not load; its own message stands above'
   IFS='|' read -r usable version built_for reason <<<"$report"
-  [[ "$usable" != yes ]] || return 0
+  if [[ "$usable" == yes ]]; then return 0; fi
   if [[ "$built_for" == none ]]; then reason='it is a build for the CPU only'; fi
   die_without_gpu "torch $version cannot use an NVIDIA GPU: ${reason:-it sees no device}" \
     "$(torch_advice "$version" "$built_for" "$(driver_cuda)" "$reason")"
@@ -583,7 +589,7 @@ require_torch_on_gpu() {
 # `wait_until_ready` tells in fewer words, the notice about the CPU, which we gave, and, unless all
 # is wanted, whatever is no warning until it is ready.
 relay_log() {
-  local line ready="$verbose" pattern=' listening on (http://[^ ]+)$'
+  local line ready="$verbose" pattern=' listening on (http://[^ ]+)$' info='^[0-9-]+ [0-9:,]+ INFO '
   trap '' HUP INT TERM
   while IFS= read -r line || [[ -n "$line" ]]; do
     if [[ "$line" =~ $pattern ]]; then printf '%s\n' "${BASH_REMATCH[1]}" >"$RUN_DIR/address"; fi
@@ -591,7 +597,8 @@ relay_log() {
       *' INFO status=ready'*) ready=yes ;;
       *' INFO status='* | *' INFO downloading '* | *' INFO staying up '*) ;;
       *' WARNING '*'; BARK_MODEL chooses: '*) ;;
-      *) [[ -z "$ready" && "$line" =~ ^[0-9-]+\ [0-9:,]+\ INFO\  ]] || say "$line" ;;
+      *' INFO '*) if [[ -n "$ready" || ! "$line" =~ $info ]]; then say "$line"; fi ;;
+      *) say "$line" ;;
     esac
   done
   : >"$RUN_DIR/log-ended"
@@ -625,7 +632,8 @@ wait_until_ready() {
   while child_lives && ((now < heard + SILENT_SECONDS)); do
     if health="$(worker_health "$1")"; then
       heard=$now
-      [[ "$health" == "$last" ]] || case "$health" in
+      case "$health" in
+        "$last") ;;
         'ready '*) end_state; say "ready after $SECONDS s: $1"; return 0 ;;
         'failed '*) end_state; say "the worker failed: ${health#failed }"; return 1 ;;
         *) show_state "${health% }" ;;
@@ -635,7 +643,7 @@ wait_until_ready() {
     short_pause
   done
   end_state
-  ! child_lives || say "the worker has not answered at $1/health for $SILENT_SECONDS s"
+  if child_lives; then say "the worker has not answered at $1/health for $SILENT_SECONDS s"; fi
   return 1
 }
 
@@ -650,7 +658,7 @@ show_state() {
 }
 
 end_state() {
-  [[ -z "$line_open" ]] || printf '\r\033[K' >&2 || true
+  if [[ -n "$line_open" ]]; then printf '\r\033[K' >&2 || true; fi
   line_open=''
 }
 
@@ -674,7 +682,7 @@ run_worker() {
   mkdir "$RUN_DIR"
   export BARK_MODEL="$1"
   export HOST="${HOST:-127.0.0.1}"    # without a key, a port on a shared network is open to all
-  [[ -z "$verbose" ]] || say "starting bark-worker.py with $1"
+  if [[ -n "$verbose" ]]; then say "starting bark-worker.py with $1"; fi
   start_child "$VENV_PYTHON" -u "$WORKER" 2> >(relay_log)
   if [[ -z "$2" ]] && ! (require_torch_on_gpu); then
     end_child || true
@@ -688,7 +696,9 @@ run_worker() {
   fi
   end_child || status=$?
   wait_for_log_end
-  [[ "$status" != "$EX_USAGE" ]] || die "$EX_USAGE" 'the worker refused its settings, see above'
+  if [[ "$status" == "$EX_USAGE" ]]; then
+    die "$EX_USAGE" 'the worker refused its settings, see above'
+  fi
   die "$EX_UNHEALTHY" "the worker did not get ready (its exit status: $status)"
 }
 
@@ -708,12 +718,12 @@ cmd_local() {
   local model="${BARK_MODEL:-}" no_gpu clean=''
   read_options local '--model=model --verbose:verbose --clean:clean --yes:agreed' "$@"
   if [[ -n "$clean" ]]; then clean_venv; return 0; fi
-  [[ -z "$agreed" ]] || usage_error '--yes goes with --clean' local
+  if [[ -n "$agreed" ]]; then usage_error '--yes goes with --clean' local; fi
   [[ -f "$WORKER" && -f "$ROOT/requirements.txt" ]] ||
     die "$EX_MISSING" "bark-worker.py and requirements.txt must lie beside this script, in $ROOT"
-  [[ "$model" != builtin-voice ]] || model="$BUILTIN_VOICE"
+  if [[ "$model" == builtin-voice ]]; then model="$BUILTIN_VOICE"; fi
   no_gpu="$(why_no_gpu)"
-  [[ -z "$no_gpu" ]] || model="${model:-$BUILTIN_VOICE}"
+  if [[ -n "$no_gpu" ]]; then model="${model:-$BUILTIN_VOICE}"; fi
   say_who_speaks "$no_gpu" "$model"
   install_worker "$no_gpu"
   run_worker "${model:-suno/bark}" "$no_gpu"
