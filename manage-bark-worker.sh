@@ -579,8 +579,8 @@ region_codes() {
 # -----------------------------------------------------------------------------
 # Adapters: the only functions that call vastai, curl or ssh
 
-reply=''        # what the last question to Vast brought
-complaint=''    # why it brought nothing
+reply=''        # what the last question to Vast brought; set by its two adapters, hear_vast and web
+complaint=''    # why it brought nothing; this and the next are set by `complain` alone
 refused=''      # who said no: an HTTP status; `no` in an answer; `usage`, the CLI itself
 calling=''      # the call that is under way
 deferring=''    # yes while a signal has to wait; then
@@ -596,7 +596,8 @@ readonly RECORD=$'\036' LINE=$'\037'    # separate what a call printed
 # file: the disk may be full, or swept, just when something has to be given back.
 vast() {
   space_calls "$1 $2"
-  reply='' complaint='' refused='' call_end='' calling="$1 $2"
+  complain
+  reply='' call_end='' calling="$1 $2"
   deferring=yes
   exec 9< <(run_vast "$@" 2>/dev/null)
   hear_vast
@@ -679,11 +680,14 @@ note_call() {
   esac
 }
 
-# Sets complaint and refused; an error of Vast is a JSON object on stderr, under --raw. A wrong key
-# may come as 404. 2 comes from the CLI itself: it does not know an option, as another version may.
+# usage: complain [MESSAGE [WHO]]    (without a message there is nothing to complain of)
+complain() { complaint="${1:-}" refused="${2:-}"; }
+
+# Complains if there is reason to; an error of Vast is a JSON object on stderr, under --raw. A wrong
+# key may come as 404. 2 comes from the CLI itself: it does not know an option, as another version may.
 read_reply() {
-  local status="${call_end%% *}" errors="${call_end#* }" said line
-  complaint='' refused=''
+  local status="${call_end%% *}" errors="${call_end#* }" said line who=''
+  complain
   if [[ -z "$errors" && "$status" == 0 ]]; then return 0; fi
   errors="${errors//$LINE/$'\n'}"
   said="$(feed "$errors" jq -Rr 'fromjson? | objects | select(.error == true)
@@ -692,17 +696,17 @@ read_reply() {
        else .status_code end) as $means
     | "\($means)|Vast says: \($msg) (HTTP \(.status_code))"' | tail -n 1)"
   if [[ -n "$said" ]]; then
-    refused="${said%%|*}" complaint="${said#*|}"
+    complain "${said#*|}" "${said%%|*}"
     return 0
   fi
   if [[ "$status" == 0 ]]; then return 0; fi
-  if [[ "$status" == 2 ]]; then refused=usage; fi
+  if [[ "$status" == 2 ]]; then who=usage; fi
   line="$(feed "$errors" grep -v '^ *$' | tail -n 1)" || true
   case "$line" in
     *InvalidHeader* | *UnicodeEncodeError*) line='the API key has characters that no key has' ;;
     *ConnectionError* | *Timeout*) line='no connection to Vast, or none that lasted' ;;
   esac
-  complaint="vastai failed ($status): ${line:0:200}"
+  complain "vastai failed ($status): ${line:0:200}" "$who"
 }
 
 # usage: vast_json object|array WORDS...    (fails too unless the reply is one)
@@ -716,8 +720,8 @@ vast_json() {
 # usage: reply_is object|array
 reply_is() { [[ "$(feed "$reply" jq -r type 2>/dev/null)" == "$1" ]]; }
 
-# An answer that is not what was asked for is none.
-no_answer() { complaint='Vast answered, but not what was asked for'; }
+# usage: no_answer [DETAIL]    (an answer that is not what was asked for is none)
+no_answer() { complain "Vast answered, but not what was asked for${1:-}" "$refused"; }
 
 # usage: persist CALL...    (up to three times, so it changes nothing, or only once)
 persist() {
@@ -1129,10 +1133,17 @@ no_instance() {
 To rent one: $AGAIN start; whatever else the account has: $(by_hand show instances)"
 }
 
-# Sets row and address to those of an instance that can be called.
-find_running() {
+# Sets row to the one that is meant; ends if there is none.
+need_instance() {
+  open_account
+  look_or_die
   row="$(chosen_row)"
   [[ -n "$row" ]] || no_instance
+}
+
+# Sets row and address to those of an instance that can be called.
+find_running() {
+  need_instance
   address="$(fact "$row" .address)"
   if [[ -n "$address" ]]; then return 0; fi
   die "$EX_UNHEALTHY" "$(fact "$row" '"instance \(.id) cannot be called: it is \(.state)"
@@ -1370,15 +1381,10 @@ say_at_stake() {
 # The options of search.
 gpus="$DEFAULT_GPUS" min_vram=8 max_price=0.20 max_traffic=0.05 min_reliability=0.95
 disk=50 region=''
-gpus_typed=''       # yes, if a person named them
-rent_options=''    # names of what was said that only a new instance can have
 interruptible='' bid='' image="${BARK_IMAGE:-$DEFAULT_IMAGE}"
 readonly SEARCH_OPTIONS='--gpu=gpus --min-vram=min_vram --max-price=max_price
  --max-traffic=max_traffic --min-reliability=min_reliability --disk=disk --region=region
  --interruptible:interruptible --bid=bid --image=image'
-
-# usage: note_rent_option NAME
-note_rent_option() { rent_options="${rent_options:+$rent_options, }$1"; }
 
 # usage: check_search COMMAND    (the options of search, one by one and what one asks of another)
 check_search() {
@@ -1396,8 +1402,8 @@ check_search() {
 
 # usage: read_gpus COMMAND
 read_gpus() {
-  gpus="$(gpu_names "$gpus")" gpus_typed=yes
-  if [[ "$gpus" == ANY ]]; then gpus='' gpus_typed=''; fi
+  gpus="$(gpu_names "$gpus")"
+  if [[ "$gpus" == ANY ]]; then gpus=''; fi
   [[ "$gpus" =~ ^[A-Za-z0-9\ ,-]*$ ]] ||
     usage_error "--gpu is '$gpus'; it must be names such as 'RTX 3060,RTX 4060 Ti', or any" "$1"
 }
@@ -1461,7 +1467,7 @@ search_offers() {
 # Gives the GPUs that a person typed the names that Vast has; ends if it has none like that.
 check_gpus() {
   local known unknown near
-  [[ -n "$gpus_typed" ]] || return 0
+  if [[ -z "$gpus" ]] || ! is_said --gpu; then return 0; fi
   known="$(known_gpus)" || return 0
   unpack "$(typed="$gpus" feed "$known" facts 'unmatched(env.typed)')" unknown near
   if [[ -n "$unknown" ]]; then
@@ -1470,6 +1476,7 @@ check_gpus() {
   gpus="$(typed="$gpus" feed "$known" facts 'matched(env.typed)')"
 }
 
+# usage: find_offers [LAST_WORD]
 # Sets offers to those that start would take; ends with advice if there is none.
 # Vast's own filter is not the last word on what costs money.
 find_offers() {
@@ -1487,7 +1494,7 @@ find_offers() {
   if [[ -n "$advice" ]]; then say "$advice"; fi
   die "$EX_REFUSED" "No suitable GPU found; widen --max-price, --min-vram, --gpu, --region,
 --max-traffic or --min-reliability, or ask for less --disk${bid:+ or a higher --bid}\
-${renting:+; $(what_is_left)}"
+${1:+; $1}"
 }
 
 # Prints, for each option, what widening it alone would bring, then the nearest offer of all.
@@ -1534,21 +1541,25 @@ offer_table() {
 # -----------------------------------------------------------------------------
 # Waiting for a worker
 
-outcome=''    # how the wait ended: ready, failed, image, settings, dead, taken, lost, late; gone or
-              # stopped: by somebody else
+# What a wait finds out. `conclude` sets how it ended and why, see_instance the rest.
+outcome=''    # ready; failed, no-image, settings, dead, taken, lost, late; by somebody else: gone,
+              # stopped
 reason=''     # what to say of it
-row=''        # the instance as last seen
-address=''
-phase=''      # what it did when last seen
-shown=''      # the phase that was shown last
-rival=''      # the instance of another start that came first
-wait_began=0 running_since='' scheduling_since='' silent_since=0    # in `now`
-gpu_price=0 storage_price=0                     # millionths of $/h
-traffic_cost=0                                  # of the first start, in millionths of $
-old_ends=''                                     # how often the worker had ended before
-seen='' meant_to_run=''                         # yes once Vast has listed it so
-absent_looks=0                                  # in a row, of one that was seen before
-lost_looks=0 lost_time=0                        # in a row, that say offline or unknown
+row=''        # the instance as last seen; of a command that waits for none, by need_instance
+address=''    # of its worker
+phase='' phase_shown=''             # what it did when last seen, and what of that was shown
+rival=''                            # the instance of another start that came first
+wait_began=0                        # this and the next three in `now`
+running_since='' scheduling_since='' silent_since=0
+gpu_price=0 storage_price=0         # millionths of $/h
+traffic_cost=0                      # of the first start, in millionths of $
+old_ends=''                         # how often the worker had ended before
+was_listed='' meant_to_run=''       # yes once Vast has listed it so
+absent_looks=0                      # in a row, of one that was listed before
+lost_looks=0 lost_time=0            # in a row, that say offline or unknown
+
+# usage: conclude [OUTCOME [REASON]]
+conclude() { outcome="${1:-}" reason="${2:-}"; }
 
 # usage: await_worker ID SECONDS    (fails unless outcome is ready)
 # Vast is asked only while the worker itself does not answer.
@@ -1556,8 +1567,8 @@ await_worker() {
   tick
   begin_wait "$1"
   if ! until_true "$2" "$POLL" has_outcome "$1"; then
-    outcome=late reason="instance $1 was not healthy within $2 s: $phase"
-    if [[ "$phase" == scheduling* ]]; then outcome=taken; fi
+    conclude late "instance $1 was not healthy within $2 s: $phase"
+    if [[ "$phase" == scheduling* ]]; then conclude taken "$reason"; fi
   fi
   [[ "$outcome" == ready ]]
 }
@@ -1573,11 +1584,12 @@ has_outcome() {
 
 # usage: begin_wait ID
 begin_wait() {
-  outcome='' reason='' row='' address='' phase='waiting for Vast' rival=''
+  conclude
+  row='' address='' phase='waiting for Vast' rival=''
   wait_began=$now running_since='' scheduling_since='' silent_since=$now old_ends=''
-  seen=yes meant_to_run='' absent_looks=0 lost_looks=0 lost_time=-99
+  was_listed=yes meant_to_run='' absent_looks=0 lost_looks=0 lost_time=-99
   if [[ "$1" == "$rented_id" ]]; then
-    old_ends=0 seen='' meant_to_run=yes
+    old_ends=0 was_listed='' meant_to_run=yes
   elif [[ "$1" != "$woken_id" && "$(fact "$(row_of "$1")" .wanted)" == running ]]; then
     meant_to_run=yes
   fi
@@ -1590,10 +1602,10 @@ show_phase() {
   if [[ -t 2 ]]; then
     printf '\r\033[K%s: %s' "$so_far" "${phase:0:55}" >&2 || true    # a wrapped line cannot go
     line_open=yes
-  elif [[ "$phase" != "$shown" ]]; then
+  elif [[ "$phase" != "$phase_shown" ]]; then
     say "$so_far: $phase"
   fi
-  shown="$phase"
+  phase_shown="$phase"
 }
 
 # Prints it in dollars. The traffic of the first start counts in full, as it will come.
@@ -1615,11 +1627,14 @@ hear_worker() {
       | " \(100 * .bytes_done / .bytes_total | floor) % of \(.bytes_total / 1e9 | fixed(1)) GB")
     elif .error then ": " + (.error | clean) else "" end')"
   case "$phase" in
-    ready*) outcome=ready ;;
+    ready*) conclude ready ;;
     failed*)
-      outcome=failed reason="the worker $phase"
       ends="$(feed "$health" facts '.exit_status // ""')"
-      if [[ "$ends" == 2 ]]; then outcome=settings; fi ;;
+      if [[ "$ends" == 2 ]]; then
+        conclude settings "the worker $phase"
+      else
+        conclude failed "the worker $phase"
+      fi ;;
   esac
 }
 
@@ -1635,7 +1650,7 @@ see_instance() {
     judge_absence "$1"
     return 0
   fi
-  seen=yes absent_looks=0
+  was_listed=yes absent_looks=0
   unpack "$(fact "$row" '[.price - .storage, .storage] | map([., 0] | max * 1e6 | round)
     | join("|")')" gpu_price storage_price
   address="$(fact "$row" .address)"
@@ -1648,16 +1663,16 @@ see_instance() {
 judge_absence() {
   if ! is_absent "$1"; then
     phase="Vast's row of it cannot be read"
-  elif [[ -n "$seen" ]]; then
+  elif [[ -n "$was_listed" ]]; then
     absent_looks=$((absent_looks + 1))
     phase='not in the list of Vast any more'
     if ((absent_looks > 1)); then
-      outcome=gone reason="instance $1 was destroyed meanwhile, and not by this run"
+      conclude gone "instance $1 was destroyed meanwhile, and not by this run"
     fi
   else
     phase='not in the list of Vast yet'
     if ((now - wait_began >= APPEAR_SECONDS)); then
-      outcome=failed reason="Vast does not list instance $1"
+      conclude failed "Vast does not list instance $1"
     fi
   fi
 }
@@ -1668,10 +1683,10 @@ check_rented() {
   rival="$(rented="$1" key="$run_key" before="$before" \
     feed "$instances" facts 'map(select(is_rival)) | .[0].id // ""')"
   if [[ -n "$rival" ]]; then
-    outcome=lost reason="another start rented instance $rival at the same time"
+    conclude lost "another start rented instance $rival at the same time"
   elif [[ "$(fact "$row" '.price > (env.max_price | tonumber) * 1.001')" == true ]]; then
-    outcome=failed
-    reason="instance $1 costs $(fact "$row" .price) \$/h, more than --max-price $max_price"
+    conclude failed \
+      "instance $1 costs $(fact "$row" .price) \$/h, more than --max-price $max_price"
   fi
 }
 
@@ -1714,7 +1729,7 @@ judge_state() {
   unpack "$(fact "$row" '"\(.state)|\(.wanted)|\(.message)"')" state wanted message
   if [[ "$wanted" == running ]]; then meant_to_run=yes; fi
   if [[ "$wanted" == stopped && -n "$meant_to_run" ]]; then
-    outcome=stopped reason="instance $1 was stopped meanwhile, and not by this run"
+    conclude stopped "instance $1 was stopped meanwhile, and not by this run"
   fi
   if [[ -n "$outcome" ]]; then return 0; fi
   phase="$state${message:+: $message}"
@@ -1729,9 +1744,12 @@ judge_state() {
     scheduling) wait_for_gpu "$1" ;;
     offline | unknown) count_lost_look "$1" "$state" ;;
     error)
-      outcome=failed reason="instance $1: $message"
-      if is_image_fault "$(fact "$row" .said)"; then outcome=image; fi ;;
-    *) outcome=failed reason="instance $1 is $state${message:+: $message}" ;;
+      if is_image_fault "$(fact "$row" .said)"; then
+        conclude no-image "instance $1: $message"
+      else
+        conclude failed "instance $1: $message"
+      fi ;;
+    *) conclude failed "instance $1 is $state${message:+: $message}" ;;
   esac
 }
 
@@ -1742,8 +1760,8 @@ judge_running() {
   if [[ -z "$address" ]]; then
     phase="$phase: Vast tells no port of it"
     if ((now - running_since >= PORT_SECONDS)); then
-      outcome=failed
-      reason="instance $1 runs, but Vast tells no port of it, so that nobody can ever reach it"
+      conclude failed \
+        "instance $1 runs, but Vast tells no port of it, so that nobody can ever reach it"
       return 0
     fi
   fi
@@ -1759,7 +1777,7 @@ count_lost_look() {
     lost_looks=$((lost_looks + 1)) lost_time=$now
   fi
   if ((lost_looks >= LOST_LOOKS)); then
-    outcome=dead reason="instance $1 is $2, in $LOST_LOOKS looks one after the other"
+    conclude dead "instance $1 is $2, in $LOST_LOOKS looks one after the other"
   fi
 }
 
@@ -1767,7 +1785,7 @@ wait_for_gpu() {
   phase="scheduling${phase#"${phase%%:*}"}"
   scheduling_since="${scheduling_since:-$now}"
   if ((now - scheduling_since >= SCHEDULING_SECONDS)); then
-    outcome=taken reason="the GPU of instance $1 is taken, by somebody else in most cases"
+    conclude taken "the GPU of instance $1 is taken, by somebody else in most cases"
   fi
 }
 
@@ -1783,7 +1801,7 @@ is_image_fault() {
 # usage: read_log ID    (shows the log's last line; a worker that cannot start says so there)
 # The log outlives a stop, so what stands in it at first may be of an earlier run.
 read_log() {
-  local ends last text pattern='bark-worker ended with status '
+  local ends last text fault='' pattern='bark-worker ended with status '
   vast logs "$1" --tail 1000 || return 0
   text="$(without_keys "$reply")"
   ends="$(feed "$text" grep -c "$pattern")" || true
@@ -1791,12 +1809,12 @@ read_log() {
   last="${text##*$'\n'}"
   phase="running; its log says: ${last:0:150}"
   if [[ "$last" == "${pattern}2" && ("$1" != "$woken_id" || "$ends" != "$old_ends") ]]; then
-    outcome=settings
+    fault=settings
   elif ((ends >= old_ends + 3)); then
-    outcome=failed
+    fault=failed
   fi
-  if [[ -n "$outcome" ]]; then
-    reason="the worker does not start:"$'\n'"$(feed "$text" tail -n 8)"
+  if [[ -n "$fault" ]]; then
+    conclude "$fault" "the worker does not start:"$'\n'"$(feed "$text" tail -n 8)"
   fi
 }
 
@@ -1818,11 +1836,9 @@ idle_stop="${BARK_IDLE_STOP:-$IDLE_STOP}"           # minutes; 0 is never, here 
 start_limit="${BARK_START_LIMIT:-$START_LIMIT}"     # minutes
 max_hours="${BARK_MAX_HOURS:-0}"
 replace='' dry_run=''    # yes or nothing
-renting=''               # yes once this run means to rent
 replaced_id=''           # the old instance that goes when the new one is healthy
 
 parse_start() {
-  local name
   read_options start "$SEARCH_OPTIONS --model=model --voice=voice --timeout=timeout
  --idle-stop=idle_stop --max-hours=max_hours --replace:replace --dry-run:dry_run -y:agreed
  --yes:agreed" "$@"
@@ -1831,16 +1847,20 @@ parse_start() {
   need_whole start --timeout "$timeout" 1 86400
   timeout="$((10#$timeout))"
   check_guards
-  for name in $said_options; do
+}
+
+# Prints the names of what was said that only a new instance can have.
+rent_options() {
+  local name names=''
+  for name in $said_options BARK_IMAGE BARK_MODEL BARK_VOICE BARK_IDLE_STOP BARK_START_LIMIT \
+    BARK_MAX_HOURS $PASSED_ON; do
     case "$name" in
       --timeout | --replace | --dry-run | -y | --yes) ;;
-      *) note_rent_option "$name" ;;
+      --*) names="$names, $name" ;;
+      *) if [[ -n "${!name:-}" ]]; then names="$names, $name"; fi ;;
     esac
   done
-  for name in BARK_IMAGE BARK_MODEL BARK_VOICE BARK_IDLE_STOP BARK_START_LIMIT BARK_MAX_HOURS \
-    $PASSED_ON; do
-    if [[ -n "${!name:-}" ]]; then note_rent_option "$name"; fi
-  done
+  printf '%s\n' "${names#, }"
 }
 
 # What is said of guards. No instance stops itself while `start` still waits for it.
@@ -1905,8 +1925,10 @@ nobody bids more, or at once for a higher bid: $(by_hand change bid "$id")" ;;
 }
 
 say_what_does_not_count() {
-  if [[ -n "$rent_options" ]]; then
-    say "it keeps what it was rented with; for a new one with $rent_options, destroy it first:" \
+  local names
+  names="$(rent_options)"
+  if [[ -n "$names" ]]; then
+    say "it keeps what it was rented with; for a new one with $names, destroy it first:" \
       "$AGAIN destroy"
   fi
 }
@@ -1951,7 +1973,7 @@ wake() {
   say "instance $1 is stopped: starting it again"
   say_what_does_not_count
   woken_id="$1" if_cut=''
-  outcome=''
+  conclude
   ask_to_start "$1"
   if [[ -z "$outcome" ]] && await_worker "$1" "$timeout"; then
     woken_id=''
@@ -1974,7 +1996,7 @@ ask_to_start() {
     die_by_vast "instance $1 cannot be started"
   fi
   if [[ -z "$complaint" && -n "$reply" && "$reply" != starting* ]]; then
-    outcome=taken reason="instance $1 does not start; Vast says: $reply"
+    conclude taken "instance $1 does not start; Vast says: $reply"
   fi
 }
 
@@ -2003,11 +2025,10 @@ While Vast lists it, its storage is billed; to end that: $(rescue destroy "$1")"
 # Rents the cheapest offer whose worker gets healthy.
 rent() {
   local place=0 orders=0 rented=0 offer
-  renting=yes
   if say_odd_rows; then
     die "$EX_REFUSED" "nothing is rented beside an instance that may be ours and cannot be read"
   fi
-  find_offers
+  find_offers "$(what_is_left)"
   offer="$(offer_at 0)"
   if [[ -n "$dry_run" ]]; then
     tell "$(show_offer "$offer")"
@@ -2079,29 +2100,30 @@ guard_env() {
 # usage: order_instance OFFER    (sets rented_id; fails if there is none, with refused and reason)
 # As root, whatever user the image names: Vast sets up SSH inside before it runs what is to start.
 order_instance() {
-  local offer_id offer_bid
+  local offer_id offer_bid fault='Vast tells no instance'
   unpack "$(fact "$1" \
     '"\(.id)|\(.bid // "")|\(.first * 1e6 | round)"')" offer_id offer_bid traffic_cost
   space_calls 'create instance'    # here, so that a signal meanwhile finds no order
-  reason='Vast tells no instance' if_cut=''
+  if_cut=''
   if [[ -n "$replaced_id" ]]; then if_cut="$(what_is_left)"; fi
   rented_id='' ordering=yes open_order=yes    # one command: no signal splits it
   vast_json object create instance "$offer_id" --image "$image" --disk "$disk" --label "$LABEL" \
     --ssh --direct --user root --cancel-unavail ${offer_bid:+--bid_price "$offer_bid"} \
-    --env "$(container_env)" --onstart-cmd "$ON_START" || reason="$complaint"
+    --env "$(container_env)" --onstart-cmd "$ON_START" || fault="$complaint"
   read_order
   if [[ -n "$rented_id" ]]; then return 0; fi
   case "$refused" in
-    404 | 410) reason="offer $offer_id is gone" ;;
-    429) reason='Vast wants fewer orders' ;;
-    no) reason="Vast does not rent offer $offer_id: $complaint" ;;
+    404 | 410) fault="offer $offer_id is gone" ;;
+    429) fault='Vast wants fewer orders' ;;
+    no) fault="Vast does not rent offer $offer_id: $complaint" ;;
     *)
       if is_clear_no; then die_by_vast "offer $offer_id cannot be rented"; fi
-      find_order
+      find_order "$fault"
       if [[ -n "$rented_id" ]]; then return 0; fi
-      reason="no answer to the order of offer $offer_id, and nothing came of it" ;;
+      fault="no answer to the order of offer $offer_id, and nothing came of it" ;;
   esac
-  say "$reason"
+  conclude "$outcome" "$fault"
+  say "$fault"
   return 1
 }
 
@@ -2115,22 +2137,23 @@ reply_says() { feed "$reply" jq -r "objects | $1" 2>/dev/null || true; }
 # while a signal was being handled, or one may break in here: so the last line is one command.
 # The answer holds a secret of the instance's.
 read_order() {
-  local known left="$open_order"
+  local contract left="$open_order"
   order_time=$now
   read_reply
-  known="$(reply_says 'select(.success == true) | .new_contract // "" | tostring
+  contract="$(reply_says 'select(.success == true) | .new_contract // "" | tostring
     | select(test("^[0-9]+$"))')"
   if [[ "$(reply_says .success)" == false ]]; then
-    refused=no complaint="$(reply_says '.msg // .error // "no reason given"')"
+    complain "$(reply_says '.msg // .error // "no reason given"')" no
   fi
-  if [[ -n "$known" ]] || is_clear_no; then left=''; fi
-  rented_id="$known" open_order="$left" ordering=''
+  if [[ -n "$contract" ]] || is_clear_no; then left=''; fi
+  rented_id="$contract" open_order="$left" ordering=''
 }
 
+# usage: find_order COMPLAINT
 # After an order without a clear answer: sets rented_id to what came of it; or to nothing, once that
 # is certain. Until then nothing else is ordered: where no look settles it, this run ends.
 find_order() {
-  say "no clear answer to the order ($reason): looking for what it brought, for up to" \
+  say "no clear answer to the order ($1): looking for what it brought, for up to" \
     "$UNANSWERED_SECONDS s, and ordering nothing else"
   pause 2
   until_true "$UNANSWERED_SECONDS" 2 order_is_clear ||
@@ -2164,7 +2187,7 @@ try_rented() {
   fi
   give_back || leave "$EX_REFUSED"
   case "$outcome" in
-    image) die "$EX_REFUSED" "the image $image cannot be pulled; $(what_is_left)" ;;
+    no-image) die "$EX_REFUSED" "the image $image cannot be pulled; $(what_is_left)" ;;
     settings) die "$EX_REFUSED" "the worker refuses its settings, as it would on every machine;\
  $(what_is_left)" ;;
     lost) join "$rival" ;;
@@ -2233,15 +2256,15 @@ describe() {
 }
 
 cmd_status() {
-  local json='' id row found='' ready=''
+  local json='' id one found='' ready=''
   read_options status --json:json "$@"
   open_account
   look_or_die
   if [[ "$instances" == '[]' && -z "$json" ]]; then no_instance_but_perhaps_an_endpoint; fi
   for id in $(feed "$instances" facts '.[].id'); do
-    row="$(with_health "$(row_of "$id")")"
-    if [[ "$(fact "$row" .health.ready)" == true ]]; then ready=yes; fi
-    if [[ -n "$json" ]]; then found="$found$row"$'\n'; else tell "$(describe "$row")"; fi
+    one="$(with_health "$(row_of "$id")")"
+    if [[ "$(fact "$one" .health.ready)" == true ]]; then ready=yes; fi
+    if [[ -n "$json" ]]; then found="$found$one"$'\n'; else tell "$(describe "$one")"; fi
   done
   if [[ -n "$json" ]]; then
     tell "$(printf '%s' "$found" | odd="$odd_rows" facts '(env.odd | fromjson | map(.id)) as $odd
@@ -2267,7 +2290,6 @@ no_instance_but_perhaps_an_endpoint() {
   no_instance "$what"
 }
 
-took=''    # seconds that the last request took
 text='If you can hear this, everything is working.'    # is understood in every voice
 # A seed drawn anew, as a worker answers what it was asked before from memory.
 readonly JQ_SPOKEN='def spoken: {text: ., seed: -1}
@@ -2302,36 +2324,36 @@ check_out() {
 }
 
 cmd_test() {
+  local took
   parse_test test --play:play "$@"
-  open_account
-  look_or_die
   find_running
   make_scratch
-  speak
-  keep_sound
+  took="$(speak)" || leave "$?"
+  keep_sound "$took"
   if [[ -n "$play" ]]; then play_sound "$out"; fi
 }
 
-# usage: keep_sound [REMARK]    (checks what was spoken, copies it to --out and tells the speed)
+# usage: keep_sound SECONDS [REMARK]    (checks what was spoken, copies it to --out and tells the
+# speed; some locales write the seconds with a comma)
 keep_sound() {
   local seconds
   seconds="$(check_sound "$scratch/sound")" || die "$EX_UNHEALTHY" "the sound is no good: $seconds"
   cp -- "$scratch/sound" "$out" || die "$EX_MISSING" "$out cannot be written; cp says why above"
-  tell "$out: $(feed null facts "speed($took; $seconds)")${1:-}"
+  tell "$out: $(feed null facts "speed(${1/,/.}; $seconds)")${2:-}"
 }
 
-# Has the worker at address say text; leaves the answer in $scratch/sound.
+# Has the worker at address say text; leaves the answer in $scratch/sound and prints the seconds.
 speak() {
-  local status body
+  local status body took
   body="$(printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc "$JQ_SPOKEN"' spoken')"
   took="$(call_url "$(fact "$row" .key)" "$address/synthesize" "$body" --max-time 660 \
     -o "$scratch/sound" -w '%{http_code} %{time_total}' -H 'Accept: audio/wav' \
     2>"$scratch/err")" ||
     die "$EX_UNHEALTHY" "$address does not speak: $(tail -n 1 "$scratch/err")"
   status="${took%% *}" took="${took#* }"
-  took="${took/,/.}"    # some locales write it so
   [[ "$status" == 200 ]] || die "$EX_UNHEALTHY" "$address refuses (HTTP $status): $(jq -r \
     '.error.message' "$scratch/sound" 2>/dev/null || head -c 200 "$scratch/sound")"
+  printf '%s\n' "$took"
 }
 
 # Prints the seconds of a WAV file; fails, and prints what is wrong, unless it is whole and audible.
@@ -2377,24 +2399,22 @@ cmd_logs() {
   local follow='' tail=1000 daemon=''
   read_options logs '-f:follow --follow:follow --tail=tail --daemon:daemon' "$@"
   need_whole logs --tail "$tail" 1 100000
-  open_account
-  look_or_die
-  row="$(chosen_row)"
-  [[ -n "$row" ]] || no_instance
+  need_instance
   show_log "$(fact "$row" .id)" "$((10#$tail))" "$daemon" "$follow"
 }
 
 # usage: show_log ID TAIL DAEMON FOLLOW
 show_log() {
-  local failures=0 asked="$2" shown="$2" seen_lines='' text fresh
+  local failures=0 asked="$2" most="$2" before_lines='' text fresh
   if [[ -n "$4" ]] && (($2 < 1000)); then asked=1000; fi    # between two looks many may come
   while :; do
     if vast logs "$1" --tail "$asked" ${3:+--daemon-logs}; then
       failures=0
       text="$(without_keys "$reply")"
-      fresh="$(new_lines <(printf '%s' "$seen_lines") <(printf '%s\n' "$text") | tail -n "$shown")"
+      fresh="$(new_lines <(printf '%s' "$before_lines") <(printf '%s\n' "$text") |
+        tail -n "$most")"
       if [[ -n "$fresh" ]]; then tell "$fresh"; fi
-      seen_lines="$text"$'\n' shown="$asked"
+      before_lines="$text"$'\n' most="$asked"
     else
       failures=$((failures + 1))
       if ((failures == 3)) || [[ "$refused" =~ ^40[0-9]$ ]]; then
@@ -2491,12 +2511,12 @@ stop_one() {
 
 # usage: say_stopped ID    (of the last look)
 say_stopped() {
-  local row
-  row="$(row_of "$1")"
-  if [[ -z "$row" ]]; then
+  local listed
+  listed="$(row_of "$1")"
+  if [[ -z "$listed" ]]; then
     say "Vast lists no instance $1 any more: it costs nothing"
   else
-    say "instance $1 is stopped; $(storage_cost "$row"); start wakes it, destroy ends that too"
+    say "instance $1 is stopped; $(storage_cost "$listed"); start wakes it, destroy ends that too"
   fi
 }
 
@@ -2545,14 +2565,14 @@ confirm_stopped() {
 
 # usage: has_stopped ID
 has_stopped() {
-  local state wanted row
+  local state wanted listed
   look || return 1
-  row="$(row_of "$1")"
-  if [[ -z "$row" ]]; then
+  listed="$(row_of "$1")"
+  if [[ -z "$listed" ]]; then
     is_absent "$1"
     return "$?"
   fi
-  unpack "$(fact "$row" '"\(.wanted)|\(.state)"')" wanted state
+  unpack "$(fact "$listed" '"\(.wanted)|\(.state)"')" wanted state
   if [[ "$wanted" != stopped ]]; then
     vast stop instance "$1" || say "$complaint"
     return 1
@@ -2593,17 +2613,11 @@ destroy_confirmed() {
 # -----------------------------------------------------------------------------
 # ssh, tunnel, env
 
-ssh_host='' ssh_port=''
-
-# Sets ssh_host and ssh_port to those of the instance.
+# usage: find_ssh    (sets ssh_host and ssh_port of its caller)
 find_ssh() {
   local state
-  open_account
-  look_or_die
-  row="$(chosen_row)"
-  [[ -n "$row" ]] || no_instance
-  unpack "$(fact "$row" \
-    '"\(.state)|\(.ssh_host)|\(.ssh_port)"')" state ssh_host ssh_port
+  need_instance
+  unpack "$(fact "$row" '"\(.state)|\(.ssh_host)|\(.ssh_port)"')" state ssh_host ssh_port
   [[ "$state" == running && -n "$ssh_host" && -n "$ssh_port" ]] ||
     die "$EX_UNHEALTHY" "the instance is $state, and Vast tells no SSH address of it (yet)"
   has_tool ssh ||
@@ -2611,13 +2625,14 @@ find_ssh() {
 }
 
 cmd_ssh() {
+  local ssh_host ssh_port
   find_ssh
   trap - PIPE
   exec ssh -p "$ssh_port" "root@$ssh_host" "$@"
 }
 
 cmd_tunnel() {
-  local port="$WORKER_PORT"
+  local port="$WORKER_PORT" ssh_host ssh_port
   read_options tunnel --port=port "$@"
   need_whole tunnel --port "$port" 1 65535
   port="$((10#$port))"
@@ -2633,8 +2648,6 @@ cmd_tunnel() {
 
 cmd_env() {
   read_options env '' "$@"
-  open_account
-  look_or_die
   find_running
   tell "$(endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '"
 # instance \(.id) on Vast; its address changes when it is stopped and started

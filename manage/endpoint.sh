@@ -111,16 +111,17 @@ account_key() {
 # For what the CLI hides, an endpoint's key, or has no command for.
 web() {
   local said status
-  reply='' complaint='' refused=''
+  complain
+  reply=''
   if ! said="$(call_url "$1" "$2" "${3:-}" --max-time 60 -w '\n%{http_code}' 2>&1)"; then
-    complaint="no answer from ${2%%\?*}: $(feed "$said" grep '^curl:')"
+    complain "no answer from ${2%%\?*}: $(feed "$said" grep '^curl:')"
     return 1
   fi
   tick
   status="${said##*$'\n'}" reply="${said%$'\n'*}"
   if [[ "$status" == 2?? ]]; then return 0; fi
-  refused="$status" complaint="$(reply_says '.msg // .error // .error_msg // ""')"
-  complaint="Vast says: ${complaint:-${reply:0:200}} (HTTP $status)"
+  said="$(reply_says '.msg // .error // .error_msg // ""')"
+  complain "Vast says: ${said:-${reply:0:200}} (HTTP $status)" "$status"
   return 1
 }
 
@@ -128,8 +129,7 @@ web() {
 web_json() {
   web "${@:2}" || return 1
   if reply_is "$1"; then return 0; fi
-  no_answer
-  complaint="$complaint$(reply_says '": \(.error_msg // empty)"')"
+  no_answer "$(reply_says '": \(.error_msg // empty)"')"
   return 1
 }
 
@@ -605,12 +605,11 @@ endpoint_logs() {
 
 # test: one request along Vast's route. Vast names a worker and signs for it; the worker checks that
 
-ready_before=''                             # yes, if a worker was ready when the request came
 route_reply=''                              # with the worker's address and the signature
-queued_seconds='' queue_began=0 request_index=0
+request_index=0                             # Vast's number of the request
 
 endpoint_test() {
-  local cold='no cold start: a worker was ready'
+  local cold='no cold start: a worker was ready' ready_before='' took queued_seconds
   timeout=1800
   parse_test 'endpoint test' --timeout=timeout "$@"
   need_whole endpoint --timeout "$timeout" 1 86400
@@ -627,7 +626,7 @@ endpoint_test() {
   if_cut="Vast may have started a worker, and ends it when idle; see: $AGAIN endpoint status"
   speak_along_route
   if [[ -z "$ready_before" ]]; then cold="cold start $queued_seconds s"; fi
-  keep_sound "; queued $queued_seconds s, $cold"
+  keep_sound "$took" "; queued $queued_seconds s, $cold"
 }
 
 # Ends if a request would wait for a worker that cannot come.
@@ -652,12 +651,13 @@ find_endpoint_key() {
     die "$EX_REFUSED" "Vast tells no key of endpoint $(endpoint_fact .id)"
 }
 
-# Asks for a worker until one has spoken, the time is up, or the worker says no.
+# Asks for a worker until one has spoken, the time is up, or the worker says no. Sets took and
+# queued_seconds of its caller.
 speak_along_route() {
-  local deadline=$((now + timeout)) status
-  queue_began=$now
+  local deadline=$((now + timeout)) began=$now status
   while :; do
     await_route "$deadline"
+    queued_seconds=$((now - began))
     status="$(ask_worker)"
     case "$status" in
       '200 '*) break ;;
@@ -673,18 +673,16 @@ speak_along_route() {
     esac
   done
   took="${status#* }"
-  took="${took/,/.}"
   jq -er '.audio | strings' "$scratch/answer" 2>/dev/null | base64 --decode >"$scratch/sound" ||
     die "$EX_UNHEALTHY" 'the worker answered without audio'
 }
 
-# usage: await_route DEADLINE    (sets route_reply and queued_seconds)
+# usage: await_route DEADLINE    (sets route_reply)
 await_route() {
   phase='no worker is ready; Vast starts one' wait_began=$now gpu_price=''
   until_true "$(($1 - now))" "$((POLL < 5 ? POLL : 5))" is_routed ||
     die "$EX_LATE" "no worker was ready within $timeout s${complaint:+: $complaint}; what Vast \
 does: $AGAIN endpoint logs; what it costs: $AGAIN endpoint status"
-  queued_seconds=$((now - queue_began))
 }
 
 # Asks for a worker; sets route_reply and request_index.
