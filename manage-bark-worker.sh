@@ -1,6 +1,16 @@
 #!/usr/bin/env bash
-# Rents a GPU on Vast.ai for the Bark worker, watches it and gives it back. What is something else
-# lies in manage/. Works under bash 3.2, as macOS has it. `source` it to use its functions.
+# Rents a GPU on Vast.ai for the Bark worker, watches it and gives it back: with this file alone
+# whatever was rented can be ended. Works under bash 3.2, as macOS has it. `source` it to use its
+# functions.
+#
+# Sections: constants; help; messages; loading; time; options; adapters; facts; instances; giving
+#   back; offers; waiting for a worker; start; status, test, logs; stop, destroy; ssh, tunnel, env;
+#   help, main
+# Call vastai: run_vast (all go through vast)
+# Call curl: call_url health_of known_gpus
+# Change what is billed: order_instance ask_to_start destroy_once give_back_woken stop_one
+#   has_stopped
+#
 # shellcheck disable=SC2016    # programs of jq stand in single quotes
 set -euo pipefail
 
@@ -376,12 +386,16 @@ usage_error() {
 }
 
 # -----------------------------------------------------------------------------
-# What has nothing to do with renting one machine lies in manage/: a file for each such command
+# Loading: what has nothing to do with renting one machine lies in manage/, in a file a command
 
-loaded=''    # the names of those files, by blanks; each adds its own at its end
+loaded=''    # the commands whose file is loaded, by blanks; each file adds its own at its end
 
-# usage: load endpoint|local|completion    (ends where the file is missing)
+# usage: load COMMAND    (if it has a file in manage/; ends where that is missing)
 load() {
+  case "$1" in
+    endpoint | local | completion) ;;
+    *) return 0 ;;
+  esac
   if is_loaded "$1"; then return 0; fi
   [[ -r "$ROOT/manage/$1.sh" ]] || die "$EX_MISSING" "manage/$1.sh is missing: the folder manage/ \
 must lie beside this script, in $ROOT"
@@ -390,11 +404,6 @@ must lie beside this script, in $ROOT"
 }
 
 is_loaded() { [[ " $loaded " == *" $1 "* ]]; }
-
-# usage: load_command COMMAND    (if it lies in manage/)
-load_command() {
-  case "$1" in endpoint | local | completion) load "$1" ;; esac
-}
 
 # -----------------------------------------------------------------------------
 # Time
@@ -684,7 +693,8 @@ note_call() {
 complain() { complaint="${1:-}" refused="${2:-}"; }
 
 # Complains if there is reason to; an error of Vast is a JSON object on stderr, under --raw. A wrong
-# key may come as 404. 2 comes from the CLI itself: it does not know an option, as another version may.
+# key may come as 404. 2 comes from the CLI itself: it does not know an option, as another version
+# may.
 read_reply() {
   local status="${call_end%% *}" errors="${call_end#* }" said line who=''
   complain
@@ -815,14 +825,24 @@ require_tools() {
   if [[ -n "$missing" ]]; then die "$EX_MISSING" "missing, and how to get it:$missing"; fi
 }
 
+# Prints the file in which `vastai` keeps the account's key; nothing if it has none.
+key_file() {
+  local home=~ stored file    # without HOME, as for a timer of systemd, the one of this user
+  stored="${XDG_CONFIG_HOME:-$home/.config}/vastai"
+  for file in "$stored/vast_tfa_key" "$stored/vast_api_key" "$home/.vast_api_key"; do
+    if [[ -s "$file" ]]; then
+      printf '%s\n' "$file"
+      return 0
+    fi
+  done
+}
+
 # Finds the account's key. The CLI reads VAST_API_KEY, and takes an empty one for a key.
 require_key() {
-  local home=~ stored    # without HOME, as for a timer of systemd, the one of this user
-  stored="${XDG_CONFIG_HOME:-$home/.config}/vastai"
   export VAST_API_KEY="${VASTAI_API_KEY:-${VAST_API_KEY:-}}"
   if [[ -z "$VAST_API_KEY" ]]; then
     unset VAST_API_KEY
-    [[ -s "$stored/vast_tfa_key" || -s "$stored/vast_api_key" || -s "$home/.vast_api_key" ]] ||
+    [[ -n "$(key_file)" ]] ||
       die "$EX_MISSING" 'no Vast API key: make one at https://cloud.vast.ai/manage-keys/, then
   export VASTAI_API_KEY=...   (or: vastai set api-key ...)'
   elif [[ ! "$VAST_API_KEY" =~ ^[A-Za-z0-9._~+/=-]+$ ]]; then
@@ -1956,13 +1976,10 @@ join() {
 respect_others() {
   local kept=''
   if [[ -n "$replaced_id" || "$outcome" == gone ]]; then kept="; $(what_is_left)"; fi
+  if [[ "$outcome" =~ ^(gone|stopped)$ ]]; then rented_id='' woken_id='' if_cut=''; fi
   case "$outcome" in
-    gone)
-      rented_id='' woken_id='' if_cut=''
-      die "$EX_NO_INSTANCE" "$reason$kept" ;;
-    stopped)
-      rented_id='' woken_id='' if_cut=''
-      die "$EX_REFUSED" "$reason: it is left as it is, and $(storage_cost "$row")$kept
+    gone) die "$EX_NO_INSTANCE" "$reason$kept" ;;
+    stopped) die "$EX_REFUSED" "$reason: it is left as it is, and $(storage_cost "$row")$kept
 To wake it: $AGAIN start; to end that, too: $(rescue destroy "$1")" ;;
   esac
 }
@@ -2663,19 +2680,12 @@ VASTAI_ENDPOINT_ID=\(env.endpoint_number | quoted)
 # help, main
 
 cmd_help() {
+  local usage="$USAGE"
   (($# <= 1)) || usage_error 'help takes one command' help
-  if [[ -z "${1:-}" ]]; then
-    tell "$USAGE"
-  else
-    load_command "$1"
-    show_help "$1"
+  if [[ -n "${1:-}" ]]; then
+    load "$1"
+    usage="$(usage_of "$1")" || misused "unknown command '$1'"
   fi
-}
-
-# usage: show_help COMMAND
-show_help() {
-  local usage
-  usage="$(usage_of "$1")" || misused "unknown command '$1'"
   tell "$usage"
 }
 
@@ -2692,10 +2702,10 @@ main() {
     -h | --help) tell "$USAGE"; return 0 ;;
     '') misused 'a command is needed' ;;
   esac
-  load_command "$command"
+  load "$command"
   usage_of "$command" >/dev/null || misused "unknown command '$command'"
   for word in "${@:2}"; do
-    case "$word" in -h | --help) show_help "$command"; return 0 ;; esac
+    case "$word" in -h | --help) cmd_help "$command"; return 0 ;; esac
     if [[ "$command" == ssh || "$word" == -- ]]; then break; fi    # ssh's are for the instance
   done
   "cmd_$command" "${@:2}"

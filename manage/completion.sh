@@ -1,12 +1,24 @@
 #!/usr/bin/env bash
 # Tab completion for bash and zsh. Sourced by manage-bark-worker.sh when `completion` is called.
+#
+# Sections: help; completion
+# Call vastai: none
+# Call curl: none
+# Change what is billed: none
+#
 # shellcheck source=manage-bark-worker.sh
 if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"; fi
+
+# -----------------------------------------------------------------------------
+# Help
 
 readonly USAGE_COMPLETION="usage: $PROGRAM completion bash|zsh
 
 Prints what makes the shell complete commands and options:
   eval \"\$(./$PROGRAM completion bash)\""
+
+# -----------------------------------------------------------------------------
+# completion
 
 # Prints the options of a command, by blanks: they are those that its help tells.
 options_of() {
@@ -51,7 +63,7 @@ $text" ;;
     *) usage_error "completion is for bash or zsh, not '${1:-}'" completion ;;
   esac
   for command in $(commands); do
-    load_command "$command"
+    load "$command"
     cases="$cases"$'\n'"    *\ $command) words='$(options_of "$command")' ;;"
   done
   text="${text/@COMMANDS@/$(commands)}"

@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
 # The workers that Vast itself starts, scales and ends. Sourced by manage-bark-worker.sh when
 # `endpoint` is called. The endpoint's name is the label.
+#
+# Sections: constants and help; facts; adapters; what vast lists; up; down, and giving back; status,
+#   logs; test
+# Call vastai: none (all go through vast)
+# Call curl: none (all go through call_url)
+# Change what is billed: order_part delete_once remove_templates is_routed
+#
 # shellcheck disable=SC2016    # programs of jq stand in single quotes
 # shellcheck source=manage-bark-worker.sh
 if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"; fi
+
+# -----------------------------------------------------------------------------
+# Constants and help
 
 readonly USAGE_ENDPOINT="usage: $PROGRAM endpoint up|status|test|logs|down [OPTIONS]
 
@@ -58,6 +68,9 @@ template_name=''              # drawn by this run
 made_hash='' made_endpoint=''
 endpoints_before=''           # ids, by blanks
 
+# -----------------------------------------------------------------------------
+# Facts: what jq makes of Vast's lists
+
 readonly JQ_ENDPOINT='
 def listed($ids): "\(.id)" as $id | any($ids | split(" ")[]; . == $id);
 def is_meant: if env.wanted_endpoint != "" then "\(.id)" == env.wanted_endpoint
@@ -93,18 +106,16 @@ endpoint_facts() {
   wanted_endpoint="${VASTAI_ENDPOINT_ID:-}" facts "$JQ_ENDPOINT $1" "${@:2}"
 }
 
+# -----------------------------------------------------------------------------
+# Adapters
+
 # Prints the account's key, wherever the CLI takes it from.
 account_key() {
-  local home=~ stored file
-  stored="${XDG_CONFIG_HOME:-$home/.config}/vastai"
-  if [[ -n "${VAST_API_KEY:-}" ]]; then printf '%s\n' "$VAST_API_KEY"; return 0; fi
-  for file in "$stored/vast_tfa_key" "$stored/vast_api_key" "$home/.vast_api_key"; do
-    if [[ -s "$file" ]]; then
-      tr -d ' \r\n' <"$file"
-      return 0
-    fi
-  done
-  return 1
+  if [[ -n "${VAST_API_KEY:-}" ]]; then
+    printf '%s\n' "$VAST_API_KEY"
+  else
+    tr -d ' \r\n' <"$(key_file)"
+  fi
 }
 
 # usage: web KEY URL [JSON]    (GET, or POST of JSON; as `vast`, sets reply and complaint)
@@ -132,6 +143,9 @@ web_json() {
   no_answer "$(reply_says '": \(.error_msg // empty)"')"
   return 1
 }
+
+# -----------------------------------------------------------------------------
+# What Vast lists
 
 # Fails, with a complaint, if Vast does not answer.
 look_endpoints() {
@@ -215,6 +229,7 @@ look_members() {
 # usage: marker_of ENDPOINT_ID
 marker_of() { id="$1" feed "$endpoints" endpoint_facts 'marker(env.id)'; }
 
+# -----------------------------------------------------------------------------
 # up
 
 parse_up() {
@@ -290,15 +305,15 @@ come; none after $((INACTIVE_SECONDS / 60)) minutes without one. Loading is bill
 first Vast may try workers without a request"
 }
 
-# usage: order WHAT WORDS...    (has Vast create it; ends, and so gives back, if that is refused)
-order() {
+# usage: order_part WHAT WORDS...    (has Vast create it; ends, and so gives back, if that is refused)
+order_part() {
   making="$1" if_cut=''
   vast create "${@:2}" || true
   if [[ -n "$complaint" ]] && is_clear_no; then die_by_vast "the $1 cannot be made"; fi
 }
 
-# usage: find_ordered WHAT CHECK    (what counts is that Vast lists it: ends unless CHECK finds it)
-find_ordered() {
+# usage: find_part WHAT CHECK    (what counts is that Vast lists it: ends unless CHECK finds it)
+find_part() {
   local said="$complaint"
   said="${said:-$(reply_says '.msg // .error // empty')}"
   said="${said:-$reply}"
@@ -316,10 +331,10 @@ find_ordered() {
 # Sets made_hash. The CLI prints Python and not JSON, and no error as one.
 make_template() {
   template_name="$LABEL-endpoint-$(od -An -N 8 -tx1 /dev/urandom | tr -d ' \n')"
-  order template template --name "$template_name" --image "${image%:*}" \
+  order_part template template --name "$template_name" --image "${image%:*}" \
     --image_tag "${image##*:}" --env "$(endpoint_env)" --ssh --direct --disk_space "$disk" \
     --onstart-cmd "$(endpoint_on_start)" --search_params "$(hard_query) $(soft_query)"
-  find_ordered template find_template
+  find_part template find_template
 }
 
 # Sets made_hash to the template of this run's name; fails if Vast does not list it.
@@ -332,11 +347,11 @@ find_template() {
 
 # Sets made_endpoint to one that has the limits that were asked for.
 make_endpoint() {
-  order endpoint endpoint --endpoint_name "$LABEL" --min_load 0 --min_cold_load 0 \
+  order_part endpoint endpoint --endpoint_name "$LABEL" --min_load 0 --min_cold_load 0 \
     --cold_workers 0 --max_workers "$max_workers" --inactivity_timeout "$INACTIVE_SECONDS" \
     --target_util 0.9 --cold_mult 1
   made_endpoint="$(reply_says 'select(.success) | .result // ""')"
-  find_ordered endpoint find_made_endpoint
+  find_part endpoint find_made_endpoint
   until_true "$SHOW_UP_SECONDS" 2 shows_limits || die "$EX_REFUSED" \
     "Vast does not show endpoint $made_endpoint with the limits that were asked for"
 }
@@ -368,9 +383,9 @@ limits_hold() {
 
 # usage: make_group ENDPOINT_ID
 make_group() {
-  order 'worker group' workergroup --endpoint_id "$1" --template_hash "$made_hash" \
+  order_part 'worker group' workergroup --endpoint_id "$1" --template_hash "$made_hash" \
     --gpu_ram "$min_vram" --search_params "$(hard_query) $(soft_query)"
-  find_ordered 'worker group' find_group
+  find_part 'worker group' find_group
 }
 
 find_group() { look_endpoints && [[ "$(groups_of '' "$made_hash")" != '[]' ]]; }
@@ -395,6 +410,7 @@ announce_endpoint() {
   say "try it: $AGAIN endpoint test; end it: $AGAIN endpoint down"
 }
 
+# -----------------------------------------------------------------------------
 # down, and giving back
 
 give_back_endpoint() {
@@ -528,6 +544,7 @@ endpoint_down() {
   say "the endpoint is gone, with its worker groups and workers: nothing of it is billed any more"
 }
 
+# -----------------------------------------------------------------------------
 # status, logs
 
 endpoint_status() {
@@ -603,6 +620,7 @@ endpoint_logs() {
   done
 }
 
+# -----------------------------------------------------------------------------
 # test: one request along Vast's route. Vast names a worker and signs for it; the worker checks that
 
 route_reply=''                              # with the worker's address and the signature

@@ -1,8 +1,18 @@
 #!/usr/bin/env bash
 # Runs the worker on this machine: the Python environment it needs, torch in the build that fits,
-# the worker itself. Sourced by manage-bark-worker.sh when `local` is called.
+# the worker itself. Sourced by manage-bark-worker.sh when `local` is called. Knows no Vast.
+#
+# Sections: constants and help; adapters; the child; the virtual environment; the gpu and torch;
+#   local
+# Call vastai: none
+# Call curl: none
+# Change what is billed: none
+#
 # shellcheck source=manage-bark-worker.sh
 if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"; fi
+
+# -----------------------------------------------------------------------------
+# Constants and help
 
 readonly WORKER="$ROOT/bark-worker.py"
 readonly BUILTIN_VOICE="$ROOT/builtin-voice"
@@ -149,22 +159,23 @@ finish_child() {
 
 # usage: run_child COMMAND...    (returns its exit status)
 run_child() {
-  local status=0
   guard
   start_child "$@"
-  wait "$child_pid" || status=$?
-  child_pid=''
-  trap - EXIT HUP INT TERM
-  return "$status"
+  end_of_child
 }
 
 # usage: run_child_within SECONDS COMMAND...    (fails if it takes longer)
 run_child_within() {
-  local status=0
   guard
   start_child "${@:2}"
   until_true "$1" 0 child_is_gone || true
   signal_child KILL
+  end_of_child
+}
+
+# Waits for the child, and returns its exit status.
+end_of_child() {
+  local status=0
   wait "$child_pid" 2>/dev/null || status=$?
   child_pid=''
   trap - EXIT HUP INT TERM
