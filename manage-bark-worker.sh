@@ -1486,14 +1486,14 @@ search_offers() {
 
 # Gives the GPUs that a person typed the names that Vast has; ends if it has none like that.
 check_gpus() {
-  local known unknown near
+  local names unknown near
   if [[ -z "$gpus" ]] || ! is_said --gpu; then return 0; fi
-  known="$(known_gpus)" || return 0
-  unpack "$(typed="$gpus" feed "$known" facts 'unmatched(env.typed)')" unknown near
+  names="$(known_gpus)" || return 0
+  unpack "$(typed="$gpus" feed "$names" facts 'unmatched(env.typed)')" unknown near
   if [[ -n "$unknown" ]]; then
     die "$EX_USAGE" "unknown GPU '$unknown'; did you mean one of: $near?"
   fi
-  gpus="$(typed="$gpus" feed "$known" facts 'matched(env.typed)')"
+  gpus="$(typed="$gpus" feed "$names" facts 'matched(env.typed)')"
 }
 
 # usage: find_offers [LAST_WORD]
@@ -2462,12 +2462,11 @@ new_lines() {
 # -----------------------------------------------------------------------------
 # stop, destroy
 
-target_id=''
-
-# usage: parse_target COMMAND SPEC [ARGUMENTS...]    (sets target_id)
+# usage: parse_target COMMAND SPEC [ARGUMENTS...]    (sets target_id of its caller)
 parse_target() {
   local command="$1" spec="WORD $2" word
   shift 2
+  target_id=''
   read_options "$command" "$spec" "$@"
   for word in ${operands[@]+"${operands[@]}"}; do
     [[ "$word" =~ ^[0-9]+$ && -z "$target_id" ]] || refuse_word "$command" "$word"
@@ -2475,23 +2474,21 @@ parse_target() {
   done
 }
 
-targets=''    # a row a line
-
-# Sets targets to the instances that stop and destroy are for.
+# usage: find_targets [ID]    (sets targets of its caller to what is meant, a row a line)
 find_targets() {
   open_account
   look_or_die
-  targets="$(target_rows "$target_id")"
+  targets="$(target_rows "${1:-}")"
   if [[ -n "$targets" ]]; then return 0; fi
   if [[ "$instances" == '[]' ]]; then no_instance; fi
-  die "$EX_NO_INSTANCE" "no instance $target_id is labelled '$LABEL'; those that are: $(all_rows |
+  die "$EX_NO_INSTANCE" "no instance $1 is labelled '$LABEL'; those that are: $(all_rows |
     facts 'map(.id // empty | tostring) | join(", ")')"
 }
 
 cmd_stop() {
-  local id failed=''
+  local target_id targets id failed=''
   parse_target stop --now:agreed "$@"
-  find_targets
+  find_targets "$target_id"
   if [[ "$(fact "$targets" .state)" == unreadable ]]; then
     say_odd_rows
     leave "$EX_REFUSED"
@@ -2598,9 +2595,9 @@ has_stopped() {
 }
 
 cmd_destroy() {
-  local id failed=''
+  local target_id targets id failed=''
   parse_target destroy '-y:agreed --yes:agreed' "$@"
-  find_targets
+  find_targets "$target_id"
   say "$(feed "$targets" facts '"instance \(.id): \(.state), \(.gpu), "
     + (.why // "\(.price | fixed(4)) $/h")')"
   agree 'Destroy it, with its disk?' destroying destroyed

@@ -56,7 +56,8 @@ python_is_new_enough() {
 
 python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
-# Prints one line, STATUS DETAIL, of the worker at address $1; fails if it does not answer.
+# Prints one line, STATUS DETAIL, of the worker at address $1; fails if it does not answer. With
+# Python and not as `health_of`: here is no need of curl and jq, on a rented machine none of Python.
 worker_health() {
   "$VENV_PYTHON" -I -S - "$1" <<'PYTHON' 2>/dev/null
 import http.client, json, sys
