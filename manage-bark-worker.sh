@@ -2307,21 +2307,22 @@ no_instance_but_perhaps_an_endpoint() {
   no_instance "$what"
 }
 
-text='If you can hear this, everything is working.'    # is understood in every voice
+readonly SENTENCE='If you can hear this, everything is working.'    # is understood in every voice
 # A seed drawn anew, as a worker answers what it was asked before from memory.
 readonly JQ_SPOKEN='def spoken: {text: ., seed: -1}
   + if env.VOICE != "" then {voice: env.VOICE} else {} end;'
-out='bark-test.wav' play='' spoken_voice=''
 
 # usage: parse_test COMMAND SPEC ARGUMENTS...    (COMMAND is test or `endpoint test`)
+# Sets text, spoken_voice and out of its caller.
 parse_test() {
   local command="$1" help="${1%% *}" spec="$2"
   shift 2
+  spoken_voice='' out=bark-test.wav
   read_options "$command" "WORD --voice=spoken_voice --out=out $spec" "$@"
   if ((${#operands[@]} > 1)); then
     usage_error "$command takes one TEXT; put it in quotes" "$help"
   fi
-  text="${operands[0]-$text}"
+  text="${operands[0]-$SENTENCE}"
   [[ "$text" == *[![:space:]]* ]] ||
     usage_error "TEXT is '$text'; there is nothing to speak in it" "$help"
   check_out "$help"
@@ -2341,7 +2342,7 @@ check_out() {
 }
 
 cmd_test() {
-  local took
+  local text spoken_voice out play='' took
   parse_test test --play:play "$@"
   find_running
   make_scratch

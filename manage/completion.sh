@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tab completion for bash and zsh. Sourced by manage-bark-worker.sh when `completion` is called.
 #
-# Sections: help; completion
+# Sections: completion
 # Call vastai: none
 # Call curl: none
 # Change what is billed: none
@@ -10,15 +10,12 @@
 if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"; fi
 
 # -----------------------------------------------------------------------------
-# Help
+# completion
 
 readonly USAGE_COMPLETION="usage: $PROGRAM completion bash|zsh
 
 Prints what makes the shell complete commands and options:
   eval \"\$(./$PROGRAM completion bash)\""
-
-# -----------------------------------------------------------------------------
-# completion
 
 # Prints the options of a command, by blanks: they are those that its help tells.
 options_of() {

@@ -60,7 +60,6 @@ endpoints='[]' groups='[]'    # all of the account, as last listed, without keys
 members='[]'                  # the instances that are workers of the endpoint, or may be
 worker_list='[]'              # what Vast's autoscaler tells of its workers
 endpoint_row=''               # the endpoint that is meant
-endpoint_key=''               # its key, which opens the way to its workers
 
 # What `up` has made so far and gives back unless it comes to its end.
 making=''                     # template, endpoint, worker group: while an order may be on its way
@@ -305,7 +304,7 @@ come; none after $((INACTIVE_SECONDS / 60)) minutes without one. Loading is bill
 first Vast may try workers without a request"
 }
 
-# usage: order_part WHAT WORDS...    (has Vast create it; ends, and so gives back, if that is refused)
+# usage: order_part WHAT WORDS...    (has Vast create it; ends, and so gives back, if refused)
 order_part() {
   making="$1" if_cut=''
   vast create "${@:2}" || true
@@ -623,11 +622,10 @@ endpoint_logs() {
 # -----------------------------------------------------------------------------
 # test: one request along Vast's route. Vast names a worker and signs for it; the worker checks that
 
-route_reply=''                              # with the worker's address and the signature
-request_index=0                             # Vast's number of the request
-
 endpoint_test() {
-  local cold='no cold start: a worker was ready' ready_before='' took queued_seconds
+  local text spoken_voice out took cold='no cold start: a worker was ready' ready_before=''
+  local endpoint_key    # opens the way to its workers
+  local route_reply request_index=0 queued_seconds
   timeout=1800
   parse_test 'endpoint test' --timeout=timeout "$@"
   need_whole endpoint --timeout "$timeout" 1 86400
@@ -659,7 +657,7 @@ to change that: $(by_hand update endpoint "$id" --endpoint_state active)"
   fi
 }
 
-# The CLI hides it.
+# Sets endpoint_key of its caller, which the CLI hides.
 find_endpoint_key() {
   persist web_json object "$(account_key)" "$CONSOLE_URL/api/v0/endptjobs/?client_id=me" ||
     die_by_vast "the endpoint's key cannot be had"
@@ -695,7 +693,7 @@ speak_along_route() {
     die "$EX_UNHEALTHY" 'the worker answered without audio'
 }
 
-# usage: await_route DEADLINE    (sets route_reply)
+# usage: await_route DEADLINE
 await_route() {
   phase='no worker is ready; Vast starts one' wait_began=$now gpu_price=''
   until_true "$(($1 - now))" "$((POLL < 5 ? POLL : 5))" is_routed ||
@@ -703,7 +701,8 @@ await_route() {
 does: $AGAIN endpoint logs; what it costs: $AGAIN endpoint status"
 }
 
-# Asks for a worker; sets route_reply and request_index.
+# Asks for a worker. Sets, of the test, route_reply: a worker's address and the signature for it;
+# and request_index: Vast's number of the request.
 is_routed() {
   local url="$RUN_URL/route/?api_key=$endpoint_key" body
   body="$(key="$endpoint_key" cost="${#text}" index="$request_index" name="$(endpoint_fact \

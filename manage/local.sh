@@ -500,10 +500,9 @@ own_settings() {
   printf '%s\n' "$settings"
 }
 
-torch_arguments=()    # what pip installs first, if that is needed for the right build of torch
-torch_source=''       # where it comes from, for people
-
-# usage: choose_torch VERSION BUILD    (sets both; fails if what BUILD asks for cannot be had)
+# usage: choose_torch VERSION BUILD    (fails if what BUILD asks for cannot be had)
+# Sets, of its caller, torch_arguments: what pip installs first, if that is needed for the right
+# build of torch; and torch_source: where it comes from, for people.
 choose_torch() {
   local index="$TORCH_WHEELS/$2" settings
   torch_arguments=() torch_source=''
@@ -529,7 +528,7 @@ choose_torch() {
 # usage: install_worker NO_GPU    (NO_GPU says why there is none; empty where there is one)
 # Installs what the worker needs, torch in the build that fits, each thing once.
 install_worker() {
-  local version build=cpu driver='' packages_before
+  local version build=cpu driver='' packages_before torch_arguments=() torch_source=''
   if ! venv_works; then make_venv; fi
   requirements_of worker >"$WORKER_LIST"
   version="$(torch_wanted)"

@@ -2,7 +2,7 @@
 # Runs the checks that take too long for run.sh. Arguments go to pytest. Needs what run.sh needs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=manage/local.sh
+# shellcheck source=/dev/null    # it is checked by itself
 source manage/local.sh
 
 ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt" \

@@ -4,7 +4,7 @@
 # Beyond pip it needs Python 3.11 or newer with its venv module, curl and jq.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=manage/local.sh
+# shellcheck source=/dev/null    # it is checked by itself
 source manage/local.sh
 
 failed=''
