@@ -219,6 +219,13 @@ def test_a_clock_that_is_set_counts_as_a_second(step: int, counted: int) -> None
     assert answer(code, str(step)) == f"{5 + counted}\n"
 
 
+@pytest.mark.parametrize(("seconds", "tries"), [(10, 3), (2, 2), (0, 1)])
+def test_what_is_waited_for_is_tried_until_it_is_so_or_time_is_up(seconds: int, tries: int) -> None:
+    code = ('pause() { now=$((now + $1)); }; tick() { :; }; third() { n=$((n + 1)); ((n == 3)); };'
+            ' n=0; until_true "$1" 2 third && echo "so $n" || echo "late $n"')
+    assert answer(code, str(seconds)) == f"{'so' if tries == 3 else 'late'} {tries}\n"
+
+
 def test_help_says_what_the_list_of_processes_shows(tmp_path: Path) -> None:
     told = " ".join(help_of("start", tmp_path).split())
     assert "list of processes shows the worker's own key" in told
@@ -1094,6 +1101,9 @@ MISUSE = [
                    "env", "local")],
     (["start", "now"], "start knows no 'now'"),
     (["start", "--yes=1"], "start knows no '1'"),
+    (["start", "--yes --dry-run"], "start knows no '--yes --dry-run'"),
+    (["start", "--yes:agreed"], "start knows no '--yes:agreed'"),
+    (["start", "--", "--yes"], "start knows no '--yes'"),
     (["start", "--gpu"], "--gpu needs a value"),
     (["start", "--gpu="], "--gpu needs a value"),
     (["start", "--gpu", "RTX 3060;reboot"], "--gpu is 'RTX 3060;reboot'"),
