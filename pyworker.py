@@ -12,8 +12,8 @@ beside this file, which checks its own settings. Both end together: a signal is 
 status comes back, and the kernel ends a child whose parent died. All of it needs Linux.
 
 Each section knows only what stands above it: settings, which alone reads the environment; worker,
-the child process; PyWorker, all that touches Vast's SDK; main. tests/test_serverless.py watches it,
-also that the SDK still has what is used of it beside its options.
+the child process; PyWorker, all that touches Vast's SDK; main. test_serverless.py watches it, also
+that the SDK still has what is used of it beside its options.
 """
 
 from __future__ import annotations

@@ -21,8 +21,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-import toy_model
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "bark-worker.py"
@@ -33,10 +31,11 @@ START_SECONDS = 90.0  # importing torch and transformers takes most of it on a b
 pytest.register_assert_rewrite("engines", "manager", "renting", "fake_vast")
 # Whatever a shell starts in its background ignores SIGINT, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # the toys are too small for a second thread to do anything but wait
+os.environ["OMP_NUM_THREADS"] = "1"  # the toys are too small for a second thread but to wait
 
 
 def load_module(path: Path) -> ModuleType:
+    """A file of ours as a module. Whoever needs torch imports it by this: it takes seconds."""
     name = path.stem.replace("-", "_")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
@@ -51,6 +50,16 @@ def bark() -> ModuleType:
     return load_module(WORKER)
 
 
+def load_words() -> ModuleType:
+    """The worker's sections above Model, which are about words and samples and know no torch."""
+    module = ModuleType("bark_words")
+    module.__file__ = str(WORKER)
+    sys.modules["bark_words"] = module
+    source = WORKER.read_text(encoding="utf-8").partition("\n# Model: ")[0]
+    exec(compile(source, WORKER, "exec"), vars(module))
+    return module
+
+
 @pytest.fixture(scope="session")
 def pyworker() -> ModuleType:
     return load_module(PYWORKER)
@@ -59,6 +68,8 @@ def pyworker() -> ModuleType:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy model folder that samples, as Suno's does."""
+    import toy_model
+
     folder = tmp_path_factory.mktemp("toy")
     toy_model.build(folder)
     return folder
@@ -66,6 +77,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def greedy_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import toy_model
+
     folder = tmp_path_factory.mktemp("greedy-toy")
     toy_model.build(folder, greedy=True)
     return folder

@@ -251,7 +251,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_every_link_between_files_leads_somewhere() -> None:
-    pages = [*PAGES, ROOT / "builtin-voice/README.md", *(ROOT / "tests").glob("*.md")]
+    pages = [*PAGES, ROOT / "builtin-voice/README.md", *(ROOT / "tests").rglob("*.md")]
     links = [(page, *link) for page in pages for link in re.findall(
         r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))]
     assert len(links) > 30

@@ -133,7 +133,7 @@ def test_a_row_that_fails_or_does_not_fit_leaves_the_others(toy_bench: bench.Ben
 
 
 def test_the_command_prints_a_table_with_ratios() -> None:
-    command = [sys.executable, ROOT / "tests/bench.py", "--device", "cpu", "--size", "toy",
+    command = [sys.executable, ROOT / "tests/bench/bench.py", "--device", "cpu", "--size", "toy",
                "--seconds", "0.3", "--batches", "1,2", "--baseline-batches", "2", "--profile"]
     done = subprocess.run(command, env=clean_environment(), text=True, capture_output=True,
                           timeout=120)

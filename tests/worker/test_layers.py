@@ -8,11 +8,10 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import PYWORKER, WORKER
+from conftest import PYWORKER, ROOT, WORKER
 
 PYWORKER_SECTIONS = ("Settings", "Worker", "PyWorker", "Main")
 ENGINE = ("Sampling", "Decoding", "Stages", "Engine")
@@ -266,7 +265,7 @@ def test_the_worker_keeps_to_its_layers(rule: Rule) -> None:
 
 @pytest.mark.parametrize("row", MAP, ids=lambda row: row.title)
 def test_the_test_that_the_map_names_knows_the_section(row: Row) -> None:
-    (path,) = Path(__file__).parent.rglob(f"{row.watched_by}.py")
+    (path,) = (ROOT / "tests").rglob(f"{row.watched_by}.py")
     defined = {name for title, node in definitions(SOURCE) if title == row.title
                for name in defined_names(node)}
     assert defined & set(re.findall(r"\w+", path.read_text(encoding="utf-8")))

@@ -11,8 +11,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import load_words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+
+@pytest.fixture(scope="session")
+def bark() -> ModuleType:
+    return load_words()
+
 
 PROPERTY = settings(
     max_examples=150,

@@ -47,7 +47,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "ghcr.io/darvondoom/libread-bark-tts:latest"
 IMAGE_ENV = {"HF_HOME": "/workspace/models"}  # of Dockerfile.ghcr, for whatever runs in it
 ONSTART = ("nohup bash -c 'while :; do python -u /app/bark-worker.py; sleep 1; done'"

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 VOICES, FORMS = ("male", "female"), ("opus", "wav")
 SENTENCES = [tuple(line.split("\t")) for line in
-             (ROOT / "tests/heard_sentences.tsv").read_text(encoding="utf-8").splitlines()]
+             (ROOT / "tests/worker/heard_sentences.tsv").read_text(encoding="utf-8").splitlines()]
 KINDS = tuple(dict.fromkeys(kind for kind, _ in SENTENCES))
 # Shares of wrong words, a little above what was measured on 2026-11-25; builtin-voice/README.md
 # has that.

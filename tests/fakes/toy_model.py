@@ -1,6 +1,6 @@
 """A toy Bark for tests: a real `BarkModel`, small, with seeded random weights. It babbles noise.
 
-    python tests/toy_model.py DIR [--seed N] [--greedy] [--eos soon|late|never|first]
+    python tests/fakes/toy_model.py DIR [--seed N] [--greedy] [--eos soon|late|never|first]
 
 DIR gets the file layout of suno/bark on the Hugging Face hub: config.json, generation_config.json,
 pytorch_model.bin (a plain pickle in the old key layout), the tokenizer, and 130 voices with

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How fast is the engine: against `BarkModel.generate` on the same work, and against the device.
 
-    python3 tests/bench.py                              # bark's shape on a GPU, under 8 minutes
-    python3 tests/bench.py --device cpu --size small    # bark-small's shape, for a CPU
+    python3 tests/bench/bench.py                            # bark's shape on a GPU, under 8 minutes
+    python3 tests/bench/bench.py --device cpu --size small  # bark-small's shape, for a CPU
 
 Nothing is downloaded: the networks have the shapes of suno/bark or suno/bark-small and random
 weights, tokenizer, windows, sampling and voices are those of toy_model.py, which are Suno's. Every
@@ -36,13 +36,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers looks
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fakes"))
 
 import torch
 import toy_model
 import transformers
 from transformers import BarkConfig, BarkModel, GenerationConfig
 
-WORKER = Path(__file__).resolve().parent.parent / "bark-worker.py"
+WORKER = Path(__file__).resolve().parents[2] / "bark-worker.py"
 TEXT = "The rain came down in sheets, and nobody spoke a word until the lamp went out at last."
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 REPEATS, REPEAT_SECONDS = 3, 30.0  # of one-by-one generate: as often as fits

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import fake_vast
 import pytest
-import toy_model
 from conftest import ROOT
 from fake_vast import FakeVast, Instance, Request
 from manager import Manager, Run, managed
@@ -141,6 +140,8 @@ class Scene:
 def make_worker_real(stage: Scene) -> None:
     """The next instance gets the real worker, before it runs, and finds a toy model."""
     toy = stage.manager.home / "toy"
+    import toy_model
+
     toy_model.build(toy)
     stage.vast.models["suno/bark-small"] = toy
     stage.vast.provisioning = 1.0

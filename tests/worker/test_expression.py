@@ -30,7 +30,7 @@ CUES = ["[laughs]", "[laughter]", "[sighs]", "[gasps]", "[clears throat]", "[mus
 CUE = re.compile(f"(?:{'|'.join(map(re.escape, CUES))}) ?")
 NAMES = {"tuned": "tuned", "held": "held out, at first sight"}  # in docs/expression.md
 ROWS = [line.split("\t") for line in
-        (ROOT / "tests/expression_table.tsv").read_text(encoding="utf-8").splitlines()]
+        (ROOT / "tests/worker/expression_table.tsv").read_text(encoding="utf-8").splitlines()]
 SOURCE = WORKER.read_text(encoding="utf-8")
 LEXICON, GRAMMAR = re.split(r"\n# (?:Lexicon|Grammar|Placement): .*", SOURCE)[1:3]
 LITERAL = r"\"[^\"\n]*\"|'[^'\n]*'"
