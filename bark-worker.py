@@ -1559,8 +1559,8 @@ EVERYBODY = one_of(either_case("everyone everybody they_all we_all all_of_(?:the
 SOMEBODY = (rf"{one_of(either_case(f'{DETERMINERS} your'))}"
             rf"(?:\s+(?!{one_of(BREAKS)}\b)[\w'’-]+){{0,2}}"
             rf"\s+(?!{one_of(THINGS)}\b){one_of(PERSON)}")
-# takes: "O’Neil"  not: "tom"
-CAPITALIZED = r"[A-ZÀ-ÖØ-Þ][\w'’-]*"
+# takes: "O’Neil"  not: "Tom’s"
+CAPITALIZED = r"[A-ZÀ-ÖØ-Þ](?:[\w-]|['’](?!s\b))*"
 # takes: "Mrs. Ana Finch"  not: "Suddenly"
 NAME = (rf"(?:{one_of(TITLES_OF_NAMES)}\.\s+)?(?!(?:{one_of(NOT_NAMES)}|(?i:{one_of(THINGS)}))\b)"
         rf"{CAPITALIZED}(?:\s+{CAPITALIZED}){{0,2}}")
@@ -1568,7 +1568,7 @@ NAME = (rf"(?:{one_of(TITLES_OF_NAMES)}\.\s+)?(?!(?:{one_of(NOT_NAMES)}|(?i:{one
 SUBJECT = f"(?:{EVERYBODY}|{one_of(either_case('he she they we you'))}|I|{SOMEBODY}|{NAME})"
 # takes: "slowly"  not: "hardly"
 ADVERB = rf"(?:(?!{one_of(NOT_REALLY)}ly\b)\w+ly|{one_of(ADVERBS)})"
-# takes: "said the man"  not: "the man’s dog"
+# takes: "said the man"  not: "Tom’s dog and the man’s"
 SUBJECT_RE = re.compile(rf"\b{SUBJECT}(?!['’]s?\b)\b")
 # takes: "Then the man slowly "  not: "Then the tower slowly "
 SUBJECT_LAST_RE = re.compile(rf"(?:^|(?<=[\s,;:—]))({SUBJECT}),?\s+(?:(?:{ADVERB}),?\s+){{0,2}}$")
@@ -1621,8 +1621,8 @@ SOUND_RE = re.compile(r"\b(?:" + "|".join(
     rf"(?P<finite_{n}>{finite(sound)})|(?P<adjunct_{n}>(?i:{adjunct(sound)}))"
     for n, sound in enumerate(SOUNDS)) + r")(?![\w-])")
 # Whether a paragraph is worth reading for sounds.
-# takes: "Giggling"  not: "She smiled."
-TOLD_RE = re.compile(one_of(f"{LAUGHS.replace('e ', ' ')} sigh gasp throat sang sing croon"), re.I)
+# takes: "chortling."  not: "She smiled."
+TOLD_RE = re.compile(one_of(f"{inflected(LAUGHS, '')} sigh gasp throat sang sing croon"), re.I)
 # takes: "A short laugh escaped her."  not: "A prisoner escaped her."
 ESCAPED_RE = re.compile(rf"\s*(?:A|An|Another){ADJECTIVES}(?P<noun>{one_of(LAUGHS)}|sigh|gasp)"
                         r"\s+(?:escaped|slipped\s+from|broke\s+from|came\s+from)\s+"

@@ -107,6 +107,8 @@ def test_cues_go_where_a_reader_would_put_them_as_often_as_the_docs_say(
     ('She sighed. "I give up."', ['She sighed. [sighs] "I give up."']),
     ('They waited. "Well, I give up." He sighed.',
      ['They waited. "Well, I give up." [sighs] He sighed.']),
+    ('"No," he said, chortling.', ['"No," [laughs] he said, chortling.']),
+    ('Tom’s dog, laughing, fell. "No," said Ann.', ['Tom’s dog, laughing, fell. "No," said Ann.']),
 ])
 def test_a_cue_stands_between_the_quotation_and_what_tells_of_it(
         bark: ModuleType, text: str, spoken: list[str]) -> None:
