@@ -14,8 +14,9 @@ The map: sections in order. Each uses what stands above it, and of the world wha
   Errors         what can go wrong, for whoever has to act  -                     test_scheduler
   Configuration  settings and --help, before all else       environment, signals  test_config
   Text           where a text is cut, and for how long      -                     test_text
-  Reading        what signs stand for, for every model      -                     test_expression
+  Reading        what signs stand for, for every model      -                     test_reading
   Lexicon        words that tell how a line sounds          -                     test_expression
+  Asides         directions, left out, and emphasis         -                     test_reading
   Grammar        patterns of them: who makes which sound    -                     test_expression
   Placement      cues and emphasis put in, the words kept   -                     test_expression
   Audio          samples to bytes, in six formats           -                     test_audio
@@ -50,6 +51,7 @@ import errno
 import gc
 import hashlib
 import hmac
+import html
 import io
 import itertools
 import json
@@ -921,25 +923,18 @@ def dictionary(language: str) -> frozenset[str]:
     return frozenset(SpellChecker(language=language).word_frequency.words())
 
 
-def read_lines(text: str, spans: list[Span], language: str) -> list[str]:
-    """Each span's text, and what is spoken at its lines' ends. `language` is a voice's letters."""
-    ends = [end for _, _, ends in laid_out(text) for end in ends if end.spoken != " "]
-    hyphens = Hyphens(text, language) if any(end.spoken == "-" for end in ends) else None
-    read, nearest = [], 0
-    for span in spans:
-        spoken, done = "", span.start
-        while nearest < len(ends) and ends[nearest].start <= span.end:
-            start, end, mark = ends[nearest]
-            nearest += 1
-            if start < done:
-                continue
-            if mark == "-" and hyphens and text[end].islower():
-                left = COMPOUND_RE.findall(text, max(done, start - 40), start)
-                right = COMPOUND_RE.match(text, end)
-                mark = hyphens.between(left[-1] if left else "", right[0] if right else "")
-            spoken, done = spoken + text[done:start] + mark, min(end, span.end)
-        read.append((spoken + text[done : span.end]).strip())
-    return read
+def spoken_line_ends(text: str, language: str) -> Iterator[LineEnd]:
+    """The ends of lines where more than a blank is spoken, or within a word less."""
+    hyphens = None
+    for end in (end for _, _, ends in laid_out(text) for end in ends):
+        if end.spoken == "-" and text[end.end].islower():
+            hyphens = hyphens or Hyphens(text, language)
+            left = COMPOUND_RE.findall(text, max(0, end.start - 40), end.start)
+            right = COMPOUND_RE.match(text, end.end)
+            mark = hyphens.between(left[-1] if left else "", right[0] if right else "")
+            yield end._replace(spoken=mark)
+        elif end.spoken != " ":
+            yield end
 
 
 @lru_cache(maxsize=4096)
@@ -1289,18 +1284,572 @@ class Paragraph:
 # -----------------------------------------------------------------------------
 # Reading: which words and pauses a text's signs stand for, whoever speaks it
 #
-# What a person who reads aloud makes of signs that are no words: markup, lists, entities,
-# directions that are not for speaking, what a tokenizer cannot write. It holds for every model,
-# also with expression off. How a word is said is not decided here but in the three sections below.
-# No word is lost or added; what may be left out instead is listed here. So far there are only
-# Bark's own cues, which stay what they are wherever an author types them.
+# What a person who reads aloud makes of signs that are no words. It holds for every model, also
+# with expression off; how a word is said is not decided here but in the sections below. A `Script`
+# is a text as it is read, and knows of each of its characters where in the request's text it comes
+# from. One kind of sign after the other is looked for and taken out of it, by edits that do not
+# overlap; what is code, or was written so that it is no sign, is kept from the later ones. No word
+# is lost or added but by the kinds of LEAVES. Every pass takes linear time in whatever text.
+# `read` (in the section on asides) is the whole of it. What a model's tokenizer has no token for
+# is a `Pen`'s to say: it writes what Bark gets, when all else is done.
 
 CUES = ("[laughs]", "[laughter]", "[sighs]", "[gasps]", "[clears throat]", "[music]")  # Suno's
-TYPED_CUE_RE = re.compile("|".join(map(re.escape, CUES)), re.IGNORECASE)
+# takes: "so [sighs]"  not: "[Sighs]"
+TYPED_CUE_RE = re.compile("|".join(map(re.escape, CUES)))
+
+# What is not spoken, of all that has a letter or a digit; anything else stays.
+LEAVES = {
+    "target": "where a link leads, of an address all but its host, and what defines a link",
+    "note": "the mark of a footnote",
+    "tag": "tags of HTML, XML and SSML, comments, scripts and style sheets",
+    "line": "the fences around code, with the language named there, and the boxes of tasks",
+    "entity": "an entity, for which its sign is spoken",
+    "aside": "a direction, which is not for speaking; its cue may be",
+}
+
+ENDING_SIGNS = ".!?…:;,。！？：；，、।॥؟"  # a line with one at its end needs no other
+FULL_STOP = {"zh": "。", "ja": "。", "hi": "।"}  # by language; any other has a dot
+SIGNS_AT_END = "*_`~)]}\"'”’»›“|# \t\r\n"  # may stand behind a stop
+
+
+class Edit(NamedTuple):
+    """`text[start:end]` is spoken as `spoken`; a cue gets blanks around it as needed."""
+
+    start: int
+    end: int
+    spoken: str
+
+
+class Left(NamedTuple):
+    """Words of the request's text[start:end] that are not spoken; a kind of LEAVES."""
+
+    kind: str
+    start: int
+    end: int
+
+
+class Direction(NamedTuple):
+    """Where in a script a direction stood, its cue ("" where Bark has none), and its words."""
+
+    at: int
+    cue: str
+    words: str
+
+
+Stretch = tuple[int, int]  # text[start:end]
+
+
+def is_within(stretches: list[Stretch], pos: int) -> bool:
+    """Whether a position lies in one of some stretches, which are in order."""
+    near = bisect_right(stretches, (pos, sys.maxsize)) - 1
+    return near >= 0 and pos < stretches[near][1]
+
+
+class Script:
+    """A text as it is read. All places but those of `left` are places in `text`."""
+
+    def __init__(self, source: str):
+        self.source = self.text = source
+        self._from, self._to = list(range(len(source))), list(range(1, len(source) + 1))
+        self.kept: list[Stretch] = []      # signs there are no markup
+        self.listed: list[Stretch] = []    # items, cells and headings: nothing stands aside there
+        self.emphases: list[Stretch] = []  # in their clauses
+        self.directions: list[Direction] = []
+        self.left: list[Left] = []
+
+    def change(self, edits: Iterable[Edit], kind: str = "", kept: Iterable[Stretch] = ()) -> None:
+        """Applies those edits that touch nothing kept, which then has the stretches `kept` too."""
+        bounds = [end for _, end in self.kept]
+        done: list[Edit] = []
+        for edit in sorted(edits):
+            near = bisect_right(bounds, edit.start)
+            free = near == len(bounds) or self.kept[near][0] >= edit.end
+            if free and (not done or done[-1].end <= edit.start):
+                done.append(edit)
+        self.kept = sorted([*self.kept, *kept])
+        if done:
+            self._leave(done, kind)
+            self._apply(done)
+
+    def _leave(self, edits: list[Edit], kind: str) -> None:
+        for start, end, spoken in edits:
+            if is_speakable(self.text[start:end]) and self.text[start:end] != spoken:
+                self.left.append(Left(kind, self._from[start], self._to[end - 1]))
+
+    def _apply(self, edits: list[Edit]) -> None:
+        parts: list[str] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        done = 0
+        for edit in edits:
+            low = self._from[edit.start] if edit.start < edit.end else self._before(edit.start)
+            high = self._to[edit.end - 1] if edit.start < edit.end else low
+            parts += self.text[done : edit.start], edit.spoken
+            starts += self._from[done : edit.start] + [low] * len(edit.spoken)
+            ends += self._to[done : edit.start] + [high] * len(edit.spoken)
+            done = edit.end
+        self.text = "".join([*parts, self.text[done:]])
+        self._from, self._to = starts + self._from[done:], ends + self._to[done:]
+        self._move(edits)
+
+    def _move(self, edits: list[Edit]) -> None:
+        ends = [edit.end for edit in edits]
+        shifts = [0, *itertools.accumulate(len(e.spoken) - (e.end - e.start) for e in edits)]
+
+        def moved(pos: int) -> int:
+            return pos + shifts[bisect_right(ends, pos)]
+
+        for stretches in (self.kept, self.listed, self.emphases):
+            stretches[:] = [(moved(start), moved(end)) for start, end in stretches]
+        self.directions = [each._replace(at=moved(each.at)) for each in self.directions]
+
+    def _before(self, pos: int) -> int:
+        return self._to[pos - 1] if pos else 0
+
+    def keeps(self, pos: int) -> bool:
+        return is_within(self.kept, pos)
+
+    def lists(self, pos: int) -> bool:
+        return is_within(self.listed, pos)
+
+    def direct(self, start: int, end: int, at: int, cue: str) -> None:
+        """Notes that text[start:end] is a direction; it is taken out at `at`."""
+        words = self.source[self._from[start] : self._to[end - 1]]
+        self.directions.append(Direction(at, cue, words))
+
+    def place(self, start: int, end: int) -> Stretch:
+        """Where text[start:end] stands in the source, with the signs that went with it."""
+        until = self._from[end] if end < len(self.text) else len(self.source)
+        return trim_blanks(self.source, self._before(start), max(until, self._to[end - 1]))
+
+
+# Lines. What stands at their starts, as Markdown has it.
+
+# takes: "```py"  not: "```x``` is code"
+FENCE_RE = re.compile(r"[ \t]*(`{3,}|~{3,})[^`\r\n]*(?=[\r\n]|\Z)")
+# takes: "> > Hi"  not: ">_<"
+QUOTE_RE = re.compile(r"(?:[ \t]{0,3}>(?:[ \t]|(?=[^\W\d_]|[>\"“*\[(])|(?=\s*$)))+")
+# takes: "## Title"  not: "#1 of 5"
+HEADING_RE = re.compile(r"[ \t]{0,3}#{1,6}[ \t]+(?=\S)")
+# takes: "* [ ] one"  not: "*one"
+BULLET_RE = re.compile(
+    r"[ \t]*(?:[-*•‣◦▪●∙■]|\+(?=[ \t]+[^\W\d]))[ \t]+(?:\[[ xX✓]\][ \t]+)?(?=\S)")
+# takes: "12. Wash"  not: "3.5 kg"
+NUMBERED_RE = re.compile(r"[ \t]*\(?\d{1,3}[.)][ \t]+(?=\S)")
+# takes: "[guide]: https://x.org/a 'A'"  not: "[Tom]: Hello."
+DEFINITION_RE = re.compile(
+    r"(?m)^[ \t]{0,3}\[(?!\^)([^\[\]\n]{1,100})\]:[ \t]{1,9}<?(?:[a-z]{2,9}:|[/#.])\S*[^\n]*$")
+# takes: "a | b"  not: "a \\| b"
+BAR_RE = re.compile(r"(?<!\\)\|")
+# takes: "so[^2]."  not: "[^a-z]"
+NOTE_RE = re.compile(r"\[\^\d{1,3}\](?::[ \t]*)?")
+
+
+class Lines:
+    """What the lines of a text are, and the edits that read them so."""
+
+    def __init__(self, text: str, stop: str):
+        self.text, self.stop = text, stop
+        self.edits: list[Edit] = []
+        self.fences: list[Edit] = []
+        self.kept: list[Stretch] = []
+        self.listed: list[Stretch] = []
+        self._unclosed = {"`": math.inf, "~": math.inf}  # fences of that length or more
+        self.lines: list[Stretch] = []
+        start = 0
+        for line in text.splitlines(keepends=True):
+            quote = QUOTE_RE.match(line)
+            if quote:
+                self.edits.append(Edit(start, start + quote.end(), ""))
+            self.lines.append((start + (quote.end() if quote else 0), start + len(line)))
+            start += len(line)
+        at = 0
+        while at < len(self.lines):
+            at = self._read(at)
+
+    def _line(self, at: int) -> str:
+        return self.text[slice(*self.lines[at])] if 0 <= at < len(self.lines) else ""
+
+    def _read(self, at: int) -> int:
+        """Reads what starts with a line; the number of the next line."""
+        line, (start, end) = self._line(at), self.lines[at]
+        if fence := FENCE_RE.match(line):
+            return self._read_fence(at, fence[1])
+        if not is_speakable(line):
+            return at + 1
+        if "|" in line and (until := self._table_end(at)) > at:
+            return self._read_table(at, until)
+        if heading := HEADING_RE.match(line):
+            self._read_heading(start, heading.end(), line)
+        elif self._is_item(at):
+            return self._read_item(at)
+        elif self._is_underline(at + 1) and not self._line(at - 1).strip():
+            self._end(start, end)
+        return at + 1
+
+    def _end(self, start: int, end: int, more: str = "") -> None:
+        """A line that ends without a stop is heard to end."""
+        line = self.text[start:end].rstrip()
+        bare = line.rstrip(SIGNS_AT_END)[-1:]
+        stop = self.stop if bare and bare not in ENDING_SIGNS else ""
+        if stop or more:
+            self.edits.append(Edit(start + len(line), start + len(line), stop + more))
+
+    def _read_fence(self, at: int, sign: str) -> int:
+        self.fences.append(Edit(*self.lines[at], "\n"))
+        if len(sign) >= self._unclosed[sign[0]]:
+            return at + 1
+        for until in range(at + 1, len(self.lines)):
+            line = self._line(until).strip()
+            if line.startswith(sign) and not line.strip(sign[0]):
+                self.fences.append(Edit(*self.lines[until], "\n"))
+                if until > at + 1:
+                    self.kept.append((self.lines[at + 1][0], self.lines[until - 1][1]))
+                return until + 1
+        self._unclosed[sign[0]] = len(sign)
+        return at + 1
+
+    def _read_heading(self, start: int, skipped: int, line: str) -> None:
+        bare = line.rstrip()
+        title = bare.rstrip("#").rstrip() if bare.rstrip("#")[-1:].isspace() else bare
+        self.edits += [Edit(start, start + skipped, "\n" if start else ""),
+                       Edit(start + len(title), start + len(bare), "")]
+        self._end(start, start + len(title), "\n")
+        self.listed.append((start, start + len(line)))
+
+    def _is_underline(self, at: int) -> bool:
+        line = self._line(at).strip()
+        return len(line) > 1 and set(line) in ({"="}, {"-"})
+
+    def _is_item(self, at: int) -> bool:
+        """Whether a line is a list's item; one that goes on with a sentence is none."""
+        def looks_like(at: int) -> bool:
+            line = self._line(at)
+            return bool(BULLET_RE.match(line) or NUMBERED_RE.match(line))
+
+        before = self._line(at - 1).rstrip()
+        free = not is_speakable(before) or before.rstrip(SIGNS_AT_END)[-1:] in ENDING_SIGNS
+        return looks_like(at) and (free or looks_like(at + 1) or self._in_list(at))
+
+    def _in_list(self, at: int) -> bool:
+        return bool(self.listed) and self.listed[-1][1] == (self.lines[at - 1][1] if at else -1)
+
+    def _read_item(self, at: int) -> int:
+        line, start = self._line(at), self.lines[at][0]
+        if bullet := BULLET_RE.match(line):
+            self.edits.append(Edit(start, start + bullet.end(), ""))
+        at += 1
+        while is_speakable(line := self._line(at)) and not (
+                BULLET_RE.match(line) or NUMBERED_RE.match(line) or HEADING_RE.match(line)
+                or FENCE_RE.match(line)):
+            at += 1
+        end = self.lines[at - 1][1]
+        self._end(start, end)
+        self.listed.append((start, end))
+        return at
+
+    def _is_ruled(self, at: int) -> bool:
+        line = self._line(at).strip()
+        return "|" in line and "-" in line and set(line) <= set("|-: \t")
+
+    def _is_framed(self, at: int) -> bool:
+        line = self._line(at).strip()
+        return len(line) > 2 and line[0] == line[-1] == "|"
+
+    def _table_end(self, at: int) -> int:
+        """The line after a table that starts here; the same where none does."""
+        until = at
+        if self._is_ruled(at + 1):
+            while "|" in self._line(until):
+                until += 1
+        elif self._is_framed(at) and self._is_framed(at + 1):
+            while self._is_framed(until):
+                until += 1
+        return until
+
+    def _read_table(self, at: int, until: int) -> int:
+        for row in range(at, until):
+            start, end = self.lines[row]
+            if is_speakable(self.text[start:end]):
+                self._read_row(start, start + len(self._line(row).rstrip()))
+                self.listed.append((start, end))
+            else:
+                self.edits.append(Edit(start, end, ""))
+        return until
+
+    def _read_row(self, start: int, end: int) -> None:
+        """Cells with pauses between them."""
+        bars = [match.start() for match in BAR_RE.finditer(self.text, start, end)]
+        edges = zip([start, *(bar + 1 for bar in bars)], [*bars, end], strict=True)
+        cells = [cell for cell in itertools.starmap(self._trimmed, edges) if cell[0] < cell[1]]
+        done, pause = start, ""
+        for low, high in cells:
+            self.edits.append(Edit(done, low, pause))
+            last = self.text[low:high].rstrip(SIGNS_AT_END)[-1:]
+            done, pause = high, " " if last and last in ENDING_SIGNS else ", "
+        self.edits.append(Edit(done, end, self.stop if pause == ", " else ""))
+
+    def _trimmed(self, start: int, end: int) -> Stretch:
+        cell = self.text[start:end]
+        return start + len(cell) - len(cell.lstrip()), start + len(cell.rstrip())
+
+
+def read_marked_lines(script: Script, stop: str) -> set[str]:
+    """Headings, items, tables, quotes, fences; the names of links that are defined."""
+    named = {match[1].casefold() for match in DEFINITION_RE.finditer(script.text)}
+    script.change((Edit(*match.span(), "") for match in DEFINITION_RE.finditer(script.text)),
+                  "target")
+    lines = Lines(script.text, stop)
+    script.listed = lines.listed
+    script.change([*lines.edits, *lines.fences], "line", lines.kept)
+    return named
+
+
+# Within lines. The first kinds of sign that are looked for keep what they hold from the later ones.
+
+# takes: "`_x_`"  not: "'`a' and `b'"
+CODE_RE = re.compile(r"(?<![`\\\w])(`{1,3})(?!`)(?=\S)([^`\n]{1,300}+)(?<!\s)\1(?!`)")
+# Where a link leads: in round brackets, of one word, with a sign that words have not.
+# takes: "(https://x.org/a_(b) 'A')"  not: "(now)"
+TARGET = (r"\((?=[^\s()]{0,2000}[/.#:@]|\))\s?"
+          r"(?:<[^<>\n]{0,2000}>|(?:[^\s()<>]|\([^\s()]{0,500}\)){0,2000}+)"
+          r"(?:\s{1,9}(?:\"[^\"\n]{0,300}\"|'[^'\n]{0,300}'))?\s?\)")
+# takes: "the [guide](https://x.org/a_b)"  not: "[Press](now)"
+LINK_RE = re.compile(
+    r"(?<!\\)!?\[(?P<label>(?:[^\[\]\n]|\n(?=\S)|\[[^\[\]\n]{0,100}\](?!\()){0,500}+)\]"
+    rf"(?:(?P<target>{TARGET})|\[(?P<name>[^\[\]\n]{{0,100}})\])")
+# takes: "see www.x.org/a."  not: "x.org"
+ADDRESS_RE = re.compile(
+    r"<?(?<![\w@])(?P<scheme>(?:https?|ftps?)://(?:[\w.%:-]{1,100}@)?|(?=www\.[a-z0-9]))"
+    r"(?P<host>(?:[a-z0-9-]{1,63}\.){0,9}[a-z0-9-]{1,63})"
+    r"(?P<rest>(?:[:/?#][a-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]{0,2000})?)>?", re.I)
+# takes: "<tom@x.org>"  not: "<b>"
+MAIL_RE = re.compile(r"(?P<open><(?:mailto:)?|(?<![\w:])mailto:)"
+                     r"(?P<mail>[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,9})(?P<close>>?)",
+                     re.I)
+# takes: "a<br/>b"  not: "a < b"
+ELEMENT_RE = re.compile(
+    r"<(?P<apart>!--|script\b|style\b)|<[!?][a-z\[][^<>]{0,2000}>"
+    r"|<(?P<close>/?)(?P<name>[a-z][\w:.-]{0,40})(?P<rest>(?:\s[^<>]{0,5000}|/)?)>", re.I)
+# takes: "</b >"  not: "<b>"
+CLOSED_RE = re.compile(r"</([a-z][\w:.-]{0,40})\s{0,9}>", re.I)
+# takes: "<img alt='a cat' src=x>"  not: "<img src=x>"
+ALT_RE = re.compile(r"\salt\s?=\s?(\"[^\"]{0,500}\"|'[^']{0,500}')", re.I)
+# takes: "&amp;nbsp;"  not: "AT&T"
+ENTITY_RE = re.compile(r"&(?:amp;)*(#\d{1,7};|#x[0-9a-f]{1,6};|[a-z][a-z0-9]{1,31};)", re.I)
+# takes: "\\*"  not: "\\n"
+ESCAPE_RE = re.compile(r"\\(?=[\\`*_{}\[\]()#+.!|<>~-])")
+# takes: "~~so~~"  not: "~~ so"
+STRUCK_RE = re.compile(r"(?<![~\w])~~(?=[^\s~])([^~\n]{1,300}+)(?<!\s)~~(?!~)")
+
+# takes: "\n</tr>"  not: "</td>"
+ROW_END_RE = re.compile(r"\s{0,99}</?t(?:r|body|head|able)\b", re.I)
+
+LONE_TAGS = "p br hr img li td th tr input wbr"  # need no other that closes them
+INLINE_TAGS = """
+    a abbr acronym b bdi bdo big cite code del dfn em emphasis font i ins kbd mark phoneme prosody q
+    s samp small span strike strong sub sup tt u var voice wbr"""  # in them may stand half a word
+BLOCK_TAGS = """
+    address article aside blockquote body center details div dl fieldset figure footer form h1 h2 h3
+    h4 h5 h6 head header hr html li main nav ol p pre section table tbody thead tr ul"""
+# What ends there ends like a sentence.
+STOPPED_TAGS = "caption dd dt figcaption h1 h2 h3 h4 h5 h6 li option title tr"
+CELL_TAGS = "td th"
+
+
+def read_code(script: Script) -> None:
+    """Code is its text, whatever signs are in it."""
+    found = list(CODE_RE.finditer(script.text))
+    script.change((Edit(low, high, "") for match in found
+                   for low, high in ((match.start(), match.start(2)), (match.end(2), match.end()))),
+                  kept=[match.span(2) for match in found])
+
+
+def read_links(script: Script, named: set[str]) -> None:
+    """A link is its words, an image what it shows."""
+    for _ in range(2):  # an image may be a link's words
+        edits = []
+        for match in LINK_RE.finditer(script.text):
+            label = match.span("label")
+            known = (match["name"] or match["label"]).casefold() in named
+            if match["target"] or known:
+                edits += [Edit(match.start(), label[0], ""), Edit(label[1], match.end(), "")]
+        script.change(edits, "target")
+    script.change((Edit(*match.span(), "") for match in NOTE_RE.finditer(script.text)), "note")
+
+
+def address_end(rest: str) -> str:
+    """What follows an address's host, without the marks that are its sentence's."""
+    rest = rest.rstrip("*_.,;:!?'\"")
+    while rest and (opening := {")": "(", "]": "["}.get(rest[-1])):
+        if rest.count(opening) >= rest.count(rest[-1]):
+            break
+        rest = rest[:-1].rstrip("*_.,;:!?'\"")
+    return rest
+
+
+def read_addresses(script: Script) -> None:
+    """An address is its host, a mail's address itself."""
+    edits, kept = [], []
+    for match in ADDRESS_RE.finditer(script.text):
+        rest = address_end(match["rest"])
+        low, high = match.span("host")
+        closed = match[0][0] == "<" and match[0][-1] == ">"
+        end = match.end() if closed else high + len(rest)
+        edits += [Edit(match.start() + (match[0][0] == "<" and not closed), low, ""),
+                  Edit(high, end, "")]
+        kept.append((low, high))
+    for match in MAIL_RE.finditer(script.text):
+        edits += [Edit(*match.span("open"), ""), Edit(*match.span("close"), "")]
+        kept.append(match.span("mail"))
+    script.change(edits, "target", kept)
+
+
+class Tags:
+    """Edits that leave out tags, and the breaks that some stand for."""
+
+    def __init__(self, text: str, stop: str):
+        self.text, self.stop = text, stop
+        self.closed = {match[1].casefold() for match in CLOSED_RE.finditer(text)}
+        self.edits: list[Edit] = []
+        self._last, self._done = "", 0  # the last sign spoken so far, and up to where
+        self._gone: set[str] = set()    # ends that stand nowhere in what is left
+        pos = 0
+        while match := ELEMENT_RE.search(text, pos):
+            pos = self._read(match)
+
+    def _read(self, match: re.Match[str]) -> int:
+        start, end, name = match.start(), match.end(), (match["name"] or "").casefold()
+        if apart := match["apart"]:
+            end = self._end_of(apart.casefold(), end)
+            if not end:
+                return match.end()
+        elif name and not self._is_tag(match, name):
+            return start + 1
+        spoken = self._spoken(match, name, start, end)
+        self.edits.append(Edit(start, end, spoken))
+        self._done = end
+        return end
+
+    def _end_of(self, apart: str, pos: int) -> int:
+        closing = "-->" if apart == "!--" else f"</{apart}>"
+        if closing in self._gone:
+            return 0
+        match = re.compile(re.escape(closing), re.I).search(self.text, pos)
+        if match is None:
+            self._gone.add(closing)
+        return match.end() if match else 0
+
+    def _is_tag(self, match: re.Match[str], name: str) -> bool:
+        rest = match["rest"]
+        return bool(match["close"] or name in self.closed or name in LONE_TAGS.split()
+                    or rest.endswith("/") or ("=" in rest and ("'" in rest or '"' in rest)))
+
+    def _spoken(self, match: re.Match[str], name: str, start: int, end: int) -> str:
+        before = self.text[self._done : start].rstrip(SIGNS_AT_END)
+        self._last = before[-1:] or self._last
+        stop = self.stop if self._last and self._last not in ENDING_SIGNS else ""
+        if name == "img":
+            alt = ALT_RE.search(match["rest"])
+            return f" {alt[1][1:-1]} " if alt else ""
+        if name == "br":
+            return "\n"
+        if match["close"] and name in CELL_TAGS.split():
+            if ROW_END_RE.match(self.text, end):
+                return ""
+            self._last = ","
+            return ", " if stop else " "
+        if match["close"] and name in STOPPED_TAGS.split():
+            self._last = self.stop
+            return f"{stop}\n" if name in ("li", "tr", "option") else f"{stop}\n\n"
+        if name in BLOCK_TAGS.split():
+            return "\n" if name in ("li", "tr") else "\n\n"
+        glued = name in INLINE_TAGS.split() or not (
+            self.text[start - 1 : start].isalnum() and self.text[end : end + 1].isalnum())
+        return "" if glued else " "
+
+
+def read_tags(script: Script, stop: str) -> None:
+    """Tags are not spoken; some end a line, a sentence or a paragraph."""
+    script.change(Tags(script.text, stop).edits, "tag")
+
+
+def read_entities(script: Script) -> None:
+    """Entities and escaped signs are the signs they stand for, and no markup."""
+    edits, kept = [], []
+    for match in ENTITY_RE.finditer(script.text):
+        name = f"&{match[1]}"
+        if (sign := html.unescape(name)) != name:
+            edits.append(Edit(*match.span(), sign))
+            kept.append(match.span())
+    for match in ESCAPE_RE.finditer(script.text):
+        edits.append(Edit(*match.span(), ""))
+        kept.append((match.end(), match.end() + 1))
+    script.change(edits, "entity", kept)
+    script.change(Edit(low, low + 2, "") for match in STRUCK_RE.finditer(script.text)
+                  for low in (match.start(), match.end() - 2))
+
+
+# Signs that a tokenizer may not have, and how they are written with those that each has.
+PLAIN = str.maketrans({
+    **dict.fromkeys("‘’‚‛′ʼ`´", "'"), **dict.fromkeys("“”„‟″«»‹›", '"'), "…": "...",
+    **dict.fromkeys("‐‑‒–−⁃", "-"), "—": "-", "―": "-", "、": ",", "،": ",", "。": ".", "۔": ".",
+    "؟": "?", "؛": ";", "।": ".", "॥": ".", "×": "x", "•": ",", "·": ",", "／": "/"})
+MAX_WORD = 50  # characters; WordPiece knows no word of more than 100, and takes square time in it
+
+
+class Pen:
+    """Writes a text with the signs that a tokenizer has tokens for.
+
+    `unknown` gives the stretches of a text that it has none for, in order. Any thread may use it.
+    """
+
+    def __init__(self, unknown: Callable[[str], list[Stretch]]):
+        self.unknown = unknown
+        self._signs: dict[str, str] = {}
+
+    def write(self, text: str) -> tuple[str, str]:
+        """The text in known signs, and the signs that are left out, each once."""
+        spoken, left, done = "", "", 0
+        for start, end in self.unknown(text):
+            word = self._word(text[start:end])
+            left += "".join(c for c in text[start:end] if not self._sign(c) and c not in left)
+            spoken += text[done:start]
+            done = end
+            if not word and (spoken[-1:].isspace() or not spoken):
+                spoken = spoken.rstrip()
+                done += len(text[end:]) - len(text[end:].lstrip()) if not spoken else 0
+            spoken += word
+        return spoken + text[done:], left
+
+    def _word(self, word: str) -> str:
+        """A word that is unknown as a whole, in its plain form or with blanks in it."""
+        known = " ".join("".join(map(self._sign_in_word, word)).split())
+        if not known:
+            return ""
+        apart = re.sub(r"(?<=\w)(?=[^\w\s])|(?<=[^\w\s])(?=\w)", " ", known)
+        forms = (word.translate(PLAIN), unicodedata.normalize("NFKC", word), known, apart)
+        if len(word) > MAX_WORD:
+            forms = (re.sub(rf"(\w{{{MAX_WORD}}}|\W{{{MAX_WORD}}})(?=.)", r"\1 ", known),)
+        return next((form for form in dict.fromkeys(forms)
+                     if form != word and not self.unknown(form)), " ".join(known))
+
+    def _sign_in_word(self, char: str) -> str:
+        """The same, and a blank where a sign between two words is left out."""
+        return self._sign(char) or (" " if unicodedata.category(char)[0] in "SP" else "")
+
+    def _sign(self, char: str) -> str:
+        """A character in the first form of it that is known; nothing where none is."""
+        if char not in self._signs:
+            bare = unicodedata.normalize("NFKD", char)
+            forms = (char, char.translate(PLAIN), unicodedata.normalize("NFKC", char),
+                     "".join(c for c in bare if not unicodedata.combining(c)))
+            self._signs[char] = next((form for form in forms if not self.unknown(form)), "")
+        return self._signs[char]
 
 
 # -----------------------------------------------------------------------------
-# Lexicon: the words that expression goes by, as data
+# Lexicon: the words that asides and expression go by, as data
 #
 # A list is one string: blanks part its entries, "_" is a blank inside of one ("let_out"), and an
 # entry may be a pattern where that is shorter than its words ("an?", "neighbou?r"). The comment
@@ -1319,9 +1868,14 @@ def either_case(words: str) -> str:
 
 
 def inflected(stems: str, ending: str) -> str:
-    """Regular verbs with -ed, -s or -ing, from their stems."""
-    cut = [stem if ending == "s" else stem.removesuffix("e") for stem in stems.split()]
-    return " ".join(stem + ending for stem in cut)
+    """Regular verbs with -ed, -s or -ing, from their stems; with "" what all of them have."""
+    if ending == "s":
+        ies = [re.sub(r"(?<=[^aeiou])y$", "ie", stem) for stem in stems.split()]
+        return " ".join(re.sub(r"(?<=ch|sh)$|(?<=[sxzo])$", "e", stem) + "s" for stem in ies)
+    bare = [stem.removesuffix("e") for stem in stems.split()]
+    if ending:
+        bare = [re.sub(r"^([^aeiou]*[aeiou])([bdgkmnpt])$", r"\1\2\2", stem) for stem in bare]
+    return " ".join(stem + ending for stem in bare)
 
 
 # Each is [laughs], as a verb or a noun: Bark makes one sound of them all.
@@ -1333,11 +1887,11 @@ LEFT_OUT = """
 
 
 class Acts(NamedTuple):
-    """Words of stage directions: safe anywhere as "laughs" is, or only where a line may start."""
+    """Words of stage directions: verbs and others, which with a capital may be a title as well."""
 
     cue: str  # "" for none: the direction is left out
-    anywhere: str
-    aside: str
+    verbs: str
+    others: str
 
 
 ACTS = (
@@ -1354,6 +1908,35 @@ ACTS = (
          f"{inflected(LEFT_OUT, 'ing')} crying weeping pause beat whisper smile softly quietly"
          " angrily sarcastically sadly happily nervously"),
 )
+# What people do in directions, in the third person. Bark has no sound for most of it.
+BODILY = f"""
+    {LAUGHS} cough beckon blink bow cock crouch curtsy cringe fidget flinch frown gasp gaze gesture
+    gesticulate glance glare grimace grin gulp hug kneel lean nod nuzzle pant peek peer pout recoil
+    salute saunter scowl shiver shrug shudder shuffle sidle slouch slump smirk sneer snort snuggle
+    squint squirm stammer stare stumble stutter swagger tiptoe tremble twirl wince wink"""
+# The same, and so do things: "opens at nine", "comes with batteries".
+DOES = """
+    adjust approach arch back beam bend bite blow bounce breathe brush bump caress carry catch chew
+    circle clap clasp clean clench climb cling close clutch collapse come continue cover crack crawl
+    creep cross cuddle curl dance dash draw drift drink drop drum duck eat embrace enter exhale exit
+    extend face fall fan fiddle flail flick flip float flop flutter fold follow freeze fumble get
+    give glide go grab grasp grip grit growl grumble grunt halt hand hang hesitate hiss hold hop
+    hover huff hum hurry inhale interrupt jerk jump keep kick kiss knock laugh lay lead leap leave
+    let lick lie lift light limp listen lock look lower lunge march mumble moan motion mouth move
+    narrow nestle nibble nudge offer open pace pat pause perk pet pick pinch place play point poke
+    pounce pour prance press pretend pull purr purse push put race raise reach read relax rest
+    return rise roll rub ruffle run rush scan scoot scratch scream search settle shake shift show
+    shut sigh sink sip sit skip slam slap slide slip smack smile snap snatch sneeze sniff speak spin
+    spit sprint squat squeeze squeak stagger stand start steal step stick stifle stomp stop storm
+    straighten stretch stride stroke stroll strut study swallow sway swing take tap tease tense
+    think throw thrust tickle tie tighten tilt tip toss touch tousle trail trip trot trudge tuck tug
+    turn twist twitch type unlock wag wait wake walk wander watch wave whistle widen wiggle wipe
+    withdraw wrap wrinkle write yank yelp zip"""
+# After a verb that things do too they make it somebody's: "turns to the window", "lifts her hand".
+SOMEWHERE = """
+    away closer back backwards? forwards? around over up down off aside in out his her their my your
+    him them himself herself myself themselves you me to_(?:the|him|her|them|me|you|his|my|your)
+    towards? into at_(?:the|him|her|them|me|you|his|my|your) from_(?:the|his|her)"""
 # May follow the verb of a direction: "laughs out loud", "sighs with relief".
 MANNERS = r"""
     \w+ly again aloud out_loud a_(?:little|bit) hard to_(?:him|her|my)self
@@ -1365,6 +1948,16 @@ BEFORE_VERB = "he she it they who that which i we you to never always the an? an
 AFTER_VERB = """
     is was are were of at about with and or as like has had can will to for on from that than
     because when if"""
+# After a verb they judge a thing: "looks great".
+JUDGES = "good great like nice bad fine fun amazing right wrong better well promising"
+# In -s, and no verbs though something follows: "heads up", "details below".
+NO_VERBS = "hands heads thumbs eyes this its his yes prices details always thanks perhaps"
+# Before a word in stars or brackets they want it for the clause's own.
+WANTS_MORE = f"""
+    {BEFORE_VERB} of in on at for from with by into about as than or but if so my your his its our
+    their this these those is are was were be been am do does did has have had will would can could
+    may might must shall should say says said press click tap type word called named titled very too
+    more most no some any all both every each another other"""
 
 
 class Sound(NamedTuple):
@@ -1470,6 +2063,283 @@ AFTER_PARTICIPLE = r"""
 
 
 # -----------------------------------------------------------------------------
+# Asides: what stands between stars, lines and brackets: said loudly, plainly or not at all
+#
+# A direction is not for speaking. It is one only if it stands aside (alone on its line, at the
+# start or the end of a message, before or after a whole sentence) *and* reads like one; inside a
+# clause or in a list its words are the author's, and so is whatever stands in two stars. Emphasis
+# is for a few words inside a clause; names, titles and what stands first are spoken plainly. In
+# doubt, so is everything. What was meant for emphasis or as a cue is noted in the script; Placement
+# makes of it what Bark knows. Patterns have examples above them as in the section on grammar.
+
+EMPHATIC_WORDS = 3  # most words in capitals at once: more would be shouted, and Bark loses them
+SPEAKER_SIGNS = ("MAN", "WOMAN")  # in brackets they bias Bark's voice
+
+
+def held(sign: str) -> str:
+    """What stands between two signs: from a word to no blank, within a paragraph."""
+    return rf"(?=[\"“‘'(\[]?[^\W_])(?:[^{sign}\n]|\n(?=[^\n])){{1,300}}(?<!\s)"
+
+
+# Letters that stand side by side in one word, as Chinese and Japanese signs do not.
+# takes: "é"  not: "字"
+JOINED = rf"[^\W{HAN}ぁ-ヿ]"
+ASIDES = {
+    # takes: "[sighs]"  not: "a[i], [1]"
+    "bracket": r"(?<!\w)\[(?=[^\[\]\n]{0,60}[^\W\d_])[^\[\]\n]{2,120}\]",
+    # takes: "(sighs)"  not: "boy(s), f(xy)"
+    "round": r"(?<!\w)\([^()\n]{2,120}\)",
+    # takes: "**very** well"  not: "a ** b, 2**3**4, *one*"
+    "bold": rf"(?<![*/\\`])(?<!{JOINED})(?P<mark>\*{{2,3}}){held('*')}(?P=mark)(?![\d*])"
+            r"|(?<![\w/\\`.(])__(?!(?:init|main|name|file|doc|all|dict|class|str|repr|call|new|len"
+            rf"|iter|next|enter|exit|version)__){held('_')}__(?![\w(/])",
+    # takes: "*very* well"  not: "2*3*4, * one, *.txt and *args"
+    "stars": rf"(?<![*/\\`])(?<!{JOINED})\*{held('*')}\*(?!\*)(?!{JOINED})",
+    # takes: "_very_ well"  not: "snake_case_name, __init__, f(_x_), `_y_`"
+    "under": rf"(?<![\w/\\`.])(?<!\w\()_{held('_')}_(?![\w(/])",
+}
+# takes: "*a*"  not: "a"
+ASIDE_RE = re.compile("|".join(f"(?P<{kind}>{signs})" for kind, signs in ASIDES.items()))
+# takes: " sadly"  not: " sad"
+MANNER = rf"\s+{one_of(MANNERS)}"
+# takes: "slowly "  not: "slow "
+ADVERB_FIRST = r"(?:\w+ly\s+)?"
+# takes: "He sighs with relief."  not: "sighs of relief"
+DIRECTION_RE = re.compile(r"(?:(?:he|she|they|i|we)\s+)?" + ADVERB_FIRST + "(?:" + "|".join(
+    f"(?P<verb_{n}>{one_of(acts.verbs)})|(?P<other_{n}>{one_of(acts.others)})"
+    for n, acts in enumerate(ACTS)) + rf")(?:{MANNER}){{0,2}}[.!]?", re.I)
+# takes: "laughs and nods"  not: "leans over and laughs"
+FIRST_VERB_RE = re.compile(ADVERB_FIRST + "(?:" + "|".join(
+    f"(?P<verb_{n}>{one_of(acts.verbs)})" for n, acts in enumerate(ACTS)) + r")\b", re.I)
+# takes: "slowly leans closer"  not: "leaning"
+BODILY_RE = re.compile(rf"{ADVERB_FIRST}{one_of(inflected(BODILY, 's'))}(?:\W.*)?", re.I | re.S)
+# takes: "turns to the window"  not: "runs on Windows"
+MOVES_RE = re.compile(rf"{ADVERB_FIRST}{one_of(inflected(DOES, 's'))}\s+(?:\w+\s+)?"
+                      rf"{one_of(SOMEWHERE)}\b.*", re.I | re.S)
+# takes: "takes a seat"  not: "looks great"
+DOES_RE = re.compile(rf"{ADVERB_FIRST}{one_of(inflected(DOES, 's'))}\b"
+                     rf"(?!\s+{one_of(JUDGES)}\b).*", re.I | re.S)
+# takes: "comes with batteries"  not: "comes in"
+OF_THINGS_RE = re.compile(r"^\w+ (?:with|as|by|of|from|until|between)\b")
+# takes: "sashays over"  not: "heads up"
+UNKNOWN_RE = re.compile(rf"(?!{one_of(NO_VERBS)}\b)[a-z]{{3,20}}s\s+"
+                        r"(?:away|closer|back|over|around|his|her|their|my|your)\b.*", re.S)
+# takes: "leaning closer"  not: "leans closer"
+GOING_RE = re.compile(rf"{ADVERB_FIRST}{one_of(inflected(f'{BODILY} {DOES}', 'ing'))}\b.*",
+                      re.I | re.S)
+# Whether a sentence or a line has come to its end.
+# takes: "Oh!”"  not: "Oh,"
+ENDED_RE = re.compile(r"(?:[.!?…。！？♪][\"”’'»)\]*_]*|[,—–-][\"”’»]|[^\w\s!-~–—“‘«„’,])$")
+# takes: "ANNA:"  not: "she said:"
+SPEAKER_LABEL_RE = re.compile(r"^[\s\"“]{0,9}[A-Z][\w .'’-]{0,30}:$")
+# takes: "he said, “"  not: "“No”"
+OPENED_RE = re.compile(r"(?:^|[\s(])[\"“„«‘']$")
+# takes: "Then she"  not: "Then Tom"
+WANTS_MORE_RE = re.compile(rf"\b{one_of(WANTS_MORE)}$", re.I)
+# takes: "Then she"  not: "Then Tom"
+SUBJECT_BEFORE_RE = re.compile(rf"\b{one_of(BEFORE_VERB)}$", re.I)
+# takes: "Never"  not: "Dune"
+NOT_NAME_RE = re.compile(one_of(f"{NOT_NAMES} {either_case(BEFORE_VERB)}"))
+# takes: "The old man"  not: "Well"
+NAME_BEFORE_RE = re.compile(rf"\b(?:{one_of(either_case(DETERMINERS))}(?: \w+){{1,2}}"
+                            rf"|(?!{one_of(NOT_NAMES)}$)[A-Z][a-z]+)$")
+# takes: " at it"  not: ", at it"
+GOES_ON_RE = re.compile(rf"\s+{one_of(AFTER_VERB)}\b")
+# takes: ", so"  not: " So"
+CONTINUES_RE = re.compile(r",?\s+(?=[^\W\d_])(?-i:[^A-ZÀ-ÖØ-ÞΑ-ΩА-Я])")
+
+
+class Aside:
+    """What stands between two signs of a text, and what stands around it."""
+
+    def __init__(self, text: str, match: re.Match[str], follows: bool):
+        """`follows`: nothing but blanks lies between it and a direction."""
+        self.text, self.kind, self.follows = text, str(match.lastgroup), follows
+        self.start, self.end = match.span()
+        self.width = 1 if self.kind != "bold" else len(match["mark"] or "__")
+        self.inner = match[0][self.width : -self.width]
+        self.words = self.inner.strip(" *_()[]\n")
+        self.marked = self.kind in ("stars", "under")
+
+    @cached_property
+    def _line(self) -> tuple[str, bool]:
+        """What stands before it, and whether it starts its line, as it does after a blank one."""
+        head, broken, tail = self.text[max(0, self.start - 80) : self.start].rpartition("\n")
+        if tail.strip():
+            return tail, False
+        return (head.rpartition("\n")[2] if broken else ""), True
+
+    @cached_property
+    def before(self) -> str:
+        return self._line[0].rstrip()
+
+    @cached_property
+    def rest(self) -> str:
+        """What follows it in its line."""
+        return self.text[self.end : self.end + 60].partition("\n")[0].rstrip()
+
+    @cached_property
+    def is_first(self) -> bool:
+        """Whether a message, a speech or a sentence starts with it."""
+        return bool(self.follows or not self.before or ENDED_RE.search(self.before)
+                    or OPENED_RE.search(self._line[0]))
+
+    @cached_property
+    def goes_on(self) -> bool:
+        """Whether its clause goes on after it."""
+        return bool(GOES_ON_RE.match(self.rest) or self.rest.lstrip()[:1] in tuple(",;:-)]&/"))
+
+    def cue(self) -> str | None:
+        """The cue for a direction, "" for one that Bark has none for, None for no direction."""
+        cue = self._asked()
+        return cue if cue is not None and self._stands_aside() and not self._in_column() else None
+
+    def _asked(self) -> str | None:
+        """The same by its words alone."""
+        if self.kind == "bold" or not self.words or not self.words[0].isalpha():
+            return None
+        if match := DIRECTION_RE.fullmatch(self.words):
+            kind, _, index = str(match.lastgroup).partition("_")
+            title = self.marked and self.words[0].isupper() and " " not in self.words
+            return None if title and kind == "other" else ACTS[int(index)].cue
+        if not self._is_action():
+            return None
+        sound = FIRST_VERB_RE.match(self.words)
+        return ACTS[int(str(sound.lastgroup).partition("_")[2])].cue if sound else ""
+
+    def _is_action(self) -> bool:
+        """Whether it has a verb in the third person and no subject; in stars also in -ing."""
+        words = self.words.split()
+        capital = self.words[0].isupper()
+        if capital and (len(words) == 1 or any(word[0].isupper() for word in words[1:])):
+            return False
+        if any(char.isdigit() or char in "\"“”" for char in self.words):
+            return False
+        patterns = [BODILY_RE, MOVES_RE, *((DOES_RE, UNKNOWN_RE, GOING_RE) if self.marked else ())]
+        plain = self.words == self.words.lower() and not OF_THINGS_RE.search(self.words)
+        if plain and self._line[1]:  # in brackets after a sentence it may tell of a thing
+            patterns.append(DOES_RE)
+        return any(pattern.fullmatch(self.words) for pattern in patterns)
+
+    def _stands_aside(self) -> bool:
+        if self._line[1] and not self.rest.strip(" .!…"):
+            return True  # alone on its line
+        if self.is_first:
+            return not self.goes_on and (not self.rest or self.rest[0] not in "\"”’»'")
+        if self.before.endswith(":") and SPEAKER_LABEL_RE.match(self.before):
+            return self.rest[:1] == " " and self.rest.lstrip()[:1] not in "[(*"
+        if self.before[-1] in "—–" and self.rest.lstrip()[:1].isupper():
+            return True
+        return self._is_last() and not self._is_wanted()
+
+    def _is_last(self) -> bool:
+        """Whether a message or a speech ends with it, and not its sentence alone."""
+        if self.rest:
+            return self.rest[0] in "\"”" and self.text[self.start - 1] == " "
+        after = self.text[self.end : self.end + 80].lstrip(" \t\r")
+        return after[:1] == "" or not after[1:].partition("\n")[0].strip()
+
+    def _is_wanted(self) -> bool:
+        """Whether what stands before it wants it for the clause, as its subject does."""
+        return bool(self.before[-1] in ",;:-(" or WANTS_MORE_RE.search(self.before)
+                    or NAME_BEFORE_RE.search(self.before))
+
+    def _in_column(self) -> bool:
+        """Whether the line above or below is such an aside and no direction: a list of names."""
+        if not self._line[1] or self.rest:
+            return False
+        above = self.text[max(0, self.start - 80) : self.start].rstrip(" \t")
+        below = self.text[self.end : self.end + 80].lstrip(" \t\r")
+        lines = (above[:-1].rpartition("\n")[2], below[1:].partition("\n")[0])
+        sign, other = self.text[self.start], self.text[self.end - 1]
+        inner = [line.strip()[1:-1] for line in lines
+                 if len(line.strip()) > 2 and line.strip()[0] == sign and line.strip()[-1] == other]
+        acts = (DIRECTION_RE, BODILY_RE, DOES_RE, GOING_RE)
+        return any(not any(act.fullmatch(words) for act in acts) for words in inner)
+
+    def is_emphatic(self, listed: bool) -> bool:
+        """Whether capitals say what the signs do: for a few words inside a clause, and no name."""
+        words = self.words.split()
+        if len(words) > EMPHATIC_WORDS or self.words.endswith(":"):
+            return False
+        if any(word[0].isupper() and word != "I" for word in words):
+            common = len(words) == 1 and (
+                NOT_NAME_RE.fullmatch(self.words) or self._asked() is not None)
+            return bool(common and self.is_first and self._continues())
+        if self.is_first:
+            return self._continues() and not listed
+        subject = SUBJECT_BEFORE_RE.search(self.before) or NAME_BEFORE_RE.search(self.before)
+        return bool(subject or self.goes_on or self._asked() is None)
+
+    def _continues(self) -> bool:
+        """Whether its sentence has more words after it."""
+        return CONTINUES_RE.match(self.rest) is not None
+
+
+def look_for_asides(script: Script) -> list[Edit]:
+    """Edits that leave out directions, and take the signs off emphasis and words in brackets."""
+    text, edits, pos, gone = script.text, [], 0, -1
+    while match := ASIDE_RE.search(text, pos):
+        (start, end), pos = match.span(), match.start() + 1  # the next may stand inside
+        if match[0] in CUES or script.keeps(start) or script.keeps(end - 1):
+            continue
+        aside = Aside(text, match, gone >= 0 and not text[gone:start].strip())
+        listed = script.lists(start)
+        cue = None if listed else aside.cue()
+        if cue is not None:
+            edits.append(without(text, start, end, edits))
+            script.direct(start, end, edits[-1].start, cue)
+            pos = gone = max(end, edits[-1].end)
+        elif aside.kind != "round" and aside.words not in SPEAKER_SIGNS:
+            edits += Edit(start, start + aside.width, ""), Edit(end - aside.width, end, "")
+            if aside.kind != "bracket" and aside.is_emphatic(listed):
+                script.emphases.append((start + aside.width, end - aside.width))
+    return edits
+
+
+def without(text: str, start: int, end: int, edits: list[Edit]) -> Edit:
+    """Takes out text[start:end] and a blank beside it that is not gone yet."""
+    if start == 0 or text[start - 1] in " \n":
+        while text[end : end + 1] in (".", "!", "…") and text[start - 2 : start - 1] != ",":
+            end += 1
+    if text[end : end + 1] == " " and not text[max(0, start - 1) : start].isalnum():
+        end += 1
+    elif text[max(0, start - 1) : start] == " " and (not edits or edits[-1].end < start):
+        start -= 1
+    return Edit(start, end, "")
+
+
+def read_asides(script: Script, cues: bool) -> None:
+    """Emphasis and directions; for a model that has no `cues`, those that are typed are these."""
+    for _ in range(3):  # one may stand in another
+        if not (edits := look_for_asides(script)):
+            break
+        script.change(edits, "aside")
+    edits = []
+    for match in TYPED_CUE_RE.finditer("" if cues else script.text):
+        edits.append(without(script.text, *match.span(), edits))
+        script.direct(*match.span(), edits[-1].start, "")
+    script.change(edits, "aside")
+
+
+def read(text: str, language: str, cues: bool = True) -> Script:
+    """A request's text as a person reads it aloud, for a voice's language (two letters).
+
+    `cues` says whether the model has a sound for Bark's.
+    """
+    script, stop = Script(text), FULL_STOP.get(language.lower(), ".")
+    named = read_marked_lines(script, stop)
+    read_code(script)
+    read_links(script, named)
+    read_addresses(script)
+    read_tags(script, stop)
+    read_entities(script)
+    read_asides(script, cues)
+    script.change(Edit(*end) for end in spoken_line_ends(script.text, language.lower()))
+    return script
+
+
+# -----------------------------------------------------------------------------
 # Grammar: how an author's signs and narration ask for a sound, as patterns of the lexicon's words
 #
 # Above each pattern stand a text that it takes and one that it must not, and the tests try both:
@@ -1485,23 +2355,10 @@ AFTER_PARTICIPLE = r"""
 LETTER = r"[^\W\d_]"
 
 
-def held(sign: str) -> str:
-    """What stands between two signs: from a word to no blank, within a paragraph."""
-    return rf"(?=[\"“‘'(]?[^\W_])(?:[^{sign}\n]|\n(?=[^\n])){{1,300}}(?<!\s)"
-
-
 MARKUP = {
     # From note to note within a paragraph; an unclosed one lasts to the end of its line.
     # takes: "♪ La la"  not: "La la"
     "lyric": r"[♩-♬]+(?:[^♩-♬\n]|\n(?=[^\S\n]*\S))+[♩-♬]+|[♩-♬]+[^♩-♬\n]*",
-    # takes: "[sighs]"  not: "a[i]"
-    "bracket": r"\[[^\[\]\n]{2,60}\]",
-    # takes: "(sighs)"  not: "boy(s), f(xy)"
-    "round": r"(?<!\w)\([^()\n]{2,60}\)",
-    # takes: "**very** well"  not: "2*3*4, * one, *.txt and *args"
-    "stars": rf"(?<![\w*/\\`])(?P<mark>\*{{1,3}}){held('*')}(?P=mark)(?![\w*])",
-    # takes: "_very_ well"  not: "snake_case_name, __init__, f(_x_), `_y_`"
-    "under": rf"(?<![\w/\\`.])(?<!\w\()_{held('_')}_(?![\w(/])",
     # takes: "was--well"  not: "--help, 1990--1995, x - y, 10–12, well-known"
     "dash": rf"(?<={LETTER})--{{1,2}}(?={LETTER}|[\"”’')\s]|$)"
             rf"|(?<=[,.!?\"”’])--{{1,2}}(?={LETTER}|[\"”’\s]|$)"
@@ -1512,7 +2369,7 @@ MARKUP = {
     # takes: "No . . . yes"  not: "No... yes"
     "dots": r"…+|(?<!\.)\.(?:[ \u00a0]\.){2,3}(?![ \u00a0]?\.)",
 }
-# takes: "*a*"  not: "a"
+# takes: "..…"  not: "a"
 MARKUP_RE = re.compile("|".join(f"(?P<{kind}>{signs})" for kind, signs in MARKUP.items()))
 # takes: "é"  not: "_"
 WORD_RE = re.compile(r"[^\W_]+")
@@ -1521,24 +2378,6 @@ WORD_RE = re.compile(r"[^\W_]+")
 CUE_LEFT_RE = re.compile(r"(?<!\A)(?<!\s)[\"']\Z|[^\s\"'“‘«(—]\Z")
 # takes: '"Oh'  not: '" he'
 CUE_RIGHT_RE = re.compile(r"[\w“‘«(]|[\"'](?=\w)")
-# takes: " sadly"  not: " sad"
-MANNER = rf"\s+{one_of(MANNERS)}"
-# takes: "He sighs with relief."  not: "sighs of relief"
-DIRECTION_RE = re.compile(r"(?:(?:he|she|they|i|we)\s+)?(?:\w+ly\s+)?(?:" + "|".join(
-    f"(?P<anywhere_{n}>{one_of(acts.anywhere)})|(?P<aside_{n}>{one_of(acts.aside)})"
-    for n, acts in enumerate(ACTS)) + rf")(?:{MANNER}){{0,2}}[.!]?", re.I)
-# Where a line may start, given what stands before.
-# takes: "Oh,"  not: "he"
-LINE_START_RE = re.compile(r"(?:^|[.!?…,:;—–\-\"“‘«»”(])$")
-# takes: "Then she"  not: "Then Tom"
-SUBJECT_BEFORE_RE = re.compile(rf"\b{one_of(BEFORE_VERB)}$", re.I)
-# takes: "The old man"  not: "so"
-NAME_BEFORE_RE = re.compile(
-    rf"\b(?:{one_of(either_case(DETERMINERS))}(?: \w+){{1,2}}|[A-Z][a-z]+)$")
-# takes: " at it"  not: ", at it"
-GOES_ON_RE = re.compile(rf"\s+{one_of(AFTER_VERB)}\b")
-# takes: "on the "  not: "bathe "
-ARTICLE_LAST_RE = re.compile(r"\b(?:the|an?)\s+$", re.I)
 # takes: "“"  not: "it’s"
 QUOTE_MARK_RE = re.compile(r"[\"“”]")
 # takes: "'No"  not: "it's"
@@ -1708,21 +2547,12 @@ def adjunct_subject(left: str, phrase: str, right: str, trailing: bool) -> str |
 # wishes (a cue, and where it may stand). `Expression` hands these to the segments, as far as they
 # have room, and each `SpokenSegment` applies its own, last and together. Then it compares words:
 # where they are not the author's in their order, the plain text is spoken, so that a mistake in
-# the grammar costs an expression and never a word. Positions are those of the request's text.
+# the grammar costs an expression and never a word. Positions are those of the script.
 
 CUES_A_SEGMENT, CUES_A_PARAGRAPH = 1, 2
-EMPHATIC_WORDS = 3  # most words in capitals at once: more would be shouted, and Bark loses them
 MAX_NARRATION = 300  # characters of a sentence that is asked how a line is spoken
 HESITATION = {"dash": "—", "dots": "..."}  # as Suno writes it
 UNSPACED_DOTS = ("zh", "ja")  # have …… and —— as marks of their own
-
-
-class Edit(NamedTuple):
-    """`text[start:end]` is spoken as `spoken`; a cue gets blanks around it as needed."""
-
-    start: int
-    end: int
-    spoken: str
 
 
 class Wish(NamedTuple):
@@ -1738,83 +2568,26 @@ class Wish(NamedTuple):
 class Markup:
     """What an author's signs ask for: edits that do not overlap, in order, and wishes for cues."""
 
-    def __init__(self, text: str, language: str):
-        self.text, self.language = text, language
+    def __init__(self, script: Script, language: str):
+        self.script, self.language = script, language
         self.edits: list[Edit] = []
-        self.wishes: list[Wish] = []
-        self.typed: list[int] = []  # where the author's own cues stand
-        self.lyrics: list[tuple[int, int]] = []
-        self.directions: list[Edit] = []
-        for match in MARKUP_RE.finditer(text):
-            self._read(match, str(match.lastgroup))
+        self.lyrics: list[Stretch] = []
+        # Where the author's own cues stand.
+        self.typed = [match.start() for match in TYPED_CUE_RE.finditer(script.text)]
+        self.wishes = [Wish(at, at, at, at, cue) for at, cue, _ in script.directions if cue]
+        for match in MARKUP_RE.finditer(script.text):
+            self._read(*match.span(), str(match.lastgroup))
+        self.edits += [Edit(start, end, capitals(script.text[start:end], language))
+                       for start, end in script.emphases if not self.sings(start)]
 
-    def _read(self, match: re.Match[str], kind: str) -> None:
-        start, end = match.span()
+    def _read(self, start: int, end: int, kind: str) -> None:
         if kind == "lyric":
             self.lyrics.append((start, end))
-        elif kind in HESITATION:
-            if self.language not in UNSPACED_DOTS:
-                self.edits.append(Edit(start, end, HESITATION[kind]))
-        elif TYPED_CUE_RE.fullmatch(match[0]):
-            self.typed.append(start)
-        else:
-            width = len(match["mark"]) if kind == "stars" else 1
-            inner = match[0][width:-width]
-            cue = self._direction(start, end, inner, kind)
-            if cue is not None:
-                self._leave_out(start, end, cue)
-            elif kind in ("stars", "under"):
-                self._emphasise(start, end, width, inner)
+        elif self.language not in UNSPACED_DOTS and not self.script.keeps(start):
+            self.edits.append(Edit(start, end, HESITATION[kind]))
 
-    def _direction(self, start: int, end: int, inner: str, kind: str) -> str | None:
-        """The cue for a stage direction, "" for one that Bark has none for, None for no such."""
-        match = DIRECTION_RE.fullmatch(inner.strip())
-        if not match or (kind in ("stars", "under") and self._is_in_clause(start, end)):
-            return None
-        place, _, index = str(match.lastgroup).partition("_")
-        free = place == "anywhere" or kind == "bracket"
-        return ACTS[int(index)].cue if free or self._stands_aside(start, end) else None
-
-    def _line_before(self, pos: int) -> str:
-        return self.text[max(0, pos - 40) : pos].rpartition("\n")[2].rstrip()
-
-    def _stands_aside(self, start: int, end: int) -> bool:
-        starts = LINE_START_RE.search(self._line_before(start))
-        return starts is not None and not GOES_ON_RE.match(self.text, end)
-
-    def _is_in_clause(self, start: int, end: int) -> bool:
-        """Whether words around it make it an emphasised word, as in "he *laughs* at it"."""
-        line = self._line_before(start)
-        ends = self.text[end : end + 1] in tuple(".,;:!?")
-        return bool(SUBJECT_BEFORE_RE.search(line) or GOES_ON_RE.match(self.text, end)
-                    or (ends and NAME_BEFORE_RE.search(line)))
-
-    def _leave_out(self, start: int, end: int, cue: str) -> None:
-        """A direction is not spoken, nor is a blank beside it; its cue may be."""
-        text, anchor = self.text, start
-        self.directions.append(Edit(start, end, " "))
-        if text[end : end + 1] == " " and not text[max(0, start - 1) : start].isalnum():
-            end += 1
-        elif text[max(0, start - 1) : start] == " " and (
-                not self.edits or self.edits[-1].end < start):
-            start -= 1
-        self.edits.append(Edit(start, end, ""))
-        if cue:
-            self.wishes.append(Wish(anchor, start, start, start, cue))
-
-    def _emphasise(self, start: int, end: int, width: int, inner: str) -> None:
-        """Capitals for a few words; without its marks only where it is a name or a passage."""
-        words = inner.split()
-        if len(words) > EMPHATIC_WORDS or self._is_name(start, words):
-            self.edits += [Edit(start, start + width, ""), Edit(end - width, end, "")]
-        else:
-            self.edits.append(Edit(start, end, capitals(inner, self.language)))
-
-    def _is_name(self, start: int, words: list[str]) -> bool:
-        """Titles and ships: "the _Nautilus_", "_War and Peace_"."""
-        capital = [word[0].isupper() for word in words]
-        return capital[0] and (sum(capital) > 1 or ARTICLE_LAST_RE.search(
-            self.text, max(0, start - 6), start) is not None)
+    def sings(self, pos: int) -> bool:
+        return is_within(self.lyrics, pos)
 
 
 def capitals(text: str, language: str) -> str:
@@ -1912,7 +2685,6 @@ class SpokenSegment:
     def __init__(self, text: str, span: Span):
         self.text, self.span = text, span
         self.edits: list[Edit] = []
-        self.directions: list[Edit] = []
         self.cues = 0
 
     def add(self, edit: Edit) -> None:
@@ -1927,7 +2699,8 @@ class SpokenSegment:
         places = [wish.at, *(match.end() for match in inside)]
         inner = [pos for pos in places if self._is_inner(pos)]
         near = [pos for pos in inner if wish.low <= pos <= wish.high] or inner
-        edge = self.span.end if wish.low < wish.high else max(wish.at, self.span.start)
+        edge = self.span.end if wish.low < wish.high else (
+            min(max(wish.at, self.span.start), self.span.end))
         pos = min(near, key=lambda pos: abs(pos - wish.at), default=edge)
         self.edits.append(Edit(pos, pos, wish.cue))
         self.cues += 1
@@ -1955,8 +2728,7 @@ class SpokenSegment:
         if not self.edits:
             return plain
         spoken = self._apply(self.edits, start, end).strip()
-        written = self._apply(self.directions, start, end)
-        return spoken if is_speakable(spoken) and keeps_words(written, spoken) else plain
+        return spoken if is_speakable(spoken) and keeps_words(plain, spoken) else plain
 
 
 def joined(left: str, right: str) -> str:
@@ -1969,22 +2741,20 @@ def joined(left: str, right: str) -> str:
 class Expression:
     """The segments of a text with all that their author's words and signs ask for."""
 
-    def __init__(self, text: str, spans: list[Span], language: str):
-        self.text = text
-        self.segments = [SpokenSegment(text, span) for span in spans]
+    def __init__(self, script: Script, spans: list[Span], language: str):
+        self.text, self.spans = script.text, spans
+        self.segments = [SpokenSegment(self.text, span) for span in spans]
         self.starts = [span.start for span in spans]
-        self.markup = Markup(text, language)
-        self.paragraphs = list(paragraphs(text))
+        self.markup = Markup(script, language)
+        self.paragraphs = list(paragraphs(self.text))
         for edit in self.markup.edits:
             self._segment(edit.end - 1).add(edit)
-        for direction in self.markup.directions:
-            self._segment(direction.start).directions.append(direction)
         for start, end in self.markup.lyrics:
             self._sing(start, end)
         self._place([*self.markup.wishes, *(self._told() if language == "en" else ())])
 
     def _segment(self, pos: int) -> SpokenSegment:
-        return self.segments[max(0, bisect_right(self.starts, pos) - 1)]
+        return self.segments[segment_at(self.spans, pos)]
 
     def _told(self) -> Iterator[Wish]:
         for start, end in self.paragraphs:
@@ -2011,23 +2781,25 @@ class Expression:
         for wish in sorted(wishes):
             segment, paragraph = self._segment(wish.anchor), bisect_right(starts, wish.anchor)
             if (segment.cues < CUES_A_SEGMENT and cues[paragraph] < CUES_A_PARAGRAPH
-                    and not self._is_sung(wish.anchor)):
+                    and not self.markup.sings(wish.anchor)):
                 segment.place(wish)
                 cues[paragraph] += 1
 
-    def _is_sung(self, pos: int) -> bool:
-        place = bisect_right(self.markup.lyrics, (pos, len(self.text))) - 1
-        return place >= 0 and pos < self.markup.lyrics[place][1]
+
+def segment_at(spans: list[Span], pos: int) -> int:
+    """The segment of what stands or stood at a position; between two it is the second's."""
+    index = max(0, bisect_right(spans, pos, key=lambda span: span.start) - 1)
+    return index + (pos > spans[index].end and index + 1 < len(spans))
 
 
-def express(text: str, spans: list[Span], language: str) -> list[str]:
-    """What Bark gets for each span of a text: its words, and with them cues, capitals, dashes.
+def express(script: Script, spans: list[Span], language: str) -> list[str]:
+    """What Bark gets for each span of a script: its words, and with them cues, capitals, dashes.
 
     `language` is a voice's two letters; narration is understood in English only, markup in any.
     """
     if not spans:
         return []
-    return [segment.spoken() for segment in Expression(text, spans, language.lower()).segments]
+    return [segment.spoken() for segment in Expression(script, spans, language.lower()).segments]
 
 
 # -----------------------------------------------------------------------------
@@ -2666,8 +3438,9 @@ class ModelFacts:
         self.fine_sampling = read_fine_sampling(
             sections["fine_acoustics_config"], self.coarse_sampling)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.unknown_id = self.tokenizer.unk_token_id
         # A model cannot have learnt cues that its tokenizer has no way to write.
-        self.knows_cues = self.tokenizer.unk_token_id not in self.tokenize(" ".join(CUES))
+        self.knows_cues = not self.unknown(" ".join(CUES))
         self.voices = self._read_voices(folder)
 
     @property
@@ -2685,6 +3458,15 @@ class ModelFacts:
     def tokenize(self, text: str) -> list[int]:
         """WordPiece ids without special tokens, as Bark was trained (BarkProcessor)."""
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def unknown(self, text: str) -> list[Stretch]:
+        """The stretches of a text that the tokenizer has no token for."""
+        tokens = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        ids, unknown = tokens.ids, self.unknown_id
+        if unknown not in ids:
+            return []
+        return [place for token, place in zip(ids, tokens.offsets, strict=True)
+                if token == unknown]
 
     def _read_voices(self, folder: Path) -> dict[str, Voice]:
         voices, broken = {}, {}
@@ -3996,6 +4778,16 @@ class Speech:
     spoken: list[str]
     rate: int = 24_000
     expected: list[float] = field(default_factory=list)  # seconds; none: takes are not judged
+    warnings: list[tuple[str, ...]] = field(default_factory=list)  # of what is left out
+
+
+class Piece(NamedTuple):
+    """A segment before it has a voice: its span of the script, and what is told of it."""
+
+    span: Span
+    spoken: str
+    ids: list[int]
+    warnings: tuple[str, ...]
 
 
 def derived_seed(*parts: object) -> int:
@@ -4019,8 +4811,10 @@ class Narrator:
         # A short text window means that the model learnt short texts: the built-in voice, with 48
         # tokens, none above 64 characters.
         window = facts.semantic.max_input_semantic_length
+        self.pen = Pen(facts.unknown)
+        self._written = lru_cache(maxsize=4096)(self._write)  # asked when cutting, and after it
         self.limits = SegmentLimits(
-            count_tokens=lambda text: len(facts.tokenize(text)),
+            count_tokens=lambda text: len(self._written(text)[2]),
             max_tokens=window, max_seconds=facts.max_seconds,
             min_chars=min(SegmentLimits.min_chars, window // 2),
             max_chars=min(SegmentLimits.max_chars, window), soon=True)
@@ -4073,21 +4867,47 @@ class Narrator:
             seed = derived_seed(voice, text)
         elif seed == RANDOM_SEED:
             seed = secrets.randbelow(MAX_SEED + 1)
-        spans = split_text(text, voice_language(voice), self.limits)
-        if not spans:
+        script, pieces = self._pieces(text, voice_language(voice), manner.expressive)
+        if not pieces:
             raise nothing_to_speak()
-        spoken = [text[span.start : span.end] for span in spans]
-        if manner.expressive and self.facts.knows_cues:
-            told = express(text, spans, voice_language(voice))
+        options = self._options(manner)
+        segments = [self._segment(piece.ids, voice, derived_seed(seed, index), options)
+                    for index, piece in enumerate(pieces)]
+        spoken = [piece.spoken for piece in pieces]
+        expected = [estimate_seconds(piece) for piece in spoken] if self.quality else []
+        return Speech(text, voice, seed, placed(script, [piece.span for piece in pieces]), segments,
+                      spoken, self.facts.sample_rate, expected, [p.warnings for p in pieces])
+
+    def _pieces(self, text: str, language: str, expressive: bool) -> tuple[Script, list[Piece]]:
+        script = read(text, language, self.facts.knows_cues)
+        spans = split_text(script.text, language, self.limits)
+        spoken = [script.text[span.start : span.end] for span in spans]
+        if expressive and self.facts.knows_cues:
+            told = express(script, spans, language)
             spoken = [new if self._fits(new) else plain
                       for plain, new in zip(spoken, told, strict=True)]
-        options = self._options(manner)
-        segments = [self._segment(piece, voice, derived_seed(seed, index), options)
-                    for index, piece in enumerate(spoken)]
-        if not all(segment.text_ids for segment in segments):  # signs the tokenizer drops
-            raise nothing_to_speak()
-        expected = [estimate_seconds(piece) for piece in spoken] if self.quality else []
-        return Speech(text, voice, seed, spans, segments, spoken, self.facts.sample_rate, expected)
+        left: list[list[str]] = [[] for _ in spans]
+        for at, cue, words in script.directions if spans else ():
+            index = segment_at(spans, at)
+            if not cue or cue not in spoken[index]:
+                left[index].append(words)
+        pieces = map(self._piece, spans, spoken, left)
+        return script, with_something_to_speak(pieces)
+
+    def _piece(self, span: Span, spoken: str, left: list[str]) -> Piece:
+        plain = normalize_text(spoken)
+        written, signs, ids = self._written(plain)
+        left = [*left, signs] if signs else left
+        return Piece(span, spoken if written == plain else written, ids,
+                     tuple(f"left out: {' '.join(words.split())[:80]}" for words in left))
+
+    def _write(self, text: str) -> tuple[str, str, list[int]]:
+        """A text with the signs that the model has tokens for, the others, and the tokens."""
+        ids, left = self.facts.tokenize(text), ""
+        if self.facts.unknown_id in ids:
+            text, left = self.pen.write(text)
+            ids = self.facts.tokenize(text) if text else []
+        return text, left, ids
 
     def _fits(self, spoken: str) -> bool:
         return 0 < self.limits.count_tokens(normalize_text(spoken)) <= self.limits.max_tokens
@@ -4101,9 +4921,38 @@ class Narrator:
         return {"semantic_sampling": semantic, "coarse_sampling": coarse,
                 "min_eos_p": self.min_eos_p if manner.min_eos_p is None else manner.min_eos_p}
 
-    def _segment(self, text: str, voice: str, seed: int, options: Mapping[str, Any]) -> Segment:
-        return Segment(self.facts.tokenize(normalize_text(text)), self.facts.voices[voice], seed,
+    def _segment(self, ids: list[int], voice: str, seed: int,
+                 options: Mapping[str, Any]) -> Segment:
+        return Segment(ids, self.facts.voices[voice], seed,
                        fine_sampling=self.facts.fine_sampling, **options)
+
+
+def with_something_to_speak(pieces: Iterable[Piece]) -> list[Piece]:
+    """Those pieces of which a token is left; what is told of others is told of a neighbour."""
+    kept: list[Piece] = []
+    waiting: tuple[str, ...] = ()
+    for piece in pieces:
+        if piece.ids:
+            kept.append(piece._replace(warnings=waiting + piece.warnings))
+            waiting = ()
+        elif kept:
+            last = kept[-1]
+            pause = max(last.span.pause, piece.span.pause)
+            kept[-1] = last._replace(span=replace(last.span, pause=pause),
+                                     warnings=last.warnings + piece.warnings)
+        else:
+            waiting += piece.warnings
+    if kept:
+        kept[-1] = kept[-1]._replace(span=replace(kept[-1].span, pause=0.0))
+    return kept
+
+
+def placed(script: Script, spans: list[Span]) -> list[Span]:
+    """The spans of a script as spans of the request's text, without overlap."""
+    places = [script.place(span.start, span.end) for span in spans]
+    starts = [*(start for start, _ in places[1:]), len(script.source)]
+    return [Span(start, min(end, following), span.pause)
+            for (start, end), following, span in zip(places, starts, spans, strict=False)]
 
 
 def nothing_to_speak() -> NothingToSpeak:
@@ -5532,14 +6381,15 @@ class Part(NamedTuple):
 def lay_out(speech: Speech, takes: Iterable[Take], rate: int, speed: float) -> Iterator[Part]:
     """Each segment's audio as it comes, and where it stands in the text and in the whole."""
     position = 0
-    for span, spoken, take in zip(speech.spans, speech.spoken, takes, strict=True):
+    left = speech.warnings or [()] * len(speech.spans)
+    for span, spoken, told, take in zip(speech.spans, speech.spoken, left, takes, strict=True):
         samples = stretch(take.samples, rate, speed)
         silence = np.zeros(round(span.pause / speed * rate), np.int16)
         start, end = position / rate, (position + len(samples)) / rate
         yield Part(samples, silence, {
             "text": speech.text[span.start : span.end], "spoken": spoken,
             "from": span.start, "to": span.end, "start": round(start, 4), "end": round(end, 4),
-            "takes": take.takes, "warnings": list(take.warnings)})
+            "takes": take.takes, "warnings": [*told, *take.warnings]})
         position += len(samples) + len(silence)
 
 

@@ -32,24 +32,31 @@ NAMES = {"tuned": "tuned", "held": "held out, at first sight"}  # in docs/expres
 ROWS = [line.split("\t") for line in
         (ROOT / "tests/worker/expression_table.tsv").read_text(encoding="utf-8").splitlines()]
 SOURCE = WORKER.read_text(encoding="utf-8")
-LEXICON, GRAMMAR = re.split(r"\n# (?:Lexicon|Grammar|Placement): .*", SOURCE)[1:3]
+READING, LEXICON, ASIDES, GRAMMAR = re.split(
+    r"\n# (?:Reading|Lexicon|Asides|Grammar|Placement): .*", SOURCE)[1:5]
+PATTERNS = READING + ASIDES + GRAMMAR
+WORDS = ("ENDING_SIGNS", "SIGNS_AT_END", "LONE_TAGS", "INLINE_TAGS", "BLOCK_TAGS", "STOPPED_TAGS",
+         "CELL_TAGS")
 LITERAL = r"\"[^\"\n]*\"|'[^'\n]*'"
 EXAMPLES = [(name, ast.literal_eval(takes), ast.literal_eval(refuses)) for takes, refuses, name in
             re.findall(rf"^ *# takes: ({LITERAL})  not: ({LITERAL})\n *\"?(\w+)\"?(?: =|:)",
-                       GRAMMAR, re.MULTILINE)]
+                       PATTERNS, re.MULTILINE)]
 
 
-def spans_of(bark: ModuleType, text: str, language: str = "en", chars: int = 175):
+def cut(bark: ModuleType, text: str, language: str = "en", chars: int = 175):
+    """A text as it is read, and its spans."""
     limits = bark.SegmentLimits(lambda piece: 1 + len(piece) // 4, 256, 12.0, max_chars=chars)
-    return bark.split_text(text, language, limits)
+    script = bark.read(text, language)
+    return script, bark.split_text(script.text, language, limits)
 
 
 def express(bark: ModuleType, text: str, language: str = "en", chars: int = 175) -> list[str]:
-    return bark.express(text, spans_of(bark, text, language, chars), language)
+    return bark.express(*cut(bark, text, language, chars), language)
 
 
 def plain_of(bark: ModuleType, text: str, language: str = "en", chars: int = 175) -> list[str]:
-    return [text[span.start : span.end] for span in spans_of(bark, text, language, chars)]
+    script, spans = cut(bark, text, language, chars)
+    return [script.text[span.start : span.end] for span in spans]
 
 
 def cues_of(spoken: str) -> list[str]:
@@ -116,11 +123,12 @@ def test_a_cue_stands_between_the_quotation_and_what_tells_of_it(
 
 
 def test_a_cue_stays_off_the_edges_of_a_clip_that_has_a_clause_boundary(bark: ModuleType) -> None:
-    cut = [bark.Span(0, 32, 0.1), bark.Span(33, 44, 0.0)]
-    assert bark.express('"Well, that is that, I suppose," she sighed.', cut, "en") == [
+    spans = [bark.Span(0, 32, 0.1), bark.Span(33, 44, 0.0)]
+    script = bark.read('"Well, that is that, I suppose," she sighed.', "en")
+    assert bark.express(script, spans, "en") == [
         '"Well, that is that, [sighs] I suppose,"', "she sighed."]
-    cut = [bark.Span(0, 12, 0.1), bark.Span(13, 24, 0.0)]
-    assert bark.express('"I give up," she sighed.', cut, "en") == [
+    spans = [bark.Span(0, 12, 0.1), bark.Span(13, 24, 0.0)]
+    assert bark.express(bark.read('"I give up," she sighed.', "en"), spans, "en") == [
         '"I give up," [sighs]', "she sighed."]
 
 
@@ -156,17 +164,20 @@ def test_emphasis_becomes_capitals_but_passages_and_titles_only_lose_its_marks(
 
 
 @pytest.mark.parametrize(("text", "spoken"), [
-    ("I knew it, *laughs* I knew it.", "I knew it, [laughs] I knew it."),
+    ("I knew it! *laughs* I knew it.", "I knew it! [laughs] I knew it."),
+    ("I knew it, *laughs* I knew it.", "I knew it, laughs I knew it."),
     ("*laughs* You should have been there, Tom.", "You should have been there, [laughs] Tom."),
     ("*laughs* Hello there.", "[laughs] Hello there."),
     ('"(sighs) Fine."', '"[sighs] Fine."'),
-    ("Oh dear, [laughing] you fool.", "Oh dear, [laughs] you fool."),
-    ("I don't know *shrugs* what to say.", "I don't know what to say."),
+    ("Oh dear. [laughing] You fool.", "Oh dear. [laughs] You fool."),
+    ("I don't know *shrugs* what to say.", "I don't know shrugs what to say."),
+    ("I don't know *shrugs*", "I don't know"),
+    ("That is so funny *laughs*", "That is so funny [laughs]"),
+    ("*laughs and shakes her head* You fool.", "[laughs] You fool."),
     ("*whispers* Come here, quick.", "Come here, quick."),
     ("ANNA: (coughing) Excuse me.", "ANNA: [clears throat] Excuse me."),
     ("(He sighs heavily.) It is late, you know.", "It is late, [sighs] you know."),
-    ("Well *sighs* I suppose so, yes.", "Well [sighs] I suppose so, yes."),
-    ("(whispers)", "(whispers)"),
+    ("Well... *sighs* I suppose so, yes.", "Well... [sighs] I suppose so, yes."),
     ("She *laughs* at everything.", "She LAUGHS at everything."),
     ("He *laughs*. *Laughing* is good for you.", "He LAUGHS. LAUGHING is good for you."),
     ("The boy (laughing) ran off.", "The boy (laughing) ran off."),
@@ -189,7 +200,7 @@ def test_hesitation_is_written_as_bark_reads_it(bark: ModuleType, text: str, spo
 
 
 def test_lyrics_stay_music_also_where_they_are_cut(bark: ModuleType) -> None:
-    assert express(bark, "♪ In the *mighty* jungle… ♪") == ["♪ In the *mighty* jungle… ♪"]
+    assert express(bark, "♪ In the *mighty* jungle… ♪") == ["♪ In the mighty jungle… ♪"]
     spoken = express(bark, f"♪ {'In the jungle, the mighty jungle, the lion sleeps. ' * 6}♪ Hi.")
     assert len(spoken) > 1
     assert all(piece.startswith("♪ ") for piece in spoken)
@@ -238,8 +249,8 @@ def test_the_check_of_words_notices_every_change(
 def test_a_change_of_words_falls_back_to_the_plain_text(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bark, "capitals", lambda text, language: "oops")
-    assert express(bark, "I *do* know, *laughs* I think.\n\nWell… no.") == [
-        "I *do* know, *laughs* I think.", "Well... no."]
+    assert express(bark, "I *do* know. *laughs* I think.\n\nWell… no.") == [
+        "I do know. I think.", "Well... no."]
 
 
 DIRECTION = r"[*(\[](?:laughs|He sighs heavily\.|gasping|clears throat|softly|whispers)[*)\]]"
@@ -274,8 +285,7 @@ def test_a_model_whose_tokenizer_has_no_brackets_gets_no_cues(bark: ModuleType, 
     assert not bark.ModelFacts(BUILTIN).knows_cues and bark.ModelFacts(toy).knows_cues
     builtin = bark.Narrator(bark.ModelFacts(BUILTIN), "male")
     text = '"I *do* give up…" she sighed. (laughs)'
-    speech = builtin.plan(text, None, 0)
-    assert speech.spoken == [text[span.start : span.end] for span in speech.spans]
+    assert " ".join(builtin.plan(text, None, 0).spoken) == '"I do give up…" she sighed.'
 
 
 def test_a_plan_speaks_what_is_expressed_only_if_asked_to_and_if_it_fits(
@@ -299,17 +309,17 @@ UNITS = ['"', "*", "_", "“", "'a ", "‘a", "(a ", "[a", "♪", "♪\n", "…"
 @pytest.mark.parametrize("unit", UNITS)
 def test_time_grows_with_the_length_and_not_with_its_square(bark: ModuleType, unit: str) -> None:
     text = (unit * 100_000)[:100_000]
-    spans = spans_of(bark, text)
+    script, spans = cut(bark, text)
     began = time.process_time()
-    bark.express(text, spans, "en")
+    bark.express(script, spans, "en")
     assert time.process_time() - began < 1.5
 
 
 def test_a_long_chapter_takes_no_time_to_speak_of(bark: ModuleType) -> None:
     text = "\n\n".join(CUE.sub("", marked) for _, marked in ROWS) * 10
-    spans = spans_of(bark, text)
+    script, spans = cut(bark, text)
     began = time.process_time()
-    bark.express(text, spans, "en")
+    bark.express(script, spans, "en")
     assert time.process_time() - began < 1e-5 * len(text)  # 10 s a megabyte, on a busy machine
 
 
@@ -320,8 +330,9 @@ def constants_in(section: str) -> list[str]:
 
 def takes(bark: ModuleType, name: str, text: str) -> bool:
     """Whether a pattern takes a text: one in _RE as the worker asks it, a part of others whole."""
-    if name in bark.MARKUP:
-        return any(match.lastgroup == name for match in bark.MARKUP_RE.finditer(text))
+    for kinds, signs in ((bark.MARKUP, bark.MARKUP_RE), (bark.ASIDES, bark.ASIDE_RE)):
+        if name in kinds:
+            return any(match.lastgroup == name for match in signs.finditer(text))
     pattern = getattr(bark, name)
     if isinstance(pattern, str):
         return re.fullmatch(pattern, text) is not None
@@ -332,9 +343,10 @@ def takes(bark: ModuleType, name: str, text: str) -> bool:
 
 def test_every_pattern_shows_a_text_that_it_takes_and_one_that_it_does_not(
         bark: ModuleType) -> None:
-    patterns = [name for name in constants_in(GRAMMAR)
-                if isinstance(getattr(bark, name), str | re.Pattern)]
-    assert sorted(name for name, *_ in EXAMPLES) == sorted([*patterns, *bark.MARKUP])
+    patterns = [name for name in constants_in(PATTERNS)
+                if isinstance(getattr(bark, name), str | re.Pattern) and name not in WORDS]
+    kinds = [*bark.MARKUP, *bark.ASIDES]
+    assert sorted(name for name, *_ in EXAMPLES) == sorted([*patterns, *kinds])
 
 
 @pytest.mark.parametrize(("name", "taken", "refused"), EXAMPLES, ids=[n for n, *_ in EXAMPLES])

@@ -61,7 +61,7 @@ def hung_up(worker: Worker, random_source: random.Random) -> str:
 
 def erroneous(worker: Worker, random_source: random.Random) -> str:
     path, body, status = random_source.choice([
-        ("/v1/audio/speech", {"input": "a" * 5000}, 400), ("/v1/audio/speech", {"input": "*"}, 422),
+        ("/v1/audio/speech", {"input": "a" * 5000}, 400), ("/v1/audio/speech", {"input": "*"}, 200),
         ("/synthesize", {"text": "Hi.", "format": "ogg"}, 400), ("/nothing", {}, 404),
         ("/synthesize", b"{", 400), ("/v1/models", {}, 405)])
     assert worker.call(path, body).status == status
