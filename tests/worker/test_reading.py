@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import BUILTIN
+from conftest import BUILTIN, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -223,6 +223,16 @@ def test_places_point_into_the_text_that_was_sent(bark: ModuleType, toy: Path) -
     speech = narrator(bark, toy).plan(text, None, 0)
     assert [text[span.start : span.end] for span in speech.spans] == [
         "# One", "**Two** is *here*. &amp; [so](https://x.org)!", "Three", "- four\n- five"]
+
+
+def test_the_document_tells_what_leaves_and_what_its_examples_become(bark: ModuleType) -> None:
+    document = (ROOT / "docs/reading.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- (.+)$", document, re.M)
+    assert listed == list(bark.LEAVES.values()) and set(KINDS) == set(bark.LEAVES)
+    assert len(document.splitlines()) <= 60
+    (stay,) = re.findall(r"ones: (`<Enter>`.*?) and round", document, re.S)
+    for text in re.findall(r"`([^`]+)`", stay):
+        assert bark.read(f"It is {text} here.", "en").text == f"It is {text} here."
 
 
 # Of what may leave, what each kind has to look like.
