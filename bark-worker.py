@@ -1638,7 +1638,7 @@ ALT_RE = re.compile(r"\salt\s?=\s?(\"[^\"]{0,500}\"|'[^']{0,500}')", re.I)
 # takes: "&amp;nbsp;"  not: "AT&T"
 ENTITY_RE = re.compile(r"&(?:amp;)*(#\d{1,7};|#x[0-9a-f]{1,6};|[a-z][a-z0-9]{1,31};)", re.I)
 # takes: "\\*"  not: "\\n"
-ESCAPE_RE = re.compile(r"\\(?=[\\`*_{}\[\]()#+.!|<>~-])")
+ESCAPE_RE = re.compile(r"\\(?=[\\`*_{}\[\]()#+.!|<>~\n-])")
 # takes: "~~so~~"  not: "~~ so"
 STRUCK_RE = re.compile(r"(?<![~\w])~~(?=[^\s~])([^~\n]{1,300}+)(?<!\s)~~(?!~)")
 
@@ -1906,7 +1906,8 @@ ACTS = (
     Acts("", inflected(LEFT_OUT, "s") + r" cries weeps clapping applause rolls_(?:\w+_)?eyes"
          r" shakes_(?:\w+_)?head takes_a_(?:deep_)?breath",
          f"{inflected(LEFT_OUT, 'ing')} crying weeping pause beat whisper smile softly quietly"
-         " angrily sarcastically sadly happily nervously"),
+         " angrily sarcastically sadly happily nervously aside to_(?:him|her|my)self to_themselves"
+         r" in_an?_\w+_(?:voice|tone|whisper)"),
 )
 # What people do in directions, in the third person. Bark has no sound for most of it.
 BODILY = f"""
@@ -2267,7 +2268,7 @@ class Aside:
                 NOT_NAME_RE.fullmatch(self.words) or self._asked() is not None)
             return bool(common and self.is_first and self._continues())
         if self.is_first:
-            return self._continues() and not listed
+            return len(words) == 1 and self._continues() and not listed
         subject = SUBJECT_BEFORE_RE.search(self.before) or NAME_BEFORE_RE.search(self.before)
         return bool(subject or self.goes_on or self._asked() is None)
 

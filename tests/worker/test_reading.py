@@ -63,6 +63,7 @@ def loud(bark: ModuleType, text: str) -> list[str]:
      "Wait here, you.  A dog"),
     ("AT&amp;T, caf&eacute;&nbsp;&#8211; &lt;b&gt; &copy; &amp;hellip;",
      "AT&T, café\xa0– <b> © …"),
+    ("Red\\\nBlue", "Red|Blue"),
     ("~~Old~~ \\*new\\* and a\\_b.", "Old *new* and a_b."),
     ("So[^1] it is.\n\n[^1]: Or not.", "So it is.||Or not."),
     ("这是**重要**的。[链接](https://a.b/c)", "这是重要的。链接"),
@@ -130,6 +131,7 @@ def test_an_action_that_stands_aside_is_left_out(bark: ModuleType, action: str) 
     ('He said, "*sighs* Fine."', ["*sighs*"]), ('"Hi," *nods* "come."', ["*nods*"]),
     ("ANNA: (coughing) Excuse me.", ["(coughing)"]), ("That is odd *shrugs*", ["*shrugs*"]),
     ("*nods* *smiles* Yes.", ["*nods*", "*smiles*"]), ("Go! [Applause]", ["[Applause]"]),
+    ("(to himself) Why?", ["(to himself)"]), ("*in a low voice* No.", ["*in a low voice*"]),
     ("_laughs_ No.", ["_laughs_"]), ("(He sighs heavily.) No.", ["(He sighs heavily.)"]),
 ])
 def test_directions_are_known_by_their_place_and_words(
@@ -144,7 +146,8 @@ def test_directions_are_known_by_their_place_and_words(
     ("- **Speed**: high\n- **low** cost\n- the *very* end", ["very"]),
     ("**Note:** so it is. **all of it goes**", []), ("This is **very important** to me.",
      ["very important"]),
-    ("# A *big* title", ["big"]), ("*leans closer* *looks away*", []),
+    ("# A *big* title", ["big"]), ("*so it goes* on", []), ("*so* it goes", ["so"]),
+    ("*leans closer* *looks away*", []),
 ])
 def test_capitals_are_for_emphasis_inside_a_clause(
         bark: ModuleType, text: str, words: list[str]) -> None:
