@@ -2134,7 +2134,7 @@ ENDED_RE = re.compile(r"(?:[.!?…。！？♪][\"”’'»)\]*_]*|[,—–-][\"
 # takes: "ANNA:"  not: "she said:"
 SPEAKER_LABEL_RE = re.compile(r"^[\s\"“]{0,9}[A-Z][\w .'’-]{0,30}:$")
 # takes: "he said, “"  not: "“No”"
-OPENED_RE = re.compile(r"(?:^|[\s(])[\"“„«‘']$")
+OPENED_RE = re.compile(r"(?:\A|[\s(])[\"“„«‘']$")
 # takes: "Then she"  not: "Then Tom"
 WANTS_MORE_RE = re.compile(rf"\b{one_of(WANTS_MORE)}$", re.I)
 # takes: "Then she"  not: "Then Tom"
@@ -2164,8 +2164,8 @@ class Aside:
 
     @cached_property
     def _line(self) -> tuple[str, bool]:
-        """What stands before it, and whether it starts its line, as it does after a blank one."""
-        head, broken, tail = self.text[max(0, self.start - 80) : self.start].rpartition("\n")
+        """What stands before it, and whether it starts its line: then that is the line above."""
+        head, broken, tail = self.text[max(0, self.start - 40) : self.start].rpartition("\n")
         if tail.strip():
             return tail, False
         return (head.rpartition("\n")[2] if broken else ""), True
@@ -2182,8 +2182,8 @@ class Aside:
     @cached_property
     def is_first(self) -> bool:
         """Whether a message, a speech or a sentence starts with it."""
-        return bool(self.follows or not self.before or ENDED_RE.search(self.before)
-                    or OPENED_RE.search(self._line[0]))
+        return bool(self.follows or not self.before or ENDED_RE.search(self.before[-8:])
+                    or OPENED_RE.search(self._line[0][-2:]))
 
     @cached_property
     def goes_on(self) -> bool:
@@ -2192,9 +2192,10 @@ class Aside:
 
     def cue(self) -> str | None:
         """The cue for a direction, "" for one that Bark has none for, None for no direction."""
-        cue = self._asked()
+        cue = self._asked
         return cue if cue is not None and self._stands_aside() and not self._in_column() else None
 
+    @cached_property
     def _asked(self) -> str | None:
         """The same by its words alone."""
         if self.kind == "bold" or not self.words or not self.words[0].isalpha():
@@ -2242,7 +2243,7 @@ class Aside:
 
     def _is_wanted(self) -> bool:
         """Whether what stands before it wants it for the clause, as its subject does."""
-        return bool(self.before[-1] in ",;:-(" or WANTS_MORE_RE.search(self.before)
+        return bool(self.before[-1] in ",;:-(" or WANTS_MORE_RE.search(self.before[-12:])
                     or NAME_BEFORE_RE.search(self.before))
 
     def _in_column(self) -> bool:
@@ -2265,12 +2266,12 @@ class Aside:
             return False
         if any(word[0].isupper() and word != "I" for word in words):
             common = len(words) == 1 and (
-                NOT_NAME_RE.fullmatch(self.words) or self._asked() is not None)
+                NOT_NAME_RE.fullmatch(self.words) or self._asked is not None)
             return bool(common and self.is_first and self._continues())
         if self.is_first:
             return len(words) == 1 and self._continues() and not listed
-        subject = SUBJECT_BEFORE_RE.search(self.before) or NAME_BEFORE_RE.search(self.before)
-        return bool(subject or self.goes_on or self._asked() is None)
+        subject = SUBJECT_BEFORE_RE.search(self.before[-12:]) or NAME_BEFORE_RE.search(self.before)
+        return bool(subject or self.goes_on or self._asked is None)
 
     def _continues(self) -> bool:
         """Whether its sentence has more words after it."""
