@@ -13,7 +13,10 @@ The map: sections in order. Each uses what stands above it, and of the world wha
   section        what it owns                               may touch             watched by
   Errors         what can go wrong, for whoever has to act  -                     test_scheduler
   Configuration  settings and --help, before all else       environment, signals  test_config
-  Text           where a text is cut, and for how long      -                     test_text
+  Signs          letters, blanks, how long they last        -                     test_text
+  Layout         paragraphs, lines, hyphens at their ends   -                     test_text
+  Stops          where a sentence ends                      -                     test_text
+  Text           where a text is cut                        -                     test_text
   Reading        what signs stand for, for every model      -                     test_reading
   Lexicon        words that tell how a line sounds          -                     test_expression
   Asides         directions, left out, and emphasis         -                     test_reading
@@ -420,9 +423,10 @@ if __name__ == "__main__":  # before all else, torch's import above all: it take
 
 
 # -----------------------------------------------------------------------------
-# Text: from a request's text to the pieces that Bark speaks
-
-SENTENCE_PAUSE, PARAGRAPH_PAUSE, CLAUSE_PAUSE = 0.25, 0.5, 0.1  # seconds
+# Signs: letters, blanks, and how long they take to say
+#
+# What a text is made of: what makes a sound, what separates words, what is neither seen nor heard.
+# How long a text takes to say follows from its letters' scripts alone.
 
 # Without width and without sound: soft hyphen, joiners, direction marks, byte order mark, lone
 # surrogates. BERT's tokenizer, which Bark uses, drops them too.
@@ -432,8 +436,6 @@ SILENT_RE = re.compile(f"[{SILENT}]+")
 BLANK_RE = re.compile(f"[{BLANK}]+")
 GAP_RE = re.compile(f"[{BLANK}{SILENT}]")
 SPEAKABLE_RE = re.compile(r"[^\W_]|[♩-♬]")  # Bark sings what stands between ♪
-CUE_RE = re.compile(r"\[[^\[\]]{1,60}\]")
-
 # Characters a second. 150 words a minute of English with its blanks are 15; blanks are free here,
 # so that an estimate is a plain sum, and the rest pays for them. Others follow the syllable rates
 # of Pellegrino et al., "A cross-language perspective on speech information rate" (2011), Mandarin
@@ -442,257 +444,6 @@ LETTER_RATE, DIGIT_RATE, SYMBOL_RATE = 12.5, 2.5, 2.5  # "7" is a word, and so a
 INDIC = "DEVANAGARI BENGALI GURMUKHI GUJARATI ORIYA TAMIL TELUGU KANNADA MALAYALAM SINHALA THAI"
 SCRIPT_RATE = {"CJK": 4.5, "HIRAGANA": 7.0, "KATAKANA": 7.0, "HANGUL": 5.0, "ETHIOPIC": 6.0}
 SCRIPT_RATE |= dict.fromkeys(INDIC.split(), 11.0)
-
-# Full stops, by language. Abbreviations are abbr2words', and such as these give beside them:
-#   de Duden, "Abkürzungen"; en Chicago Manual of Style, ch. 10; es RAE, Ortografía, app. 1;
-#   fr Imprimerie nationale, Lexique; hi Central Hindi Directorate, Manak Hindi Vartani;
-#   it Treccani, "Abbreviazioni"; pl PWN, Wielki słownik ortograficzny; pt ABL, "Reduções";
-#   ru GOST R 7.0.12-2011; tr TDK, "Kısaltmalar Dizini". "" has titles that all of them meet.
-# What has no vowel (św., pkt.) needs no entry, nor has a single letter.
-ABBREVIATIONS = {
-    "": "adm capt co col corp gen gov hon inc maj mlle mlles mme mmes prof rev sen",
-    "de": "abzgl allg amtl anh anl anm aufl ausg ausschl bayer bearb beil bes betr bez bezgl"
-          " bibl ders dipl ebd ehem eigtl einf einl einschl engl entspr etw europ evang forts"
-          " franz fähnr gebr gegr ges gest gez griech hebr hist ing inh insp inst ital jahrh"
-          " jap jew jährl kath korp kto lat leutn mag milit mind mitgl nachf nachm niederl"
-          " näml nördl oblt orig phil poln port preuß priv.-doz proc prot präs red reg rumän"
-          " russ röm schwed schweiz sekr sog span stellv stud städt suppl sächs südl techn"
-          " tschech tägl türk ugs ungar urspr verf vergl verh verl verm vermutl verz vorm vors"
-          " wachtm weibl westl wiss ziff zirka zit zus österr östl übers",
-    "en": "abbr acad acct addl adj admin advt ala alas alt amer anon appt ariz ark asst"
-          " astron atty aux avg bibl biog biol bur cal calif cert chem circ cit colo comdr"
-          " comm commr comp conf cong conj conn cont contd conv corr cu del dia diam dict dir"
-          " dist distr div doz ed edn educ elev encl encyc eng enl equiv esp etym exc excl"
-          " fasc fem fla fol freq geog geol ger harb heb hist hwy illus ind inst instr intl"
-          " intro inv jour kans lat lieut mass mech mich minn mont natl naut neb nev obs occas"
-          " okla ont opp ore org orig penn pharm philos phys poss pred pres presb prob proc"
-          " pron prov pseud publ qty que quot rec recd reg repr req resp rte sask ser subj"
-          " suppl supt surg tenn terr tex theol trans treas univ usu vocab vols wash wis wyo",
-    "es": "admón almte alte arts bibl brig cit cmdte cnel comis comte conc coord cor cód dep"
-          " depto dicc dipt dpto dña edif edit eds excl excma fasc figs fol gdor gob hab ibíd"
-          " ilma ilmo ilustr impr inst izq loc ltda lám mons mtra nro ntra oblig op orig pbro"
-          " pdta pdte pje pral prov pról pta párr rdo ref resp rvdo sdad secr sgto sig sigs"
-          " soc sres supl tab teléf tfno trad tte tít univ vid vols",
-    "fr": "adj admin adv alin all amb ambass anc angl append approx arr augm auj bibl bull"
-          " bât c.-à-d cap cie cit coll commiss compl dir doct dép dépt esp fasc fém gouv"
-          " gramm gén géogr géol hist illustr impr insp introd ital lat lieut litt loc maréch"
-          " masc me moy numér op paragr plur pref proc pron prov préf prép prés resp réf réfs"
-          " résid rééd secr sect serg sous-lieut ste stes sté subst sup suppl syn sén tabl"
-          " trad univ égl",
-    "hi": "कु पं प्रो श्री श्रीमती सं सुश्री",
-    "it": "amb amm arciv ass bibl brig capp card circ cit com comand comm cons dep dip dir"
-          " fratt fraz ist loc mons num op parr pref proc prov rett scal segr serg sez sind"
-          " tab tav ten trad uff univ vesc voll",
-    "pl": "abp adw afr akad amer ang arch art artyst asp aspir astr asyst austr bibl biol"
-          " biskup bryg bryt centr chem chir chiń cyt czes dekl demokr diec doc dosł dot dow"
-          " duszp dypl dyr dyw egz ekol ekon elektr ew fab farm fiz fot franc gastr geogr geol"
-          " gimn gosp gram grec gub górn głęb hab hist hiszp im insp inst jedn kanc kard katol"
-          " kier klas kol koresp kryt książ kult kwart lekt lic maks marsz mec med mies min"
-          " nadinsp nadkom najśw niem nieof obec obyw odc oddz ok oprac org orygin os osob"
-          " pers plut podkom pol poprz por pow poz poł prał prez prezyd proc prok przen przew"
-          " przeł przym przyp psych publ red rejon reż rodz roln ros rozdz ryc rys sekr sierż"
-          " społ spółdz stac stow sygn szer szwajc tab tabl techn tel temp tow tyg tys tłum ub"
-          " uczn ukr uniw ur urodz ust wen woj współcz wyd wyst właśc zach zag zagr zakł zam"
-          " zarz zast zaw zazw zał zewn ćwicz łac środk żarg",
-    "pt": "alm ampl and apto aum brig cel com coord dep dept depto des edit eds emb esc esq"
-          " estr exa exma fasc gráf hab ibid ilma ilmo ilustr impr introd loc mons máx méd mín"
-          " núm op org parág pe pref pres proc prom ref rod sec sta supl séc sécs tab telef"
-          " ten trad tte univ vols",
-    "ru": "авг адм адмир англ апр арх архиеп архит асс библиогр биогр биол букв бульв вост"
-          " вып ген геогр геол гор греч губерн дек дер диак дир докт доп европ еп журн зав заг"
-          " зам засл знач игум изд инд инж исп испр итал каб кав канд кап капит каф колич комн"
-          " корп корр лаб лат лейт литер макс маш мес митр моск муз наб назв наим науч нач нем"
-          " ноя нояб обр общ оз окр окт опубл орг осн отв отд офиц пед перев перераб перс"
-          " подполк полк полков польск пос поч предисл през преп прибл прил прим проток псевд"
-          " публ разг ред редкол реж респ рус свящ сев секр сен сент серж совр сокр соотв сост"
-          " соч спец студ техн тов туп укр унив упр уч фак фам февр физ филос франц хим худ"
-          " церк чел экз эл энц юр яз янв",
-    "tr": "alm amir ank apt ar arş asb asis asist astsb av ağu başb başk böl coğ doç ecz ed"
-          " eki ekon ens erm eyl eğt fak far fel fiz gnkur gör hem huk isp İkt İlç İng İsp İst"
-          " İt jap jeol karş kas korg kur lab lat mad mah mat mim muh müd müf müh müt nis oca"
-          " onb opr ord org orgen paz red rum rus sad sağ tekn tel tem tic tuğg tümg uzm vek"
-          " yard yayl yb yrd yun yzb yük örn öğr öğrt üni üniv ütğm şek şti şub",
-    "ja": "", "ko": "", "zh": "",
-}
-# Abbreviations before a number alone, as they are words too.
-EVERYDAY = {
-    "de": "Art an art di do ist mag mi mo nov red sa so um zu übers",
-    "en": "No alas am app ark art cal chap con del ex fig figs gal ill in is mar mass max may"
-          " me min miss no ore par para pen pro que ref sat sec sect so sun temp us wash",
-    "es": "art con da dan des en era mar no san se si sur ten",
-    "fr": "art cap dim ex jeu mar me mer par pas prés sam sec sept vol",
-    "it": "da di dir in lui ma mar no re si ven via",
-    "pl": "in maj on sen tam ten to",
-    "pt": "and com dez ex faz mar out set sex ter",
-    "ru": "газ и к о пир род след у ум час",
-    "tr": "ar av bul böl dan eki ens far gör hem kas kim kur mat mim ok op org rum rus sağ"
-          " tar tel yun yük",
-}
-# Titles, and what points at a name: no sentence ends before it, even if it is "La" or "Der".
-LEADING = (
-    " Mr Mrs Ms Mx Dr Drs Prof M MM Mme Mmes Mlle Mgr Me Sr Sra Srta Sres Sras D Dña Dra Sto Sta"
-    " Sig sig Sigg Dott dott Hr Hrn Frl e.g i.e cf cfr viz vgl z.B d.h np tj tzn tzw zob por"
-    " см ср напр т.е т.к c.-à-d p.ej ej p.ex v.g es p.es bkz Bkz krş örn Örn ул пл им ul al pl "
-)
-# What often closes a sentence, and does before a capital; so do units after a number.
-TRAILING = {
-    "de": "etc usw u.s.w usf ff v.Chr n.Chr Chr",
-    "en": "etc al a.m p.m A.M P.M B.C A.D B.C.E C.E Ph.D M.D M.A B.A",
-    "es": "etc a.C d.C a.m p.m",
-    "fr": "etc J.-C",
-    "it": "ecc etc a.C d.C",
-    "pl": "itd itp n.e p.n.e",
-    "pt": "etc a.C d.C",
-    "ru": "т.д т.п др н.э",
-    "tr": "vb vs",
-}
-UNITS = (
-    " km kg g cm mm m l ml h s min sec sek seg hr hrs lb lbs oz ft in yd yds mi gal qt pt tsp tbsp"
-    " yr yrs mo wk pp hab std zł gr руб коп кг км м см мин сек ч dk sa sn "
-)
-# Words that open a sentence and are no names.
-OPENING = {
-    "de": "der die das den dem des ein eine einen einem einer es er sie wir ihr ich du man"
-          " mein sein unser dieser diese dieses dann da dort hier nun jetzt und aber oder doch"
-          " denn wenn als weil dass ob wie was wer wo warum nach vor bei mit in im am an auf"
-          " aus für von zu zum nicht kein keine niemand alle alles viele auch noch so später"
-          " heute morgen bitte etwas ja nein",
-    "en": "the a an this that these those it he she they we you i his her its their our my"
-          " your there here then when while where what who why how if but and or so yet nor as"
-          " at in on for from to with by after before once now not no all some many most each"
-          " every both one two however later today meanwhile perhaps maybe please let do does"
-          " did is are was were can could will would should have has had nobody everyone"
-          " nothing everything someone him me us them too yes",
-    "es": "el la los las lo un una unos unas él ella ellos ellas yo tú usted nosotros este"
-          " esta esto ese esa eso aquel su sus mi mis tu y o pero porque que cuando si donde"
-          " como con sin en de del a al por para desde entonces luego después antes ahora hoy"
-          " ayer no ni nadie nada todo todos también ya quizás hay es era fue sí",
-    "fr": "le la les l un une des du de d il elle on nous vous ils elles je j tu ce c cela"
-          " cette ces cet son sa ses mon ma mes leur leurs notre votre et ou mais car donc or"
-          " ni que qu qui quand lorsque si comme où avec sans dans en à au aux par pour sur"
-          " sous depuis puis alors ensuite après avant maintenant ici là personne rien tout"
-          " tous ne aussi oui non",
-    "it": "il lo la i gli le l un uno una lui lei loro io tu noi voi egli essa questo questa"
-          " questi queste quello quella ciò suo sua mio mia e ed o ma perché che quando se"
-          " dove come con senza in nel nella di del della da dal a al alla per su poi allora"
-          " dopo prima ora oggi ieri non né nessuno niente tutto tutti anche già forse è era"
-          " fu mi ti si ci vi sì no",
-    "pl": "i a ale oraz lub albo bo że który która które gdy kiedy jeśli jak on ona ono oni"
-          " one ja ty my wy to ten ta te tam tu teraz potem wtedy jego jej ich mój moja nasz"
-          " nie nikt nic wszyscy wszystko każdy też już może czy co kto gdzie dlaczego w we z"
-          " ze na do po przed przy od dla o u był była było jest są zaraz tak",
-    "pt": "o a os as um uma ele ela eles elas eu tu você nós isto isso este esta esse essa"
-          " aquele seu sua meu minha e ou mas porque que quando se onde como com sem em no na"
-          " nos nas de do da dos das por para desde então depois antes agora hoje ontem não"
-          " nem ninguém nada tudo todos também já talvez é era foi há sim",
-    "ru": "и а но или что потому когда если как он оно она они я ты мы вы это этот эта эти"
-          " тот та те там тут здесь теперь потом тогда затем его её их мой моя наш не ни никто"
-          " ничего все всё каждый тоже уже может где кто почему в во с со на до по перед при"
-          " от для об о за из к был была было есть нет у да",
-    "tr": "ve veya ama fakat çünkü ki o bu şu ben sen biz siz onlar bunlar bir her hiç ne"
-          " nasıl neden niçin nerede kim sonra önce şimdi bugün dün yarın daha çok en da de"
-          " ile için gibi kadar ise eğer onun bunun benim senin bizim sizin onu bunu beni seni"
-          " bana sana ona var yok hepsi herkes kimse hayır evet",
-}
-ORDINALS = ("de", "tr")  # "3." is the third, and nouns or names follow it
-CONSONANTS = set("bcdfghjklmnpqrstvwxzłßбвгджзклмнпрстфхцчшщ")
-STOPS, CLOSING_QUOTES, NO_LETTERS = ".!?…", "\"'”’»›“‘«‹)]}", " \t\r\n—–-\"'“”«»‹›()[]„‚‘’¿¡*_"
-LETTER_RE = re.compile(r"[^\W\d_]")
-LAST_WORD_RE = re.compile(
-    r"(?<![^\s\"'“”«»‹›()\[\]„‚‘¿¡/—–])(?P<whole>(?:[^\W\d_]{1,5}\.-?\s?)*"
-    r"(?P<last>[^\W\d_][^\s\d\"“”«»()\[\]¿¡/—–.,;:!?…]*))\.$")
-NEXT_WORD_RE = re.compile(rf"[{re.escape(NO_LETTERS)}]*\w[^\W_]*")
-EXAMPLE_RE = re.compile(r"\b(?:par |por |per |p\. ?)e[jsx]\.$")
-ELISION_RE = re.compile(r"^\w{1,6}['’](?=\w)")  # l'art., dell'avv.
-NUMBER_RE = re.compile(r"(?:\d|\b[IVXLC]+)\s?$")
-ORDINAL_RE = re.compile(r"(?<![\w.,:])\d{1,2}\.$")
-LABEL_RE = re.compile(r"(?:\A|\n)[^\S\n]*(?:\d{1,3}|[^\W\d_]|[ivxIVX]{1,5})\.$")  # of a list's item
-CAMEL_RE = re.compile(r"[a-z]{1,2}[A-Z]")  # iPhone, eBay
-PLAIN_STOP_RE = re.compile(r"[^\W\d_](?:\.|[!?]+)$")
-UNFINISHED_RE = re.compile(r"(?:\.\.|…|[\"'”’»“‹‘«])$")  # by a small letter
-CONTINUED_RE = re.compile(rf"\b(?:\w{{1,3}}|\d+)\.$|{UNFINISHED_RE.pattern}")
-STOP_RE = re.compile(rf"[.!?…][{re.escape(CLOSING_QUOTES)}]*[{BLANK}{SILENT}]+")
-CLOSING_QUOTES_RE = re.compile(rf"[{re.escape(CLOSING_QUOTES)}]+[{BLANK}{SILENT}]+")
-OPENING_QUOTES_RE = re.compile(rf"[{BLANK}{SILENT}](?P<marks>[\"'“„‚‘«»‹›]+)\Z")
-GLUED_RE = re.compile(
-    r"(?<=[^\W\d_])(?P<stop>[.!?…]+)[\"”’»]?(?P<after>[^\W\d_]+)(?![\w(/@\\=]|\.\w)")
-# One of a pair, so that an unclosed mark costs no second look.
-QUOTED_RE = re.compile("|".join((
-    r'"[^"]*"', "“[^“”]*”", "„[^„“”]*[“”]", "«[^«»]*»", "»[^«»]*«", "‹[^‹›]*›", "›[^‹›]*‹",
-    "「[^「」]*」", r"\([^()]*\)", r"\[[^\[\]]*\]")))
-CLOSING_RE = re.compile(rf"[!?;:,.%)\]}}»›\"']+(?:[{BLANK}]|$)|[」』）】》〉。、，！？；：…”’]")
-# Layout. In columns: prose is not wrapped closer, and few lines of verse are wider.
-MIN_WRAP, SURE_WRAP = 36, 60
-WIDE = "\u2e80"  # from here on
-ITEM_RE = re.compile(r"(?:[-*+•◦▪‣·–—]|\(?(?:\d{1,3}|[A-Za-z])[.)]|#{1,6})\s")
-HYPHEN_RE = re.compile(r"(?<=[^\W\d_])[-\u2010]$")
-COMPOUND_RE = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
-RUNNING_ON_RE = re.compile(r"[,;—–、，；]$")
-WITHIN_WORD, VERSE_MARKS, LINE_STOPS = ("-", ""), (", ", "，"), (". ", "。")
-DASH_RE = re.compile(rf"(?:[—–]|-{{1,3}})[{BLANK}]+")
-CLOSERS, OPENERS = "\"'”’»›“)]}」』）】》〉", "«‹([{¿¡„"
-FULL_STOPS = "。！？…।॥"  # end a sentence without a blank after them
-
-HAN = r"\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-NO_LINE_START = "」』）】》〉”’。、，！？；：…—ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮー"
-CUT_RE = re.compile(
-    rf"{CUE_RE.pattern}"  # swallowed whole, as is "3 000", so that no cut falls inside
-    r"|(?<!\d)\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3}){1,4}(?!\d)"
-    rf"|(?P<gap>[{BLANK}{SILENT}]+)"
-    rf"|(?![{NO_LINE_START}{BLANK}])(?:"
-    r"(?P<strong>(?<=[。！？；：…])|(?<=[。！？…][」』”’])|(?<=\w—)|(?<=\w--)(?=\w))"
-    rf"|(?P<comma>(?<=[、，」』）】》〉])|(?<=[”’])(?=[{HAN}ぁ-ヿ]))"
-    rf"|(?P<phrase>(?<=[ぁ-ゟ])(?=[{HAN}ァ-ヺ])|(?<=[{HAN}ぁ-ヿ])(?=[「『（【《〈“]))"
-    rf"|(?P<pair>(?<=[{HAN}])(?=[{HAN}ァ-ヺ])|(?<=[ァ-ヿ])(?=[{HAN}])|(?<=[ぁ-ゟ])(?=[ぁ-ゟ]))"
-    r"|(?P<inside>(?<=[^\w\s])(?=[^\W_])))"
-)
-# How bad a cut is. A piece of no length costs up to 2 more, and so does a tiny rest (_choose_cut),
-# so that no balance is worth the last two: they are for what is longer than a whole segment.
-COST_INNER, COST_CLAUSE, COST_COMMA, COST_CONJUNCTION = 0.5, 1.0, 1.3, 1.8
-COST_WORD, COST_PAIR = 2.5, 3.5
-# Of a long text's first piece, 40 to 90 of 175 characters: speech starts in half the time. What
-# is no longer than 110 stays whole. As shares, since other models take shorter texts.
-OPENING_SHARES, OPENING_WHOLE = (40 / 175, 90 / 175), 110 / 175
-COST_GLUED, COST_INSIDE = 100.0, 200.0
-UNSPACED = {"strong": COST_CLAUSE, "comma": COST_COMMA, "phrase": COST_WORD, "pair": COST_PAIR,
-            "inside": COST_INSIDE}
-CONJUNCTIONS = {  # a comma is often missing before them
-    "en": " and or but because while which that when where if so then than who with ",
-    "de": " und oder aber weil dass denn sondern wenn als ob ",
-    "es": " y e o u pero porque que cuando si donde con ",
-    "fr": " et ou mais parce que qui car quand si où donc avec ",
-    "it": " e o ma perché che quando se dove con ",
-    "pt": " e ou mas porque que quando se onde com ",
-    "pl": " i a ale oraz lub bo że który która które gdy ",
-    "ru": " и а но или что потому когда если который которая которые чтобы ",
-    "tr": " ve veya ama fakat çünkü ki ile ",
-    "hi": " और लेकिन या कि क्योंकि जो जब तो ",
-    "ko": " 그리고 그러나 하지만 그래서 ",
-}
-
-
-@dataclass(frozen=True)
-class SegmentLimits:
-    """What one Bark generation can hold. `max_tokens` and `max_seconds` are the model's own."""
-
-    count_tokens: Callable[[str], int]
-    max_tokens: int
-    max_seconds: float
-    min_chars: int = 110  # what Bark speaks best at once (bark-infinity, bark-gui)
-    max_chars: int = 175
-    soon: bool = False  # a long text's first piece is short
-
-
-@dataclass(frozen=True)
-class Span:
-    """One segment, `text[start:end]` in code points, and the seconds of silence after it."""
-
-    start: int
-    end: int
-    pause: float
-
-
-Cut = tuple[int, int, float]  # end of the left piece, start of the right one, cost (above)
 
 
 def normalize_text(text: str) -> str:
@@ -726,26 +477,42 @@ def estimate_seconds(text: str) -> float:
     return sum(map(speech_millis, text)) / 1000
 
 
-def split_text(text: str, language: str, limits: SegmentLimits) -> list[Span]:
-    """Cut a text into segments that each fit one generation, in order, without overlap.
+def trim_blanks(text: str, start: int, end: int) -> tuple[int, int]:
+    while start < end and GAP_RE.match(text, start):
+        start += 1
+    while start < end and GAP_RE.match(text, end - 1):
+        end -= 1
+    return start, end
 
-    Pieces of a paragraph are merged up to `limits`, cut between sentences where that does not
-    leave a tiny one, else at the best clause boundary; paragraphs stay apart. With `limits.soon`
-    the first piece of a long text is a short one, so that speech starts soon.
 
-    `language` is a voice's two letters; an unknown one is read as English. Whatever is speakable
-    is in exactly one span. A line with nothing speakable ends a paragraph, as a blank one does.
-    Only a single character of more than `limits.max_tokens` tokens can break a limit.
-    """
-    elapsed = list(itertools.accumulate(map(speech_millis, text), initial=0))
-    is_long = limits.soon and len(text.strip()) > OPENING_WHOLE * limits.max_chars
-    pieces: list[tuple[int, int, float]] = []
-    for start, end, lines in laid_out(text):
-        paragraph = Paragraph(text, start, end, language.lower(), limits, elapsed,
-                              {line.end: line.spoken for line in lines})
-        pieces += paragraph.pieces(opens=is_long and not pieces)
-    after = [*(pause_before for _, _, pause_before in pieces[1:]), 0.0]
-    return [Span(start, end, pause) for (start, end, _), pause in zip(pieces, after, strict=False)]
+# -----------------------------------------------------------------------------
+# Layout: paragraphs and lines, as a page shows them
+#
+# A blank line parts paragraphs. The lines of one may be prose that was wrapped to a width, and then
+# their ends are blanks; or the lines of a list or a verse, and then each is heard to end. Which of
+# them it is, the lines' lengths and first letters tell.
+
+STOPS, CLOSING_QUOTES, NO_LETTERS = ".!?…", "\"'”’»›“‘«‹)]}", " \t\r\n—–-\"'“”«»‹›()[]„‚‘’¿¡*_"
+# Layout. In columns: prose is not wrapped closer, and few lines of verse are wider.
+MIN_WRAP, SURE_WRAP = 36, 60
+WIDE = "\u2e80"  # from here on
+ITEM_RE = re.compile(r"(?:[-*+•◦▪‣·–—]|\(?(?:\d{1,3}|[A-Za-z])[.)]|#{1,6})\s")
+HYPHEN_RE = re.compile(r"(?<=[^\W\d_])[-\u2010]$")
+COMPOUND_RE = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
+RUNNING_ON_RE = re.compile(r"[,;—–、，；]$")
+CONJUNCTIONS = {  # a comma is often missing before them
+    "en": " and or but because while which that when where if so then than who with ",
+    "de": " und oder aber weil dass denn sondern wenn als ob ",
+    "es": " y e o u pero porque que cuando si donde con ",
+    "fr": " et ou mais parce que qui car quand si où donc avec ",
+    "it": " e o ma perché che quando se dove con ",
+    "pt": " e ou mas porque que quando se onde com ",
+    "pl": " i a ale oraz lub bo że który która które gdy ",
+    "ru": " и а но или что потому когда если который которая которые чтобы ",
+    "tr": " ve veya ama fakat çünkü ki ile ",
+    "hi": " और लेकिन या कि क्योंकि जो जब तो ",
+    "ko": " 그리고 그러나 하지만 그래서 ",
+}
 
 
 def paragraphs(text: str) -> Iterator[tuple[int, int]]:
@@ -757,14 +524,6 @@ def paragraphs(text: str) -> Iterator[tuple[int, int]]:
             yield trim_blanks(text, start, pos)
             start = -1
         pos += len(line)
-
-
-def trim_blanks(text: str, start: int, end: int) -> tuple[int, int]:
-    while start < end and GAP_RE.match(text, start):
-        start += 1
-    while start < end and GAP_RE.match(text, end - 1):
-        end -= 1
-    return start, end
 
 
 class LineEnd(NamedTuple):
@@ -935,6 +694,193 @@ def spoken_line_ends(text: str, language: str) -> Iterator[LineEnd]:
             yield end._replace(spoken=mark)
         elif end.spoken != " ":
             yield end
+
+
+# -----------------------------------------------------------------------------
+# Stops: where a sentence ends, and where a full stop is an abbreviation's
+#
+# sentencex proposes ends in all of Bark's languages; what it misses is decided here: abbreviations,
+# units, ordinals and initials by lists and rules, small letters, missing blanks, quotations.
+
+CUE_RE = re.compile(r"\[[^\[\]]{1,60}\]")
+# Full stops, by language. Abbreviations are abbr2words', and such as these give beside them:
+#   de Duden, "Abkürzungen"; en Chicago Manual of Style, ch. 10; es RAE, Ortografía, app. 1;
+#   fr Imprimerie nationale, Lexique; hi Central Hindi Directorate, Manak Hindi Vartani;
+#   it Treccani, "Abbreviazioni"; pl PWN, Wielki słownik ortograficzny; pt ABL, "Reduções";
+#   ru GOST R 7.0.12-2011; tr TDK, "Kısaltmalar Dizini". "" has titles that all of them meet.
+# What has no vowel (św., pkt.) needs no entry, nor has a single letter.
+ABBREVIATIONS = {
+    "": "adm capt co col corp gen gov hon inc maj mlle mlles mme mmes prof rev sen",
+    "de": "abzgl allg amtl anh anl anm aufl ausg ausschl bayer bearb beil bes betr bez bezgl"
+          " bibl ders dipl ebd ehem eigtl einf einl einschl engl entspr etw europ evang forts"
+          " franz fähnr gebr gegr ges gest gez griech hebr hist ing inh insp inst ital jahrh"
+          " jap jew jährl kath korp kto lat leutn mag milit mind mitgl nachf nachm niederl"
+          " näml nördl oblt orig phil poln port preuß priv.-doz proc prot präs red reg rumän"
+          " russ röm schwed schweiz sekr sog span stellv stud städt suppl sächs südl techn"
+          " tschech tägl türk ugs ungar urspr verf vergl verh verl verm vermutl verz vorm vors"
+          " wachtm weibl westl wiss ziff zirka zit zus österr östl übers",
+    "en": "abbr acad acct addl adj admin advt ala alas alt amer anon appt ariz ark asst"
+          " astron atty aux avg bibl biog biol bur cal calif cert chem circ cit colo comdr"
+          " comm commr comp conf cong conj conn cont contd conv corr cu del dia diam dict dir"
+          " dist distr div doz ed edn educ elev encl encyc eng enl equiv esp etym exc excl"
+          " fasc fem fla fol freq geog geol ger harb heb hist hwy illus ind inst instr intl"
+          " intro inv jour kans lat lieut mass mech mich minn mont natl naut neb nev obs occas"
+          " okla ont opp ore org orig penn pharm philos phys poss pred pres presb prob proc"
+          " pron prov pseud publ qty que quot rec recd reg repr req resp rte sask ser subj"
+          " suppl supt surg tenn terr tex theol trans treas univ usu vocab vols wash wis wyo",
+    "es": "admón almte alte arts bibl brig cit cmdte cnel comis comte conc coord cor cód dep"
+          " depto dicc dipt dpto dña edif edit eds excl excma fasc figs fol gdor gob hab ibíd"
+          " ilma ilmo ilustr impr inst izq loc ltda lám mons mtra nro ntra oblig op orig pbro"
+          " pdta pdte pje pral prov pról pta párr rdo ref resp rvdo sdad secr sgto sig sigs"
+          " soc sres supl tab teléf tfno trad tte tít univ vid vols",
+    "fr": "adj admin adv alin all amb ambass anc angl append approx arr augm auj bibl bull"
+          " bât c.-à-d cap cie cit coll commiss compl dir doct dép dépt esp fasc fém gouv"
+          " gramm gén géogr géol hist illustr impr insp introd ital lat lieut litt loc maréch"
+          " masc me moy numér op paragr plur pref proc pron prov préf prép prés resp réf réfs"
+          " résid rééd secr sect serg sous-lieut ste stes sté subst sup suppl syn sén tabl"
+          " trad univ égl",
+    "hi": "कु पं प्रो श्री श्रीमती सं सुश्री",
+    "it": "amb amm arciv ass bibl brig capp card circ cit com comand comm cons dep dip dir"
+          " fratt fraz ist loc mons num op parr pref proc prov rett scal segr serg sez sind"
+          " tab tav ten trad uff univ vesc voll",
+    "pl": "abp adw afr akad amer ang arch art artyst asp aspir astr asyst austr bibl biol"
+          " biskup bryg bryt centr chem chir chiń cyt czes dekl demokr diec doc dosł dot dow"
+          " duszp dypl dyr dyw egz ekol ekon elektr ew fab farm fiz fot franc gastr geogr geol"
+          " gimn gosp gram grec gub górn głęb hab hist hiszp im insp inst jedn kanc kard katol"
+          " kier klas kol koresp kryt książ kult kwart lekt lic maks marsz mec med mies min"
+          " nadinsp nadkom najśw niem nieof obec obyw odc oddz ok oprac org orygin os osob"
+          " pers plut podkom pol poprz por pow poz poł prał prez prezyd proc prok przen przew"
+          " przeł przym przyp psych publ red rejon reż rodz roln ros rozdz ryc rys sekr sierż"
+          " społ spółdz stac stow sygn szer szwajc tab tabl techn tel temp tow tyg tys tłum ub"
+          " uczn ukr uniw ur urodz ust wen woj współcz wyd wyst właśc zach zag zagr zakł zam"
+          " zarz zast zaw zazw zał zewn ćwicz łac środk żarg",
+    "pt": "alm ampl and apto aum brig cel com coord dep dept depto des edit eds emb esc esq"
+          " estr exa exma fasc gráf hab ibid ilma ilmo ilustr impr introd loc mons máx méd mín"
+          " núm op org parág pe pref pres proc prom ref rod sec sta supl séc sécs tab telef"
+          " ten trad tte univ vols",
+    "ru": "авг адм адмир англ апр арх архиеп архит асс библиогр биогр биол букв бульв вост"
+          " вып ген геогр геол гор греч губерн дек дер диак дир докт доп европ еп журн зав заг"
+          " зам засл знач игум изд инд инж исп испр итал каб кав канд кап капит каф колич комн"
+          " корп корр лаб лат лейт литер макс маш мес митр моск муз наб назв наим науч нач нем"
+          " ноя нояб обр общ оз окр окт опубл орг осн отв отд офиц пед перев перераб перс"
+          " подполк полк полков польск пос поч предисл през преп прибл прил прим проток псевд"
+          " публ разг ред редкол реж респ рус свящ сев секр сен сент серж совр сокр соотв сост"
+          " соч спец студ техн тов туп укр унив упр уч фак фам февр физ филос франц хим худ"
+          " церк чел экз эл энц юр яз янв",
+    "tr": "alm amir ank apt ar arş asb asis asist astsb av ağu başb başk böl coğ doç ecz ed"
+          " eki ekon ens erm eyl eğt fak far fel fiz gnkur gör hem huk isp İkt İlç İng İsp İst"
+          " İt jap jeol karş kas korg kur lab lat mad mah mat mim muh müd müf müh müt nis oca"
+          " onb opr ord org orgen paz red rum rus sad sağ tekn tel tem tic tuğg tümg uzm vek"
+          " yard yayl yb yrd yun yzb yük örn öğr öğrt üni üniv ütğm şek şti şub",
+    "ja": "", "ko": "", "zh": "",
+}
+# Abbreviations before a number alone, as they are words too.
+EVERYDAY = {
+    "de": "Art an art di do ist mag mi mo nov red sa so um zu übers",
+    "en": "No alas am app ark art cal chap con del ex fig figs gal ill in is mar mass max may"
+          " me min miss no ore par para pen pro que ref sat sec sect so sun temp us wash",
+    "es": "art con da dan des en era mar no san se si sur ten",
+    "fr": "art cap dim ex jeu mar me mer par pas prés sam sec sept vol",
+    "it": "da di dir in lui ma mar no re si ven via",
+    "pl": "in maj on sen tam ten to",
+    "pt": "and com dez ex faz mar out set sex ter",
+    "ru": "газ и к о пир род след у ум час",
+    "tr": "ar av bul böl dan eki ens far gör hem kas kim kur mat mim ok op org rum rus sağ"
+          " tar tel yun yük",
+}
+# Titles, and what points at a name: no sentence ends before it, even if it is "La" or "Der".
+LEADING = (
+    " Mr Mrs Ms Mx Dr Drs Prof M MM Mme Mmes Mlle Mgr Me Sr Sra Srta Sres Sras D Dña Dra Sto Sta"
+    " Sig sig Sigg Dott dott Hr Hrn Frl e.g i.e cf cfr viz vgl z.B d.h np tj tzn tzw zob por"
+    " см ср напр т.е т.к c.-à-d p.ej ej p.ex v.g es p.es bkz Bkz krş örn Örn ул пл им ul al pl "
+)
+# What often closes a sentence, and does before a capital; so do units after a number.
+TRAILING = {
+    "de": "etc usw u.s.w usf ff v.Chr n.Chr Chr",
+    "en": "etc al a.m p.m A.M P.M B.C A.D B.C.E C.E Ph.D M.D M.A B.A",
+    "es": "etc a.C d.C a.m p.m",
+    "fr": "etc J.-C",
+    "it": "ecc etc a.C d.C",
+    "pl": "itd itp n.e p.n.e",
+    "pt": "etc a.C d.C",
+    "ru": "т.д т.п др н.э",
+    "tr": "vb vs",
+}
+UNITS = (
+    " km kg g cm mm m l ml h s min sec sek seg hr hrs lb lbs oz ft in yd yds mi gal qt pt tsp tbsp"
+    " yr yrs mo wk pp hab std zł gr руб коп кг км м см мин сек ч dk sa sn "
+)
+# Words that open a sentence and are no names.
+OPENING = {
+    "de": "der die das den dem des ein eine einen einem einer es er sie wir ihr ich du man"
+          " mein sein unser dieser diese dieses dann da dort hier nun jetzt und aber oder doch"
+          " denn wenn als weil dass ob wie was wer wo warum nach vor bei mit in im am an auf"
+          " aus für von zu zum nicht kein keine niemand alle alles viele auch noch so später"
+          " heute morgen bitte etwas ja nein",
+    "en": "the a an this that these those it he she they we you i his her its their our my"
+          " your there here then when while where what who why how if but and or so yet nor as"
+          " at in on for from to with by after before once now not no all some many most each"
+          " every both one two however later today meanwhile perhaps maybe please let do does"
+          " did is are was were can could will would should have has had nobody everyone"
+          " nothing everything someone him me us them too yes",
+    "es": "el la los las lo un una unos unas él ella ellos ellas yo tú usted nosotros este"
+          " esta esto ese esa eso aquel su sus mi mis tu y o pero porque que cuando si donde"
+          " como con sin en de del a al por para desde entonces luego después antes ahora hoy"
+          " ayer no ni nadie nada todo todos también ya quizás hay es era fue sí",
+    "fr": "le la les l un une des du de d il elle on nous vous ils elles je j tu ce c cela"
+          " cette ces cet son sa ses mon ma mes leur leurs notre votre et ou mais car donc or"
+          " ni que qu qui quand lorsque si comme où avec sans dans en à au aux par pour sur"
+          " sous depuis puis alors ensuite après avant maintenant ici là personne rien tout"
+          " tous ne aussi oui non",
+    "it": "il lo la i gli le l un uno una lui lei loro io tu noi voi egli essa questo questa"
+          " questi queste quello quella ciò suo sua mio mia e ed o ma perché che quando se"
+          " dove come con senza in nel nella di del della da dal a al alla per su poi allora"
+          " dopo prima ora oggi ieri non né nessuno niente tutto tutti anche già forse è era"
+          " fu mi ti si ci vi sì no",
+    "pl": "i a ale oraz lub albo bo że który która które gdy kiedy jeśli jak on ona ono oni"
+          " one ja ty my wy to ten ta te tam tu teraz potem wtedy jego jej ich mój moja nasz"
+          " nie nikt nic wszyscy wszystko każdy też już może czy co kto gdzie dlaczego w we z"
+          " ze na do po przed przy od dla o u był była było jest są zaraz tak",
+    "pt": "o a os as um uma ele ela eles elas eu tu você nós isto isso este esta esse essa"
+          " aquele seu sua meu minha e ou mas porque que quando se onde como com sem em no na"
+          " nos nas de do da dos das por para desde então depois antes agora hoje ontem não"
+          " nem ninguém nada tudo todos também já talvez é era foi há sim",
+    "ru": "и а но или что потому когда если как он оно она они я ты мы вы это этот эта эти"
+          " тот та те там тут здесь теперь потом тогда затем его её их мой моя наш не ни никто"
+          " ничего все всё каждый тоже уже может где кто почему в во с со на до по перед при"
+          " от для об о за из к был была было есть нет у да",
+    "tr": "ve veya ama fakat çünkü ki o bu şu ben sen biz siz onlar bunlar bir her hiç ne"
+          " nasıl neden niçin nerede kim sonra önce şimdi bugün dün yarın daha çok en da de"
+          " ile için gibi kadar ise eğer onun bunun benim senin bizim sizin onu bunu beni seni"
+          " bana sana ona var yok hepsi herkes kimse hayır evet",
+}
+ORDINALS = ("de", "tr")  # "3." is the third, and nouns or names follow it
+CONSONANTS = set("bcdfghjklmnpqrstvwxzłßбвгджзклмнпрстфхцчшщ")
+LETTER_RE = re.compile(r"[^\W\d_]")
+LAST_WORD_RE = re.compile(
+    r"(?<![^\s\"'“”«»‹›()\[\]„‚‘¿¡/—–])(?P<whole>(?:[^\W\d_]{1,5}\.-?\s?)*"
+    r"(?P<last>[^\W\d_][^\s\d\"“”«»()\[\]¿¡/—–.,;:!?…]*))\.$")
+NEXT_WORD_RE = re.compile(rf"[{re.escape(NO_LETTERS)}]*\w[^\W_]*")
+EXAMPLE_RE = re.compile(r"\b(?:par |por |per |p\. ?)e[jsx]\.$")
+ELISION_RE = re.compile(r"^\w{1,6}['’](?=\w)")  # l'art., dell'avv.
+NUMBER_RE = re.compile(r"(?:\d|\b[IVXLC]+)\s?$")
+ORDINAL_RE = re.compile(r"(?<![\w.,:])\d{1,2}\.$")
+LABEL_RE = re.compile(r"(?:\A|\n)[^\S\n]*(?:\d{1,3}|[^\W\d_]|[ivxIVX]{1,5})\.$")  # of a list's item
+CAMEL_RE = re.compile(r"[a-z]{1,2}[A-Z]")  # iPhone, eBay
+PLAIN_STOP_RE = re.compile(r"[^\W\d_](?:\.|[!?]+)$")
+UNFINISHED_RE = re.compile(r"(?:\.\.|…|[\"'”’»“‹‘«])$")  # by a small letter
+CONTINUED_RE = re.compile(rf"\b(?:\w{{1,3}}|\d+)\.$|{UNFINISHED_RE.pattern}")
+STOP_RE = re.compile(rf"[.!?…][{re.escape(CLOSING_QUOTES)}]*[{BLANK}{SILENT}]+")
+CLOSING_QUOTES_RE = re.compile(rf"[{re.escape(CLOSING_QUOTES)}]+[{BLANK}{SILENT}]+")
+OPENING_QUOTES_RE = re.compile(rf"[{BLANK}{SILENT}](?P<marks>[\"'“„‚‘«»‹›]+)\Z")
+GLUED_RE = re.compile(
+    r"(?<=[^\W\d_])(?P<stop>[.!?…]+)[\"”’»]?(?P<after>[^\W\d_]+)(?![\w(/@\\=]|\.\w)")
+# One of a pair, so that an unclosed mark costs no second look.
+QUOTED_RE = re.compile("|".join((
+    r'"[^"]*"', "“[^“”]*”", "„[^„“”]*[“”]", "«[^«»]*»", "»[^«»]*«", "‹[^‹›]*›", "›[^‹›]*‹",
+    "「[^「」]*」", r"\([^()]*\)", r"\[[^\[\]]*\]")))
+CLOSING_RE = re.compile(rf"[!?;:,.%)\]}}»›\"']+(?:[{BLANK}]|$)|[」』）】》〉。、，！？；：…”’]")
+FULL_STOPS = "。！？…।॥"  # end a sentence without a blank after them
 
 
 @lru_cache(maxsize=4096)
@@ -1132,6 +1078,89 @@ class Sentences:
         if stop != before and after[0] not in "([" and not stop.endswith(("..", "…")):
             return not self.stops.go_on(stop, after)
         return self.stops.opens(word) or self.stops.closes(before)
+
+
+# -----------------------------------------------------------------------------
+# Text: where a text is cut, so that each piece fits one generation
+#
+# A segment ends with a sentence where that is possible, else at the best clause boundary in reach;
+# each place to cut has a cost, and the cheapest sum of cost and unevenness wins. Paragraphs stay
+# apart. What is spoken and what of it is left out is not decided here, but in the sections on
+# reading.
+
+SENTENCE_PAUSE, PARAGRAPH_PAUSE, CLAUSE_PAUSE = 0.25, 0.5, 0.1  # seconds
+WITHIN_WORD, VERSE_MARKS, LINE_STOPS = ("-", ""), (", ", "，"), (". ", "。")
+DASH_RE = re.compile(rf"(?:[—–]|-{{1,3}})[{BLANK}]+")
+CLOSERS, OPENERS = "\"'”’»›“)]}」』）】》〉", "«‹([{¿¡„"
+HAN = r"\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+NO_LINE_START = "」』）】》〉”’。、，！？；：…—ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮー"
+CUT_RE = re.compile(
+    rf"{CUE_RE.pattern}"  # swallowed whole, as is "3 000", so that no cut falls inside
+    r"|(?<!\d)\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3}){1,4}(?!\d)"
+    rf"|(?P<gap>[{BLANK}{SILENT}]+)"
+    rf"|(?![{NO_LINE_START}{BLANK}])(?:"
+    r"(?P<strong>(?<=[。！？；：…])|(?<=[。！？…][」』”’])|(?<=\w—)|(?<=\w--)(?=\w))"
+    rf"|(?P<comma>(?<=[、，」』）】》〉])|(?<=[”’])(?=[{HAN}ぁ-ヿ]))"
+    rf"|(?P<phrase>(?<=[ぁ-ゟ])(?=[{HAN}ァ-ヺ])|(?<=[{HAN}ぁ-ヿ])(?=[「『（【《〈“]))"
+    rf"|(?P<pair>(?<=[{HAN}])(?=[{HAN}ァ-ヺ])|(?<=[ァ-ヿ])(?=[{HAN}])|(?<=[ぁ-ゟ])(?=[ぁ-ゟ]))"
+    r"|(?P<inside>(?<=[^\w\s])(?=[^\W_])))"
+)
+# How bad a cut is. A piece of no length costs up to 2 more, and so does a tiny rest (_choose_cut),
+# so that no balance is worth the last two: they are for what is longer than a whole segment.
+COST_INNER, COST_CLAUSE, COST_COMMA, COST_CONJUNCTION = 0.5, 1.0, 1.3, 1.8
+COST_WORD, COST_PAIR = 2.5, 3.5
+# Of a long text's first piece, 40 to 90 of 175 characters: speech starts in half the time. What
+# is no longer than 110 stays whole. As shares, since other models take shorter texts.
+OPENING_SHARES, OPENING_WHOLE = (40 / 175, 90 / 175), 110 / 175
+COST_GLUED, COST_INSIDE = 100.0, 200.0
+UNSPACED = {"strong": COST_CLAUSE, "comma": COST_COMMA, "phrase": COST_WORD, "pair": COST_PAIR,
+            "inside": COST_INSIDE}
+
+
+@dataclass(frozen=True)
+class SegmentLimits:
+    """What one Bark generation can hold. `max_tokens` and `max_seconds` are the model's own."""
+
+    count_tokens: Callable[[str], int]
+    max_tokens: int
+    max_seconds: float
+    min_chars: int = 110  # what Bark speaks best at once (bark-infinity, bark-gui)
+    max_chars: int = 175
+    soon: bool = False  # a long text's first piece is short
+
+
+@dataclass(frozen=True)
+class Span:
+    """One segment, `text[start:end]` in code points, and the seconds of silence after it."""
+
+    start: int
+    end: int
+    pause: float
+
+
+Cut = tuple[int, int, float]  # end of the left piece, start of the right one, cost (above)
+
+
+def split_text(text: str, language: str, limits: SegmentLimits) -> list[Span]:
+    """Cut a text into segments that each fit one generation, in order, without overlap.
+
+    Pieces of a paragraph are merged up to `limits`, cut between sentences where that does not
+    leave a tiny one, else at the best clause boundary; paragraphs stay apart. With `limits.soon`
+    the first piece of a long text is a short one, so that speech starts soon.
+
+    `language` is a voice's two letters; an unknown one is read as English. Whatever is speakable
+    is in exactly one span. A line with nothing speakable ends a paragraph, as a blank one does.
+    Only a single character of more than `limits.max_tokens` tokens can break a limit.
+    """
+    elapsed = list(itertools.accumulate(map(speech_millis, text), initial=0))
+    is_long = limits.soon and len(text.strip()) > OPENING_WHOLE * limits.max_chars
+    pieces: list[tuple[int, int, float]] = []
+    for start, end, lines in laid_out(text):
+        paragraph = Paragraph(text, start, end, language.lower(), limits, elapsed,
+                              {line.end: line.spoken for line in lines})
+        pieces += paragraph.pieces(opens=is_long and not pieces)
+    after = [*(pause_before for _, _, pause_before in pieces[1:]), 0.0]
+    return [Span(start, end, pause) for (start, end, _), pause in zip(pieces, after, strict=False)]
 
 
 @dataclass(frozen=True)
