@@ -84,6 +84,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from html.entities import html5
 from http import HTTPStatus
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1807,9 +1808,8 @@ def read_entities(script: Script) -> None:
     """Entities and escaped signs are the signs they stand for, and no markup."""
     edits, kept = [], []
     for match in ENTITY_RE.finditer(script.text):
-        name = f"&{match[1]}"
-        if (sign := html.unescape(name)) != name:
-            edits.append(Edit(*match.span(), sign))
+        if match[1][0] == "#" or match[1] in html5:  # not the start of it, as in &notanentity;
+            edits.append(Edit(*match.span(), html.unescape(f"&{match[1]}")))
             kept.append(match.span())
     for match in ESCAPE_RE.finditer(script.text):
         edits.append(Edit(*match.span(), ""))
@@ -2291,7 +2291,7 @@ class Aside:
     def is_emphatic(self, listed: bool) -> bool:
         """Whether capitals say what the signs do: for a few words inside a clause, and no name."""
         words = self.words.split()
-        if len(words) > EMPHATIC_WORDS or self.words.endswith(":"):
+        if len(words) > EMPHATIC_WORDS or self.words.endswith(":") or self.inner[0] in "([":
             return False
         if any(word[0].isupper() and word != "I" for word in words):
             common = len(words) == 1 and (

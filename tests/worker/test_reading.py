@@ -74,7 +74,7 @@ def test_markup_is_read_as_a_person_would(bark: ModuleType, text: str, spoken: s
 
 
 @pytest.mark.parametrize("text", [
-    "5 * 3, 2*3*4, a ** b, a < b > c, a<b, <3, x > y, #1, C#, F#, AT&T, R&D;, Q&A, f(_x_), a[i]",
+    "5 * 3, 2*3*4, a ** b, a < b > c, a<b, <3, x > y, #1, C#, AT&T, R&D;, &notso;, f(_x_), a[i]",
     "snake_case_name, __init__, *.txt and *args, /_z_/, C:\\new\\dir, 5'2\", ~5, a ~~ b, 1^2, $5",
     "Press <Enter>, List<String>, #include <stdio.h>, <name>. The price* was low.|*Terms apply.",
     "[1] [MAN] [12]", "He ran (fast) - very fast - and the boy(s) (late) too; 50% | 30%", "a|b",
@@ -147,7 +147,7 @@ def test_directions_are_known_by_their_place_and_words(
     ("**Note:** so it is. **all of it goes**", []), ("This is **very important** to me.",
      ["very important"]),
     ("# A *big* title", ["big"]), ("*so it goes* on", []), ("*so* it goes", ["so"]),
-    ("*leans closer* *looks away*", []),
+    ("*leans closer* *looks away*", []), ("**Tom** *(laughs)*: No", []),
 ])
 def test_capitals_are_for_emphasis_inside_a_clause(
         bark: ModuleType, text: str, words: list[str]) -> None:
