@@ -435,7 +435,7 @@ SILENT = r"\xad\u061c\u180e\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\
 BLANK = r"\s\x00-\x1f\x7f-\x9f\u200b"  # control characters and the zero-width space separate words
 SILENT_RE = re.compile(f"[{SILENT}]+")
 BLANK_RE = re.compile(f"[{BLANK}]+")
-GAP_RE = re.compile(f"[{BLANK}{SILENT}]")
+GAP_RE, GAPS_RE = re.compile(f"[{BLANK}{SILENT}]"), re.compile(f"[{BLANK}{SILENT}]*")
 SPEAKABLE_RE = re.compile(r"[^\W_]|[♩-♬]")  # Bark sings what stands between ♪
 # Characters a second. 150 words a minute of English with its blanks are 15; blanks are free here,
 # so that an estimate is a plain sum, and the rest pays for them. Others follow the syllable rates
@@ -479,8 +479,7 @@ def estimate_seconds(text: str) -> float:
 
 
 def trim_blanks(text: str, start: int, end: int) -> tuple[int, int]:
-    while start < end and GAP_RE.match(text, start):
-        start += 1
+    start = GAPS_RE.match(text, start, end).end()
     while start < end and GAP_RE.match(text, end - 1):
         end -= 1
     return start, end
@@ -608,7 +607,7 @@ class Block:
 
 def width_of(line: str) -> int:
     """In columns: Chinese characters take two."""
-    return len(line) + sum(char >= WIDE for char in line)
+    return len(line) + (0 if line.isascii() else sum(char >= WIDE for char in line))
 
 
 def reach(line: str, after: str) -> int:
@@ -630,8 +629,8 @@ def closing_mark(line: str, verse: bool) -> str:
 def blocks_of(text: str, start: int, end: int) -> list[Block]:
     """The paragraph `text[start:end]` as blocks: each item of a list starts one."""
     blocks: list[list[tuple[int, int]]] = []
-    pos = start
-    for line in text[start:end].splitlines(keepends=True):
+    pos, lines = start, text[start:end].splitlines(keepends=True)
+    for line in lines if len(lines) > 1 else ():
         low, high = trim_blanks(text, pos, pos + len(line))
         pos += len(line)
         if not blocks or ITEM_RE.match(text, low):
@@ -640,15 +639,18 @@ def blocks_of(text: str, start: int, end: int) -> list[Block]:
     return [Block(text, spans) for spans in blocks if len(blocks) > 1 or len(spans) > 1]
 
 
-def laid_out(text: str) -> Iterator[tuple[int, int, list[LineEnd]]]:
+@lru_cache(maxsize=4)  # reading asks for it, and cutting again
+def laid_out(text: str) -> list[tuple[int, int, list[LineEnd]]]:
     """Each paragraph's start and end, and the ends of its lines but the last."""
     laid = [(start, end, blocks_of(text, start, end)) for start, end in paragraphs(text)]
     measure = max((block.width for _, _, blocks in laid for block in blocks
                    if len(block.pairs) > 1 and block.is_wrapped()), default=0)
+    found = []
     for start, end, blocks in laid:
         following = [block.spans[0][0] for block in blocks[1:]]
-        yield start, end, [line for block, pos in itertools.zip_longest(blocks, following)
-                           for line in block.ends(measure, pos)]
+        found.append((start, end, [line for block, pos in itertools.zip_longest(blocks, following)
+                                   for line in block.ends(measure, pos)]))
+    return found
 
 
 class Hyphens:

@@ -165,7 +165,9 @@ def test_a_worker_without_pyworker_beside_it_says_what_is_missing(
         capsys: pytest.CaptureFixture[str]) -> None:
     assert bark.PYWORKER == PYWORKER
     monkeypatch.setattr(bark, "PYWORKER", tmp_path / "pyworker.py")
-    assert bark.main(["--serverless"]) == 2
+    with pytest.raises(SystemExit) as end:
+        bark.main(["--serverless"])
+    assert end.value.code == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith(
         f"--serverless starts {tmp_path}/pyworker.py, which is missing; put it there, of")
