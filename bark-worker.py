@@ -182,7 +182,7 @@ def without_folders(message: str) -> str:
 # Configuration: the only place that reads the environment
 #
 # One table lists every setting with its default, what may be said and what it means; --help and the
-# checks are made of it, and README's table is held to it. All wrong values are named at once.
+# checks are made of it, and docs/settings.md is held to it. All wrong values are named at once.
 
 MANAGER_VARIABLES = frozenset({"BARK_LABEL", "BARK_IMAGE", "BARK_POLL"})  # of the manager script
 PYWORKER = Path(__file__).resolve().with_name("pyworker.py")

@@ -27,7 +27,7 @@ EXCEPTIONS = {("read_json", "json"), ("looks_whole", "json"), ("resolve_device",
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "expandvars"}
 IMPORTED_IN = {"numpy": "Audio", "torch": "Model", "transformers": "Model"}
 ALLOWED_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "transformers"}
-MAX_FUNCTION_LINES, MAX_COLUMNS = 60, 100
+MAX_FUNCTION_LINES, MAX_CLASS_LINES, MAX_COLUMNS = 60, 250, 100
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 SOURCE, PYWORKER_SOURCE = (path.read_text(encoding="utf-8") for path in (WORKER, PYWORKER))
@@ -233,6 +233,18 @@ def long_functions(source: str) -> list[str]:
             if (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES]
 
 
+def long_classes(source: str) -> list[str]:
+    return [f"{node.name} has {lines} lines" for node in ast.walk(parse(source))
+            if isinstance(node, ast.ClassDef)
+            and (lines := node.end_lineno - node.lineno + 1) > MAX_CLASS_LINES]
+
+
+def bare_sections(source: str) -> list[str]:
+    """Sections that do not open with what to know before their first line."""
+    return [title for title in section_starts(source)
+            if not re.search(rf"^# {title}: [^\n]+\n#\n# [^\n]+\n", source, re.MULTILINE)]
+
+
 def long_lines(source: str) -> list[str]:
     return [f"line {number} has {len(line)} columns"
             for number, line in enumerate(source.splitlines(), 1) if len(line) > MAX_COLUMNS]
@@ -251,10 +263,10 @@ def missing_annotations(source: str) -> list[str]:
 
 
 Rule = Callable[[str], list[str]]
-COMMON_RULES = (environment_readers, names_from_below, long_functions, long_lines,
+COMMON_RULES = (environment_readers, names_from_below, long_functions, long_classes, long_lines,
                 missing_annotations)
 RULES = (*COMMON_RULES, wrong_sections, tensors_out_of_place, world_out_of_place,
-         scheduler_in_the_guard, early_imports, foreign_imports)
+         scheduler_in_the_guard, early_imports, foreign_imports, bare_sections)
 PYWORKER_OWN_RULES = (wrong_sections_of_pyworker, packages_at_the_top, sdk_out_of_place)
 
 
@@ -316,6 +328,8 @@ BREACHES = [
     (foreign_imports, "Text", "import requests"),
     (foreign_imports, "Model", "from huggingface_hub import snapshot_download"),
     (long_functions, "Audio", "def bad() -> None:\n" + "    x = 1\n" * 60),
+    (long_classes, "Audio", "class Bad:\n" + "    x = 1\n" * 250),
+    (bare_sections, "Audio", f"# {'-' * 77}\n# More: of it"),
     (long_lines, "Audio", f"BAD = '{'x' * 93}'"),
     (missing_annotations, "Audio", "def bad(x) -> None:\n    pass"),
     (missing_annotations, "Audio", "def bad(x: int):\n    pass"),
