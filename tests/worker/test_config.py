@@ -162,16 +162,23 @@ def test_help_lists_every_variable_with_its_default(
         assert any(variable.meaning in line and variable.default in line for line in lines)
 
 
-def test_a_wrong_start_prints_why_and_exits_with_2_before_serving(
+def test_wrong_configuration_names_every_wrong_variable_and_no_key(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bark.os, "environ", {"PORT": "x", "BARK_DTYPE": "fp16"})
+    wrong = {"PORT": "http", "TTS_MAX_LENGTH": "0", "BARK_DEVICE": "tpu", "BARK_DTYPE": "int4",
+             "BARK_MAX_BATCH": "1e3", "BARK_MAX_QUEUE": "-1", "BARK_TIMEOUT": "soon",
+             "BARK_DETERMINISTIC": "yes", "BARK_API_KEY": "my secret"}
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(bark, "serve", lambda *_: pytest.fail("served all the same"))
     with pytest.raises(SystemExit) as end:
         bark.main([])
-    output = capsys.readouterr()
     assert end.value.code == 2
-    assert output.out == "" and "PORT is 'x'" in output.err and "BARK_DTYPE" in output.err
+    told = capsys.readouterr()
+    output = told.err
+    for name, value in wrong.items():
+        assert name in output and (name == "BARK_API_KEY" or repr(value) in output)
+    assert told.out == "" and "secret" not in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize(("words", "settings", "status"), [
