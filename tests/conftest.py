@@ -34,6 +34,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # the toys are too small for a second thread but to wait
 
 
+# Files of few tests that take long, which are begun first: what begins last is waited for alone.
+LONGEST = ("test_rent_signals", "test_first_minutes", "test_guard", "test_serverless", "test_docs",
+           "test_rent", "test_endpoint", "test_bad_luck", "test_rented", "test_takes",
+           "test_download", "test_manage", "test_openai", "test_formats", "test_server")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+    items.sort(key=place)  # within a file they keep their order
+
+
 def load_module(path: Path) -> ModuleType:
     """A file of ours as a module. Whoever needs torch imports it by this: it takes seconds."""
     name = path.stem.replace("-", "_")
