@@ -324,8 +324,9 @@ def test_the_on_start_command_by_hand_is_the_one_of_start() -> None:
     assert f"--onstart-cmd '{on_start}'" in shell_block(RENTING, "vastai create")
 
 
-@pytest.mark.parametrize(("page", "mode"), [(README, "args"), (RENTING, "ssh_direc ssh_proxy")],
-                         ids=["short", "long"])
+@pytest.mark.parametrize(("page", "mode"), [
+    pytest.param(README, "args", id="readme"),
+    pytest.param(RENTING, "ssh_direc ssh_proxy", id="renting", marks=pytest.mark.long)])
 def test_a_route_by_hand_leads_to_a_worker_that_only_its_key_opens(
         tmp_path: Path, toy: Path, page: str, mode: str) -> None:
     install, export, search, _ = re.split(

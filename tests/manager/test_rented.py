@@ -222,8 +222,11 @@ def worker_that_crashes(stage: Scene) -> None:
     stage.vast.add_offer()
     assert run(stage, "start", "--yes").status == 0
     worker = stage.only()
+    loop = worker.workers()[0].parent()
     worker.crash_worker()
+    loop.suspend()  # else it would be there again in 5 s
     ended(run(stage, "test"), 1, "does not speak")
+    loop.resume()
     assert run(stage, "start").stdout == f"{worker.worker_url}\n"
     assert "bark-worker ended with status 137\n" in says(stage, "logs")
     assert stage.orders() == [worker.offer["id"]]
