@@ -6760,6 +6760,8 @@ def load_engine(config: Config, state: State, model_id: str, device: torch.devic
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{device} has too little memory for {model_id}: {first_line(error)};"
                          " lower BARK_MAX_BATCH or use suno/bark-small") from error
+    gc.collect()
+    gc.freeze()  # libraries and model stay: else a long text's planning is half looking at them
     state.narrator = narrator
     return engine
 
