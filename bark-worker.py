@@ -686,7 +686,10 @@ def dictionary(language: str) -> frozenset[str]:
 
 
 def spoken_line_ends(text: str, language: str) -> Iterator[LineEnd]:
-    """The ends of lines where more than a blank is spoken, or within a word less."""
+    """The ends of lines that are no more than that, as they are to stand in what is cut and spoken.
+
+    Prose goes on after a blank; what is heard to end gets its mark, and keeps its line.
+    """
     hyphens = None
     for end in (end for _, _, ends in laid_out(text) for end in ends):
         if end.spoken == "-" and text[end.end].islower():
@@ -696,6 +699,8 @@ def spoken_line_ends(text: str, language: str) -> Iterator[LineEnd]:
             mark = hyphens.between(left[-1] if left else "", right[0] if right else "")
             yield end._replace(spoken=mark)
         elif end.spoken != " ":
+            yield end._replace(spoken=end.spoken.replace(" ", "\n"))
+        elif text[end.start - 1].isalnum():
             yield end
 
 

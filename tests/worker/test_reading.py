@@ -41,7 +41,7 @@ def loud(bark: ModuleType, text: str) -> list[str]:
     ("It rained.\n## What now? ##\nIt poured.", "It rained.||What now?||It poured."),
     ("Title\n=====\nText", "Title.|=====|Text"),
     ("- Red\n- Blue\n\n* Green\n* [x] Grey!", "Red.|Blue.||Green.|Grey!"),
-    ("Buy:\n1. Milk\n2. Eggs, and\n   bread", "Buy:|1. Milk.|2. Eggs, and|bread."),
+    ("Buy:\n1. Milk\n2. Eggs, and\n   bread", "Buy:|1. Milk.|2. Eggs, and bread."),
     ("> I think about it,\n> > so do I.", "I think about it,|so do I."),
     ("One.\n\n---\n\nTwo.", "One.||---||Two."),
     ("| Name | Age |\n|:--|---|\n| Tom | 7 |\n| Ann. | |", "Name, Age.|Tom, 7.|Ann."),
@@ -92,7 +92,7 @@ def test_what_is_no_markup_stays(bark: ModuleType, text: str) -> None:
     ("We saw *Whispers* twice. *Dune* too.", "We saw Whispers twice. Dune too."),
     ("Keys: [Pause], [Stop]", "Keys: Pause, Stop"),
     ("Films:\n\n- *Smile*\n- *laughs*", "Films:||Smile.|laughs."),
-    ("*Smile*\n*Emma*\n*Laughs*", "Smile. Emma. Laughs"),
+    ("*Smile*\n*Emma*\n*Laughs*", "Smile.|Emma.|Laughs"),
     ("She *laughs* at it, and *nods*.", "She laughs at it, and nods."),
     ("**Notes** (Thanks) It is **laughs**", "Notes (Thanks) It is laughs"),
     ("**nods**\n\n(opens at 9)\n\n(runs on Windows)", "nods||(opens at 9)||(runs on Windows)"),
@@ -308,4 +308,4 @@ def test_time_grows_with_the_length_and_not_with_its_square(bark: ModuleType, un
     text = (unit * 100_000)[:100_000]
     began = time.process_time()
     bark.read(text, "en")
-    assert time.process_time() - began < 1.5
+    assert time.process_time() - began < 4.0  # 0.9 at most seen; square time would be minutes
