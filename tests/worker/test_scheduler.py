@@ -512,3 +512,12 @@ def test_only_segments_that_sound_the_same_share_what_is_kept(
     segment = bark.Segment([1, 3], object(), 7, 1, 1, 1, 0.2)
     assert replace(segment).identity == segment.identity
     assert replace(segment, **change).identity != segment.identity
+
+
+def test_a_state_that_failed_tells_of_no_download_any_more(bark: ModuleType) -> None:
+    state = bark.State()
+    state.progress = lambda: {"bytes_done": 1, "bytes_total": 2}
+    state.enter("downloading")
+    assert state.progress
+    state.fail(bark.ModelError("the disk is full"))
+    assert state.progress is None and state.status == "failed"
