@@ -1117,9 +1117,9 @@ CUT_RE = re.compile(
 # so that no balance is worth the last two: they are for what is longer than a whole segment.
 COST_INNER, COST_CLAUSE, COST_COMMA, COST_CONJUNCTION = 0.5, 1.0, 1.3, 1.8
 COST_WORD, COST_PAIR = 2.5, 3.5
-# Of a long text's first piece, 40 to 90 of 175 characters: speech starts in half the time. What
-# is no longer than 110 stays whole. As shares, since other models take shorter texts.
-OPENING_SHARES, OPENING_WHOLE = (40 / 175, 90 / 175), 110 / 175
+# A long text's first piece, in characters: speech starts in half the time. What is no longer than
+# OPENING_WHOLE is not long. A model of shorter texts than that starts as soon by itself.
+OPENING_CHARS, OPENING_WHOLE = (40, 90), 110
 COST_GLUED, COST_INSIDE = 100.0, 200.0
 UNSPACED = {"strong": COST_CLAUSE, "comma": COST_COMMA, "phrase": COST_WORD, "pair": COST_PAIR,
             "inside": COST_INSIDE}
@@ -1161,7 +1161,7 @@ def split_text(text: str, language: str, limits: SegmentLimits) -> list[Span]:
     Only a single character of more than `limits.max_tokens` tokens can break a limit.
     """
     elapsed = list(itertools.accumulate(map(speech_millis, text), initial=0))
-    is_long = limits.soon and len(text.strip()) > OPENING_WHOLE * limits.max_chars
+    is_long = limits.soon and len(text.strip()) > OPENING_WHOLE
     pieces: list[tuple[int, int, float]] = []
     for start, end, lines in laid_out(text):
         paragraph = Paragraph(text, start, end, language.lower(), limits, elapsed,
@@ -1203,11 +1203,12 @@ class Paragraph:
 
     def _opening(self) -> Cut | None:
         """Where a short first piece ends: with a sentence, else at the best clause boundary."""
-        reach = self._farthest(self.start) - self.start
-        if reach > OPENING_WHOLE * self.limits.max_chars:  # less by seconds: in Chinese, say
-            reach = self.limits.max_chars
-        low, high = (self.start + round(share * reach) for share in OPENING_SHARES)
-        first, last = bisect_left(self._cuts, (low,)), bisect_right(self._cuts, (high, math.inf))
+        farthest = self._farthest(self.start)
+        reach = farthest - self.start
+        share = 1.0 if reach > OPENING_WHOLE else reach / self.limits.max_chars  # less in Chinese
+        low, high = (self.start + round(share * chars) for chars in OPENING_CHARS)
+        first = bisect_left(self._cuts, (low,))
+        last = bisect_right(self._cuts, (min(high, farthest), math.inf))
         cuts = [cut for cut in self._cuts[first:last] if self.text[cut[1]] not in CLOSERS]
         cut = min(cuts, key=lambda cut: cut[2], default=(0, 0, math.inf))
         return cut if cut[2] <= COST_CONJUNCTION else None

@@ -456,8 +456,11 @@ def test_time_grows_with_the_length_and_not_with_its_square(bark, unit):
         bark.split_text(with_line_ends(bark, text), "en", limits(bark))
         return time.process_time() - began
 
+    def grows_evenly() -> bool:
+        return seconds(160_000) < 24 * max(seconds(20_000), 0.02)  # 8 times as long; 64 if squared
+
     seconds(1000)
-    assert seconds(160_000) < 24 * max(seconds(20_000), 0.02)  # 8 times as long; 64 times squared
+    assert any(grows_evenly() for _ in range(3))  # a busy machine's time is not the code's
 
 
 # The first piece
@@ -501,9 +504,8 @@ def test_a_text_that_fits_a_piece_of_110_characters_stays_whole(bark: ModuleType
     assert len(bark.split_text(text + " No.", "en", soon(bark))) > 1
 
 
-def test_the_first_piece_of_a_model_that_takes_short_texts_is_shorter_still(
-        bark: ModuleType) -> None:
-    short = soon(bark, chars=48, tokens=48)
-    spans = bark.split_text("The boat left at noon. Nobody on the quay waved to it at all.", "en",
-                            short)
-    assert spans[0].end == len("The boat left at noon.")
+def test_a_model_that_takes_short_texts_fills_its_first_piece(bark: ModuleType) -> None:
+    text = "The boat left at noon. Nobody on the quay waved to it, and it was seen by no one. " * 3
+    short = limits(bark, chars=48, tokens=48)
+    assert bark.split_text(text, "en", replace(short, soon=True)) == (
+        bark.split_text(text, "en", short))
