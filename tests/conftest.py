@@ -25,6 +25,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "bark-worker.py"
 PYWORKER = ROOT / "pyworker.py"
+LISTENER = ROOT / "listener.py"
 BUILTIN = ROOT / "builtin-voice"
 START_SECONDS = 90.0  # importing torch and transformers takes most of it on a busy machine
 

@@ -16,7 +16,8 @@ DOCUMENTED = {
     "BARK_VOICE", "TTS_MAX_LENGTH", "PORT", "HOST", "HF_HOME", "BARK_MODEL", "BARK_DEVICE",
     "BARK_DTYPE", "BARK_API_KEY", "BARK_MAX_BATCH", "BARK_MAX_QUEUE", "BARK_TIMEOUT",
     "BARK_DETERMINISTIC", "BARK_EXPRESSION", "BARK_CACHE_MB", "BARK_CORS_ORIGINS",
-    "BARK_QUALITY", "BARK_RETRIES", "BARK_IDLE_STOP", "BARK_START_LIMIT", "BARK_MAX_HOURS",
+    "BARK_QUALITY", "BARK_RETRIES", "BARK_LISTEN", "BARK_WORD_ERRORS", "BARK_IDLE_STOP",
+    "BARK_START_LIMIT", "BARK_MAX_HOURS",
 }
 
 GOOD = [
@@ -43,6 +44,9 @@ GOOD = [
     ("BARK_EXPRESSION", "off", "expression", False),
     ("BARK_CACHE_MB", "0", "cache_mb", 0),
     ("BARK_QUALITY", "off", "quality", False), ("BARK_RETRIES", "0", "retries", 0),
+    ("BARK_LISTEN", "off", "listen", None), ("BARK_LISTEN", "tiny.en", "listen", "tiny.en"),
+    ("BARK_LISTEN", "me/whisper", "listen", "me/whisper"), ("BARK_LISTEN", "/", "listen", "/"),
+    ("BARK_WORD_ERRORS", ".5", "word_errors", 0.5), ("BARK_WORD_ERRORS", "0", "word_errors", 0.0),
     ("BARK_CORS_ORIGINS", "*", "cors_origins", ("*",)),
     ("BARK_CORS_ORIGINS", "https://Reader.example, app://x:1,null", "cors_origins",
      ("https://reader.example", "app://x:1", "null")),
@@ -70,6 +74,8 @@ WRONG = [
     ("BARK_TIMEOUT", "inf", "more than 0"), ("BARK_TIMEOUT", "10m", "more than 0"),
     ("BARK_DETERMINISTIC", "yes", "on or off"), ("BARK_DETERMINISTIC", "1", "on or off"),
     ("BARK_EXPRESSION", "no", "on or off"),
+    ("BARK_LISTEN", "tyni", "tiny, base, small"), ("BARK_LISTEN", "on", "a hub id such as"),
+    ("BARK_LISTEN", "/nonexistent", "or a folder"), ("BARK_WORD_ERRORS", "35%", "0 to 9.9999"),
     ("BARK_QUALITY", "high", "on or off"), ("BARK_RETRIES", "11", "from 0 to 10"),
     ("BARK_CACHE_MB", "-1", "from 0 to 1000000"), ("BARK_CACHE_MB", "1.5", "from 0 to 1000000"),
     ("BARK_IDLE_STOP", "-1", "minutes from 0 to 10080"),

@@ -25,8 +25,8 @@ WORLD = {
 ENGINE_ONLY = {"json", "Config"}  # what Model and the engine may name only in these functions:
 EXCEPTIONS = {("read_json", "json"), ("looks_whole", "json"), ("resolve_device", "Config")}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "expandvars"}
-IMPORTED_IN = {"numpy": "Audio", "torch": "Model", "transformers": "Model"}
-ALLOWED_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "transformers"}
+IMPORTED_IN = {"numpy": "Audio", "torch": "Model", "transformers": "Model", "scipy": "Hearing"}
+ALLOWED_PACKAGES = sys.stdlib_module_names | {*IMPORTED_IN, "listener"}  # that for its types
 MAX_FUNCTION_LINES, MAX_CLASS_LINES, MAX_COLUMNS = 60, 250, 100
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -98,7 +98,7 @@ def names_in(node: ast.AST) -> set[str]:
         elif isinstance(part, ast.alias):
             names |= {*part.name.split("."), part.asname or ""}
         elif isinstance(part, ast.ImportFrom):
-            names |= set((part.module or "").split("."))
+            names.add((part.module or "").split(".")[0])  # scipy.signal sends no signals
     return names
 
 
