@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.signal import resample_poly
@@ -40,6 +40,22 @@ def taken_down(samples: np.ndarray, rate: int) -> str:
         speech, language="en", temperature=0.0, condition_on_previous_text=False,
         without_timestamps=True)
     return " ".join(segment.text.strip() for segment in segments)
+
+
+class Heard(NamedTuple):
+    word: str
+    start: float  # seconds
+    end: float
+
+
+def heard_words(samples: np.ndarray, rate: int) -> list[Heard]:
+    """What it hears in float32 samples, and when."""
+    speech = resample_poly(samples, RATE, rate).astype(np.float32)
+    segments, _ = recogniser().transcribe(
+        speech, language="en", temperature=0.0, condition_on_previous_text=False,
+        word_timestamps=True)
+    return [Heard(each.word.strip(), each.start, each.end)
+            for segment in segments for each in segment.words]
 
 
 @functools.cache
