@@ -3238,6 +3238,7 @@ def polish(samples: np.ndarray, rate: int, found: Verdict) -> np.ndarray:
 DASHES = "—–…/"  # that part words without a blank
 SURE_PAUSE = 0.6  # seconds that a pause may lie off the word boundary it is taken for
 PUNCTUATION_BONUS = 0.3  # seconds by which a boundary with a comma or a stop counts as nearer
+MARGIN = 0.08  # seconds that the detector leaves around speech and a pause
 WORD_RE = re.compile(rf"{TYPED_CUE_RE.pattern}|[^\s{DASHES}]+")
 
 
@@ -3293,7 +3294,8 @@ def word_times(text: str, spoken: str, hearing: Hearing,
 
 def speech_stretches(hearing: Hearing, seconds: float) -> list[tuple[float, float]]:
     """Where in a take of so many seconds there is speech; all of it where nobody listened."""
-    inside = [(max(0.0, start), min(end, seconds)) for start, end in hearing.speech or ()]
+    inside = [(max(0.0, start + MARGIN), min(end - MARGIN, seconds))
+              for start, end in hearing.speech or ()]
     return [(a, b) for a, b in inside if b > a] or [(0.0, seconds)]
 
 

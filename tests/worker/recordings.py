@@ -9,7 +9,8 @@ import functools
 import gzip
 import wave
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -83,3 +84,11 @@ def some(each: int, seed: int = 0) -> list[Recording]:
         fit = [one for one in recordings(language) if 40 <= len(one.text) <= 200]
         drawn += [fit[at] for at in random.choice(len(fit), each, replace=False)]
     return drawn
+
+
+@functools.cache
+def judge_of(bark: ModuleType) -> Any:
+    """The worker's judge with its detector."""
+    judge = bark.Judge()
+    judge.prepare()
+    return judge

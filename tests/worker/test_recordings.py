@@ -5,15 +5,14 @@ Nothing here is one of the model's takes: what Bark really does wrong sounds lik
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from defects import DEFECTS
-from recordings import RATE, VOICES, Recording, need_recordings, recordings, some
+from recordings import RATE, VOICES, Recording, judge_of, need_recordings, recordings, some
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -66,13 +65,6 @@ def faults_of(bark: ModuleType, samples: np.ndarray, text: str,
     """What the worker finds wrong with a take: all that these tests know of its judging."""
     wanted = bark.Wanted(bark.estimate_seconds(text), text, language)
     return judge_of(bark).submit(samples, RATE, wanted).result().warnings
-
-
-@functools.cache
-def judge_of(bark: ModuleType) -> Any:
-    judge = bark.Judge()
-    judge.prepare()
-    return judge
 
 
 @pytest.fixture(scope="module", autouse=True)

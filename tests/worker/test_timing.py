@@ -25,6 +25,8 @@ def bark_words() -> ModuleType:
 
 def times(bark: ModuleType, text: str, seconds: float = 4.0, spoken: str = "",
           speech: Any = None, heard: list[tuple[str, float, float]] | None = None) -> list[Any]:
+    margin = bark.MARGIN  # which the detector leaves around speech
+    speech = speech and tuple((a - margin, b + margin) for a, b in speech)
     told = heard and listener.Heard("", 0, 1, tuple(listener.Word(*word) for word in heard))
     found, timing = bark.word_times(text, spoken or text, bark.Hearing(speech, told), seconds)
     assert timing == ("heard" if heard else "estimated")

@@ -5,15 +5,16 @@ The built-in voice's own tokens tell the truth; of a person's words Whisper tell
 
 from __future__ import annotations
 
+import re
 import textwrap
 from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import BUILTIN, ROOT
+from conftest import BUILTIN, LISTENER, ROOT, load_module
 from engines import Bench
 from listening import Heard
-from recordings import RATE, need_recordings, recordings
+from recordings import RATE, judge_of, need_recordings, recordings
 from word_times import Span, Timed, errors, heard_right, spoken_words
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 VOICES = ("v2/en_speaker_6", "v2/en_speaker_9")
 MOST_CHARACTERS, PIECES = 48, 30  # of a piece, which the built-in voice says whole; of a voice
 ESTIMATED, HEARD = 0.15, 0.06  # seconds that the median may be off
-timed_by_nobody = pytest.mark.skip(reason="the worker times no words yet")
+listener = load_module(LISTENER)
 
 
 def timed_words(bark: ModuleType, samples: np.ndarray, text: str, language: str,
@@ -29,7 +30,17 @@ def timed_words(bark: ModuleType, samples: np.ndarray, text: str, language: str,
     """The worker's span for each word between blanks, from what is `heard` or by estimate: all
     that these tests know of its timing.
     """
-    raise NotImplementedError
+    wanted = bark.Wanted(bark.estimate_seconds(text), text, language)
+    hearing = judge_of(bark).submit(samples, RATE, wanted).result().hearing
+    if heard is not None:
+        words = tuple(listener.Word(each.word, each.start - listener.LATE,
+                                    each.end - listener.LATE) for each in heard)
+        hearing = hearing._replace(heard=listener.Heard("", 0, 1, words))
+    times, told = bark.word_times(text, text, hearing, len(samples) / RATE)
+    assert told == ("estimated" if heard is None else "heard")
+    inside = [[time for time in times if word.start() <= time.start < word.end()]
+              for word in re.finditer(r"\S+", text)]
+    return [(parts[0].begins, parts[-1].ends) for parts in inside]
 
 
 def pieces() -> list[str]:
@@ -94,7 +105,6 @@ def test_whisper_hears_enough_recordings_right(said_by_a_person: list[Timed]) ->
 
 # The worker's times
 
-@timed_by_nobody
 @pytest.mark.parametrize("voice", VOICES)
 def test_words_of_the_built_in_voice_are_timed_by_estimate(
         bark: ModuleType, spoken: dict[str, list[Timed]], voice: str) -> None:
@@ -103,7 +113,6 @@ def test_words_of_the_built_in_voice_are_timed_by_estimate(
          f"{voice}, estimated", ESTIMATED)
 
 
-@timed_by_nobody
 @pytest.mark.parametrize("voice", VOICES)
 def test_words_of_the_built_in_voice_are_timed_as_heard(
         bark: ModuleType, spoken: dict[str, list[Timed]], voice: str) -> None:
@@ -112,7 +121,6 @@ def test_words_of_the_built_in_voice_are_timed_as_heard(
          f"{voice}, heard", HEARD)
 
 
-@timed_by_nobody
 def test_words_of_a_person_are_timed_by_estimate(
         bark: ModuleType, said_by_a_person: list[Timed]) -> None:
     takes = said_by_a_person
