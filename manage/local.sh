@@ -232,25 +232,43 @@ stamp_of() {
   printf '%s/installed-%s\n' "$VENV" "${name//\//-}"
 }
 
-is_installed() { cmp -s "$1" "$(stamp_of "$1")"; }
+# usage: are_installed REQUIREMENTS_FILE...
+are_installed() {
+  local file
+  for file in "$@"; do
+    cmp -s "$file" "$(stamp_of "$file")" || return 1
+  done
+}
+
+# usage: forget_installed REQUIREMENTS_FILE...    (before pip begins, which may not come to an end)
+forget_installed() {
+  local file
+  for file in "$@"; do rm -f "$(stamp_of "$file")"; done
+}
+
+# usage: install_files NAMES REQUIREMENTS_FILE...    (NAMES is for people)
+install_files() {
+  local file arguments=()
+  for file in "${@:2}"; do arguments+=(-r "$file"); done
+  install_packages "$1" "${arguments[@]}"
+  for file in "${@:2}"; do cp "$file" "$(stamp_of "$file")"; done
+}
 
 # usage: ensure_venv REQUIREMENTS_FILE...
 # Makes .venv if it is absent or broken, and installs the files if one changed since last time.
 ensure_venv() {
-  local file changed='' arguments=()
+  local file changed=''
   if ! venv_works; then
     say 'making .venv'
     make_venv
   fi
   for file in "$@"; do
-    arguments+=(-r "$file")
-    if ! is_installed "$file"; then changed="$changed ${file#"$ROOT"/}"; fi
+    if ! are_installed "$file"; then changed="$changed ${file#"$ROOT"/}"; fi
   done
   [[ -n "$changed" ]] || return 0
   say "installing$changed into .venv"
-  for file in "$@"; do rm -f "$(stamp_of "$file")"; done
-  install_packages "${changed# }" "${arguments[@]}"
-  for file in "$@"; do cp "$file" "$(stamp_of "$file")"; done
+  forget_installed "$@"
+  install_files "${changed# }" "$@"
 }
 
 # usage: install_packages NAMES PIP_ARGUMENTS...    (NAMES is for people)
@@ -538,7 +556,7 @@ install_worker() {
     build="$(build_for "$driver")" || die_for_driver "$version" "$driver"
   fi
   if torch_fits "$(torch_here)" "$version" "$build"; then
-    if is_installed "$WORKER_LIST" || is_installed "$ROOT/requirements.txt"; then return 0; fi
+    if are_installed "$WORKER_LIST" || are_installed "$ROOT/requirements.txt"; then return 0; fi
     torch_arguments=() torch_source='there already'
   else
     choose_torch "$version" "$build" || die_for_driver "$version" "$driver"
@@ -546,10 +564,9 @@ install_worker() {
   say "installing torch $version${torch_source:+ ($torch_source)} and what else the worker needs" \
     'into .venv'
   packages_before="$(packages)"
-  rm -f "$(stamp_of "$WORKER_LIST")"
+  forget_installed "$WORKER_LIST"
   if ((${#torch_arguments[@]})); then install_torch "$build"; fi
-  install_packages "the worker's packages" -r "$WORKER_LIST"
-  cp "$WORKER_LIST" "$(stamp_of "$WORKER_LIST")"
+  install_files "the worker's packages" "$WORKER_LIST"
   say_what_came "$packages_before"
 }
 
