@@ -18,24 +18,27 @@ readonly WORKER="$ROOT/bark-worker.py"
 readonly BUILTIN_VOICE="$ROOT/builtin-voice"
 readonly VENV_PYTHON="$VENV/bin/python"
 readonly VENV_MARK="$VENV/made-by-$PROGRAM"    # in a .venv that this script made, and may remove
-readonly WORKER_LIST="$VENV/requirements-worker.txt"    # the part of requirements.txt for `local`
 readonly TORCH_WHEELS='https://download.pytorch.org/whl'    # has an index for each build of torch
 readonly REACH_SECONDS=10          # that pip may take to find what is there
 readonly RUN_DIR="$VENV/run-$$"    # what the worker's log told, while it runs
 readonly END_SECONDS=15            # the worker may finish its work for 10 s after SIGTERM
 readonly SILENT_SECONDS=60         # without an answer from /health the worker counts as hung
 
-readonly USAGE_LOCAL="usage: $PROGRAM local [--model ID] [--verbose]
+readonly USAGE_LOCAL="usage: $PROGRAM local [--model ID] [--listen NAME] [--verbose]
        $PROGRAM local --clean [--yes]
 
 Makes .venv beside this script, installs the worker's part of requirements.txt into it when that
 changed, starts bark-worker.py and says how to call it. Ctrl-C ends it.
 
-  --model ID   hub id or folder of the model (the same as BARK_MODEL=ID); without one,
-               suno/bark on an NVIDIA GPU, else the small builtin-voice
-  --verbose    show all that pip and the worker say
-  --clean      remove the .venv that this made, after asking; models are not in it
-  --yes        do not ask, with --clean
+  --model ID     hub id or folder of the model (the same as BARK_MODEL=ID); without one,
+                 suno/bark on an NVIDIA GPU, else the small builtin-voice
+  --listen NAME  hear what was spoken, and speak again what has wrong words (the same as
+                 BARK_LISTEN=NAME): tiny, base, small, medium, each also as tiny.en for English
+                 alone, large-v3, a hub id or folder of a Whisper; off unless said. Installs the
+                 listening part of requirements.txt, too
+  --verbose      show all that pip and the worker say
+  --clean        remove the .venv that this made, after asking; models are not in it
+  --yes          do not ask, with --clean
 
 torch comes in the build that fits: for the CPU without a GPU, else for CUDA as the driver has it.
 pip's own settings (PIP_INDEX_URL, pip.conf and so on) go first, then PyTorch's index.
@@ -217,13 +220,21 @@ make_venv() {
   : >"$VENV_MARK"
 }
 
-# usage: requirements_of PART    (prints that part of requirements.txt: worker or renting)
+# usage: requirements_of PART    (prints that part of requirements.txt)
 requirements_of() {
   local line part=worker pattern='^# -- ([a-z]+):'
   while IFS= read -r line || [[ -n "$line" ]]; do
     if [[ "$line" =~ $pattern ]]; then part="${BASH_REMATCH[1]}"; fi
     if [[ "$part" == "$1" ]]; then printf '%s\n' "$line"; fi
   done <"$ROOT/requirements.txt"
+}
+
+# usage: parts_for LISTEN    (prints the parts that the worker needs with this BARK_LISTEN)
+parts_for() {
+  case "$1" in
+    '' | off) printf 'worker\n' ;;
+    *) printf 'worker listening\n' ;;
+  esac
 }
 
 # Prints the file that keeps requirements file $1 as it was when last installed completely.
@@ -543,12 +554,16 @@ choose_torch() {
   fi
 }
 
-# usage: install_worker NO_GPU    (NO_GPU says why there is none; empty where there is one)
-# Installs what the worker needs, torch in the build that fits, each thing once.
+# usage: install_worker NO_GPU LISTEN
+# Installs what the worker needs, torch in the build that fits, each thing once. NO_GPU says why
+# there is none, and is empty where there is one; LISTEN is as BARK_LISTEN.
 install_worker() {
-  local version build=cpu driver='' packages_before torch_arguments=() torch_source=''
+  local version build=cpu driver='' packages_before torch_arguments=() torch_source='' part lists=()
   if ! venv_works; then make_venv; fi
-  requirements_of worker >"$WORKER_LIST"
+  for part in $(parts_for "$2"); do
+    requirements_of "$part" >"$VENV/requirements-$part.txt"
+    lists+=("$VENV/requirements-$part.txt")
+  done
   version="$(torch_wanted)"
   if [[ "$OSTYPE" != linux* ]]; then build=''; fi    # elsewhere pip's own is the only one
   if [[ -z "$1" ]]; then
@@ -556,7 +571,7 @@ install_worker() {
     build="$(build_for "$driver")" || die_for_driver "$version" "$driver"
   fi
   if torch_fits "$(torch_here)" "$version" "$build"; then
-    if are_installed "$WORKER_LIST" || are_installed "$ROOT/requirements.txt"; then return 0; fi
+    if are_installed "${lists[@]}" || are_installed "$ROOT/requirements.txt"; then return 0; fi
     torch_arguments=() torch_source='there already'
   else
     choose_torch "$version" "$build" || die_for_driver "$version" "$driver"
@@ -564,9 +579,9 @@ install_worker() {
   say "installing torch $version${torch_source:+ ($torch_source)} and what else the worker needs" \
     'into .venv'
   packages_before="$(packages)"
-  forget_installed "$WORKER_LIST"
+  forget_installed "${lists[@]}"
   if ((${#torch_arguments[@]})); then install_torch "$build"; fi
-  install_files "the worker's packages" "$WORKER_LIST"
+  install_files "the worker's packages" "${lists[@]}"
   say_what_came "$packages_before"
 }
 
@@ -702,13 +717,13 @@ how_to_call() {
   printf '%s\n' "then: $play; how the worker is: $1/health; Ctrl-C here ends it"
 }
 
-# usage: run_worker MODEL NO_GPU    (until it ends, or a signal ends both)
+# usage: run_worker MODEL NO_GPU LISTEN    (until it ends, or a signal ends both)
 # While it imports what it needs, torch is tried on the GPU.
 run_worker() {
   local address status=0
   guard
   mkdir "$RUN_DIR"
-  export BARK_MODEL="$1"
+  export BARK_MODEL="$1" BARK_LISTEN="$3"
   export HOST="${HOST:-127.0.0.1}"    # without a key, a port on a shared network is open to all
   if [[ -n "$verbose" ]]; then say "starting bark-worker.py with $1"; fi
   start_child "$VENV_PYTHON" -u "$WORKER" 2> >(relay_log)
@@ -743,8 +758,9 @@ say_who_speaks() {
 }
 
 cmd_local() {
-  local model="${BARK_MODEL:-}" no_gpu clean=''
-  read_options local '--model=model --verbose:verbose --clean:clean --yes:agreed' "$@"
+  local model="${BARK_MODEL:-}" listen="${BARK_LISTEN:-}" no_gpu clean=''
+  read_options local '--model=model --listen=listen --verbose:verbose --clean:clean
+ --yes:agreed' "$@"
   if [[ -n "$clean" ]]; then clean_venv; return 0; fi
   if [[ -n "$agreed" ]]; then usage_error '--yes goes with --clean' local; fi
   [[ -f "$WORKER" && -f "$ROOT/requirements.txt" ]] ||
@@ -753,8 +769,8 @@ cmd_local() {
   no_gpu="$(why_no_gpu)"
   if [[ -n "$no_gpu" ]]; then model="${model:-$BUILTIN_VOICE}"; fi
   say_who_speaks "$no_gpu" "$model"
-  install_worker "$no_gpu"
-  run_worker "${model:-suno/bark}" "$no_gpu"
+  install_worker "$no_gpu" "$listen"
+  run_worker "${model:-suno/bark}" "$no_gpu" "$listen"
 }
 
 loaded="$loaded local"

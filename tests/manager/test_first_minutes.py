@@ -35,7 +35,7 @@ NO_PIP_SETTINGS = {**{name: "" for name in os.environ if name.startswith("PIP_")
                    "https_proxy": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1",
                    "no_proxy": "127.0.0.1"}
 # A worker of the standard library alone, which writes the lines that the real one does.
-WORKER = """import http.server, json, sys
+WORKER = """import http.server, json, os, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -45,7 +45,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
 for line in ("WARNING no GPU: x on the CPU; BARK_MODEL chooses: another", "INFO model=x device=cpu",
              f"INFO listening on http://127.0.0.1:{server.server_port}",
-             "INFO 8 segments at once in float32", "WARNING a warning", "INFO status=ready"):
+             "INFO 8 segments at once in float32",
+             f"WARNING a warning, BARK_LISTEN={os.environ['BARK_LISTEN']}", "INFO status=ready"):
     print("2026-11-25 10:00:00,000", line, file=sys.stderr, flush=True)
 server.serve_forever()
 """
@@ -79,7 +80,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for build in ("cpu", "cu126", "cu130"):
         write_wheel(folder / build / "torch", "torch", f"{VERSION}+{build}")
     write_wheel(folder / "pypi/torch", "torch", VERSION)
-    for name in ("other", "vastai"):
+    for name in ("other", "ears", "vastai"):
         write_wheel(folder / "pypi" / name, name)
     write_wheel(folder / "links", "torch", f"{VERSION}+cpu")
     write_wheel(folder / "links-plain", "torch", VERSION)
@@ -127,18 +128,19 @@ def clone(tmp_path: Path, venv: Path, indexes: Indexes) -> Path:
         text = text.replace(old, new, 1)
     script.write_text(text, encoding="utf-8")
     (folder / "requirements.txt").write_text(
-        f"# Two parts\n--index-url {indexes.url}/pypi\n# -- worker: this\ntorch=={VERSION}\n"
-        f"other==1.0\n# -- renting: that\n--index-url {indexes.url}/pypi\nvastai==1.0\n")
+        f"# Three parts\n--index-url {indexes.url}/pypi\n# -- worker: this\ntorch=={VERSION}\n"
+        f"other==1.0\n# -- listening: more\nears==1.0\n"
+        f"# -- renting: that\n--index-url {indexes.url}/pypi\nvastai==1.0\n")
     (folder / "bark-worker.py").write_text(WORKER)
     shutil.copytree(venv, folder / ".venv", symlinks=True, copy_function=os.link)
     return folder
 
 
-def install(clone: Path, path: Path | str, no_gpu: str = NO_GPU,
+def install(clone: Path, path: Path | str, no_gpu: str = NO_GPU, listen: str = "",
             **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(sourcing('install_worker "$1"', no_gpu, script=clone / SCRIPT.name),
-                          env=pip_settings(path, **settings), text=True, capture_output=True,
-                          timeout=START_SECONDS)
+    return subprocess.run(
+        sourcing('install_worker "$@"', no_gpu, listen, script=clone / SCRIPT.name),
+        env=pip_settings(path, **settings), text=True, capture_output=True, timeout=START_SECONDS)
 
 
 def torch_of(clone: Path) -> str:
@@ -166,16 +168,29 @@ esac
 # Without a GPU
 
 
-def test_without_a_gpu_the_cpu_build_comes_once_and_only_the_workers_part(
+def test_without_a_gpu_the_cpu_build_comes_once_and_only_the_parts_that_are_needed(
         clone: Path, bare: Path, indexes: Indexes) -> None:
     done = install(clone, bare)
     assert done.returncode == 0, done.stderr
     assert torch_of(clone) == f"{VERSION}+cpu"
     assert fetched(indexes) == [f"/cpu/torch/torch-{VERSION}%2Bcpu-py3-none-any.whl"]
-    assert len(fetched(indexes, "other-")) == 1 and not fetched(indexes, "vastai-")
+    assert len(fetched(indexes, "other-")) == 1
+    assert not fetched(indexes, "ears-") and not fetched(indexes, "vastai-")
     assert f"fetched 2 packages (torch {VERSION}+cpu) into {clone}/.venv" in done.stderr
-    again = install(clone, bare)
-    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    for listen in ("", "off"):
+        assert_nothing_to_do(install(clone, bare, listen=listen))
+    listening = install(clone, bare, listen="me/ears")
+    assert listening.returncode == 0 and "fetched 1 packages into" in listening.stderr
+    assert len(fetched(indexes, "ears-")) == len(fetched(indexes)) == 1
+    for listen in ("tiny", "", "base"):
+        assert_nothing_to_do(install(clone, bare, listen=listen))
+    requirements = clone / "requirements.txt"
+    requirements.write_text(requirements.read_text().replace("ears==1.0", "ears==2.0"))
+    assert_nothing_to_do(install(clone, bare))
+
+
+def assert_nothing_to_do(done: subprocess.CompletedProcess[str]) -> None:
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.long  # not by itself, but run.sh is full
@@ -292,15 +307,16 @@ def test_torch_that_fails_on_the_gpu_ends_the_worker_that_began_meanwhile(
 
 
 def test_a_first_start_takes_six_lines_at_most_beside_pips_bar(clone: Path, bare: Path) -> None:
-    with running_local(bare, script=clone / SCRIPT.name, **NO_PIP_SETTINGS) as local:
+    with running_local(bare, "--listen", "base.en", script=clone / SCRIPT.name, BARK_LISTEN="off",
+                       **NO_PIP_SETTINGS) as local:
         local.wait_until_callable()
     shown = [line for line in local.log if "━" not in line]
     until_ready = shown[: 1 + next(i for i, line in enumerate(shown) if "ready after" in line)]
     told = [line for line in until_ready if "a warning" not in line]
     assert len(told) + len(local.answer) <= 6
     assert NO_GPU in told[0] and told[1].startswith("installing torch")
-    assert told[2].startswith("fetched 2 packages") and ": http://127.0.0.1:" in told[3]
-    assert "a warning" in "".join(shown) and "chooses" not in "".join(shown)
+    assert told[2].startswith("fetched 3 packages") and ": http://127.0.0.1:" in told[3]
+    assert "a warning, BARK_LISTEN=base.en" in "".join(shown) and "chooses" not in "".join(shown)
 
 
 @pytest.mark.long  # not by itself, but run.sh is full
@@ -426,9 +442,10 @@ def test_no_other_command_offers_or_installs_anything(
     assert not has_vastai(clone) and indexes.asked == []
 
 
-def test_every_package_stands_in_one_of_two_parts() -> None:
-    worker, renting = (source(f"requirements_of {part}").stdout for part in ("worker", "renting"))
+def test_every_package_stands_in_one_of_three_parts() -> None:
+    worker, listening, renting = (source(f"requirements_of {part}").stdout
+                                  for part in ("worker", "listening", "renting"))
     whole = (SCRIPT.parent / "requirements.txt").read_text(encoding="utf-8")
     assert [line for line in whole.splitlines() if "==" in line] == \
-        [line for line in f"{worker}{renting}".splitlines() if "==" in line]
-    assert "torch==" in worker and "vastai==" not in worker and renting.count("==") == 1
+        [line for line in f"{worker}{listening}{renting}".splitlines() if "==" in line]
+    assert "torch==" in worker and "faster-whisper==" in listening and renting.count("==") == 1

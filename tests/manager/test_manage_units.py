@@ -1287,7 +1287,7 @@ def completion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     (["stop", "--"], ["--now"]),
     (["destroy", "--"], ["--yes"]),
     (["test", "--"], ["--voice", "--out", "--play"]),
-    (["local", "--"], ["--model", "--verbose", "--clean", "--yes"]),
+    (["local", "--"], ["--model", "--listen", "--verbose", "--clean", "--yes"]),
     (["endpoint", ""], ["up", "status", "test", "logs", "down"]),
     (["endpoint", "up", "--max"], ["--max-workers", "--max-price", "--max-traffic"]),
     (["fly", "--"], []),
