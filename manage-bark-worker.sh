@@ -72,7 +72,8 @@ readonly MOST_MINUTES=10080 MOST_HOURS=8760    # that the worker takes for them
 readonly HOURS_A_MONTH=720        # of Vast's storage price, which is per month
 # Settings that pass from this environment to a rented worker.
 readonly PASSED_ON='TTS_MAX_LENGTH BARK_DTYPE BARK_MAX_BATCH BARK_MAX_QUEUE BARK_TIMEOUT
-BARK_DETERMINISTIC BARK_EXPRESSION BARK_QUALITY BARK_RETRIES BARK_CACHE_MB BARK_CORS_ORIGINS'
+BARK_DETERMINISTIC BARK_EXPRESSION BARK_QUALITY BARK_RETRIES BARK_WORD_ERRORS BARK_CACHE_MB
+BARK_CORS_ORIGINS'
 
 # What the instance runs whenever its container starts. In SSH mode Vast replaces the image's own
 # entrypoint, so this starts the worker, and again after a crash; not after a clean end (0) or
@@ -244,6 +245,9 @@ it rented and cannot bring to health it gives back, then tries the next offer, $
 $USAGE_SEARCH_OPTIONS
   --model ID             suno/bark-small, builtin-voice, ... (suno/bark)
   --voice NAME           voice when a request names none (v2/en_speaker_6)
+  --listen NAME          hear what was spoken, and speak again what has wrong words: tiny, base,
+                         small, medium, each also as tiny.en for English alone, large-v3, or a hub
+                         id of a Whisper; it runs on the CPU (off)
   --timeout SECONDS      for each instance to get healthy (1200)
   --idle-stop MINUTES    without speech, then the instance stops itself; 0: never (30)
   --max-hours HOURS      of the instance, then it stops itself; 0: never (0)
@@ -260,7 +264,8 @@ stop itself, but we have not tried it live yet: look at status.
 
 Settings of the worker in this environment go along:
 $PASSED_ON;
-BARK_IDLE_STOP, BARK_START_LIMIT and BARK_MAX_HOURS, where no option says otherwise.
+BARK_MODEL, BARK_VOICE, BARK_LISTEN, BARK_IDLE_STOP, BARK_START_LIMIT and BARK_MAX_HOURS, where no
+option says otherwise.
 
 While an order is on its way, this machine's list of processes shows the worker's own key to others
 who use it, as Vast's CLI takes it no other way; the account's key never shows."
@@ -1851,7 +1856,7 @@ without_keys() {
 # -----------------------------------------------------------------------------
 # start
 
-model="${BARK_MODEL:-}" voice="${BARK_VOICE:-}" timeout=1200
+model="${BARK_MODEL:-}" voice="${BARK_VOICE:-}" listen="${BARK_LISTEN:-}" timeout=1200
 idle_stop="${BARK_IDLE_STOP:-$IDLE_STOP}"           # minutes; 0 is never, here and below
 start_limit="${BARK_START_LIMIT:-$START_LIMIT}"     # minutes
 max_hours="${BARK_MAX_HOURS:-0}"
@@ -1859,7 +1864,7 @@ replace='' dry_run=''    # yes or nothing
 replaced_id=''           # the old instance that goes when the new one is healthy
 
 parse_start() {
-  read_options start "$SEARCH_OPTIONS --model=model --voice=voice --timeout=timeout
+  read_options start "$SEARCH_OPTIONS --model=model --voice=voice --listen=listen --timeout=timeout
  --idle-stop=idle_stop --max-hours=max_hours --replace:replace --dry-run:dry_run -y:agreed
  --yes:agreed" "$@"
   check_search start
@@ -1872,8 +1877,8 @@ parse_start() {
 # Prints the names of what was said that only a new instance can have.
 rent_options() {
   local name names=''
-  for name in $said_options BARK_IMAGE BARK_MODEL BARK_VOICE BARK_IDLE_STOP BARK_START_LIMIT \
-    BARK_MAX_HOURS $PASSED_ON; do
+  for name in $said_options BARK_IMAGE BARK_MODEL BARK_VOICE BARK_LISTEN BARK_IDLE_STOP \
+    BARK_START_LIMIT BARK_MAX_HOURS $PASSED_ON; do
     case "$name" in
       --timeout | --replace | --dry-run | -y | --yes) ;;
       --*) names="$names, $name" ;;
@@ -1902,6 +1907,7 @@ check_worker() {
   if [[ "$model" == builtin-voice ]]; then model=/app/builtin-voice; fi    # where the image has it
   if [[ -n "$model" ]]; then check_model "$1"; fi
   if [[ -n "$voice" ]]; then need_plain "$1" --voice "$voice"; fi
+  if [[ -n "$listen" ]]; then check_listen "$1"; fi
   for name in $PASSED_ON; do
     if [[ -n "${!name:-}" ]]; then need_plain "$1" "$name" "${!name}"; fi
   done
@@ -1913,6 +1919,18 @@ check_model() {
   [[ "$model" =~ ^[^/.][^/]*/[^/]+$ || "$model" == /app/builtin-voice ]] || usage_error \
     "--model is '$model'; it must be a hub id such as suno/bark, or builtin-voice: a folder of this
 machine is not on the rented one" "$1"
+}
+
+# usage: check_listen COMMAND    (the worker knows the names)
+check_listen() {
+  local name
+  name="$(said_or --listen BARK_LISTEN)"
+  case "$listen" in
+    [/.~]*) usage_error "$name is '$listen'; it must be off, a name such as base or small.en, or a \
+hub id such as Systran/faster-whisper-base: a folder of this machine is not on the rented one" \
+      "$1" ;;
+  esac
+  need_plain "$1" "$name" "$listen"
 }
 
 cmd_start() {
@@ -2100,6 +2118,7 @@ container_env() {
   printf '%s' "-p $WORKER_PORT:$WORKER_PORT -e BARK_API_KEY=$run_key -e HF_HOME=$MODELS"
   if [[ -n "$model" ]]; then printf ' -e BARK_MODEL=%s' "$model"; fi
   if [[ -n "$voice" ]]; then printf ' -e BARK_VOICE=%s' "$voice"; fi
+  if [[ -n "$listen" ]]; then printf ' -e BARK_LISTEN=%s' "$listen"; fi
   for name in $PASSED_ON; do
     if [[ -n "${!name:-}" ]]; then printf ' -e %s=%s' "$name" "${!name}"; fi
   done

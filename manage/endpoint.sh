@@ -34,6 +34,7 @@ options of up:
 ${USAGE_SEARCH_OPTIONS/--interruptible*--image/--image}
   --model ID             suno/bark-small, builtin-voice, ... (suno/bark)
   --voice NAME           voice when a request names none (v2/en_speaker_6)
+  --listen NAME          hear what was spoken, as for start (off)
   --yes                  do not ask, for scripts
 
 options of test:
@@ -46,7 +47,8 @@ options of status, logs:
   --tail N               the last N lines (100)
 
 Settings of the worker in this environment go along:
-$PASSED_ON."
+$PASSED_ON;
+BARK_MODEL, BARK_VOICE and BARK_LISTEN, where no option says otherwise."
 
 readonly PYWORKER_PORT=3000
 readonly INACTIVE_SECONDS=600    # without a request; then Vast lets every worker go
@@ -234,7 +236,7 @@ marker_of() { id="$1" feed "$endpoints" endpoint_facts 'marker(env.id)'; }
 parse_up() {
   local name
   read_options 'endpoint up' "$SEARCH_OPTIONS --max-workers=max_workers --model=model --voice=voice
- -y:agreed --yes:agreed" "$@"
+ --listen=listen -y:agreed --yes:agreed" "$@"
   for name in --interruptible --bid; do
     if is_said "$name"; then
       usage_error "$name is not for endpoints: Vast rents their workers on demand" endpoint

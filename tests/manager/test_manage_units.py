@@ -243,16 +243,20 @@ GUARDED = {"BARK_IDLE_STOP": "30", "BARK_START_LIMIT": "60"}  # unless told othe
 
 def test_the_containers_environment_arrives_as_it_was_meant() -> None:
     settings = {"TTS_MAX_LENGTH": "400", "BARK_DTYPE": "float16", "BARK_MAX_BATCH": "8",
-                "BARK_MAX_QUEUE": "9", "BARK_TIMEOUT": "77.5", "BARK_DETERMINISTIC": "on"}
-    text = answer('parse_start --model suno/bark-small --voice=v2/de_speaker_3; run_key=abc123;'
-                  ' container_env', BARK_DEVICE="cpu", BARK_API_KEY="mine", HOST="::", **settings)
+                "BARK_MAX_QUEUE": "9", "BARK_TIMEOUT": "77.5", "BARK_DETERMINISTIC": "on",
+                "BARK_WORD_ERRORS": ".5"}
+    text = answer('parse_start --model suno/bark-small --voice=v2/de_speaker_3 --listen=me/ears-2;'
+                  ' run_key=abc123; container_env', BARK_DEVICE="cpu", BARK_API_KEY="mine",
+                  BARK_LISTEN="off", HOST="::", **settings)
     assert parse_env(text.rstrip("\n")) == {
         "-p 8080:8080": "1", "BARK_API_KEY": "abc123", "HF_HOME": "/workspace/models",
-        "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "v2/de_speaker_3", **GUARDED, **settings}
+        "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "v2/de_speaker_3",
+        "BARK_LISTEN": "me/ears-2", **GUARDED, **settings}
 
 
 def test_what_is_not_set_is_not_passed() -> None:
-    text = answer("parse_start; run_key=k; container_env", BARK_DTYPE="", BARK_VOICE="")
+    text = answer("parse_start; run_key=k; container_env", BARK_DTYPE="", BARK_VOICE="",
+                  BARK_LISTEN="")
     assert parse_env(text.rstrip("\n")).keys() == {
         "-p 8080:8080", "BARK_API_KEY", "HF_HOME", *GUARDED}
 
@@ -315,7 +319,7 @@ def test_values_that_the_cli_would_mangle_are_refused(name: str, value: str,
 def test_the_workers_settings_are_passed_on_and_no_others(bark: ModuleType) -> None:
     """The others are the manager's own choice: address, device, key; or options have them, too."""
     own = {"PORT", "HOST", "BARK_DEVICE", "BARK_API_KEY", "BARK_MODEL", "BARK_VOICE",
-           "BARK_IDLE_STOP", "BARK_START_LIMIT", "BARK_MAX_HOURS"}
+           "BARK_LISTEN", "BARK_IDLE_STOP", "BARK_START_LIMIT", "BARK_MAX_HOURS"}
     passed = answer('printf "%s\\n" "$PASSED_ON"').split()
     assert sorted(passed) == sorted({v.name for v in bark.VARIABLES} - own)
 
@@ -406,11 +410,12 @@ def test_an_endpoints_worker_runs_in_the_same_loop_with_what_vast_may_leave_unse
 
 
 def test_a_worker_of_an_endpoint_gets_the_settings_of_a_single_one_but_no_key() -> None:
-    text = answer("parse_up --voice male --model suno/bark-small; endpoint_env", BARK_TIMEOUT="77",
-                  BARK_IDLE_STOP="5", BARK_START_LIMIT="6", BARK_MAX_HOURS="7")
+    text = answer("parse_up --voice male --model suno/bark-small --listen base.en; endpoint_env",
+                  BARK_TIMEOUT="77", BARK_IDLE_STOP="5", BARK_START_LIMIT="6", BARK_MAX_HOURS="7")
     assert parse_env(text.rstrip("\n")) == {
         "-p 3000:3000": "1", "BARK_LABEL": "bark-worker", "HF_HOME": "/workspace/models",
-        "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "male", "BARK_TIMEOUT": "77"}
+        "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "male", "BARK_LISTEN": "base.en",
+        "BARK_TIMEOUT": "77"}
 
 
 @pytest.mark.parametrize(("words", "complaint"), [
@@ -420,6 +425,7 @@ def test_a_worker_of_an_endpoint_gets_the_settings_of_a_single_one_but_no_key() 
     (["up", "--interruptible"], "--interruptible is not for endpoints"),
     (["up", "--bid", "0.1"], "--bid is not for endpoints"),
     (["up", "--model", "/tmp/model"], "--model is '/tmp/model'"),
+    (["up", "--listen", "./ears"], "--listen is './ears'; it must be off, a name such as base"),
     (["down", "7"], "endpoint down knows no '7'"),
     (["test", "one", "two"], "endpoint test takes one TEXT"),
     (["test", "-x"], "endpoint test knows no '-x'; a TEXT that begins so comes after --"),
@@ -1186,6 +1192,10 @@ def test_a_wrong_setting_of_the_manager_is_named_before_anything_is_called(
     ({"BARK_IMAGE": "a b"}, "is 'a b'; it must be a name"),
     ({"BARK_MODEL": "/models/bark"}, "is '/models/bark'; it must be a hub id"),
     ({"TTS_MAX_LENGTH": "5 00"}, "TTS_MAX_LENGTH is '5 00'"),
+    ({"BARK_LISTEN": "/ears"}, "BARK_LISTEN is '/ears'; it must be off, a name such as base"),
+    ({"BARK_LISTEN": "~/ears"}, "BARK_LISTEN is '~/ears'; it must be off, a name such as base"),
+    ({"BARK_LISTEN": "ba'se"}, "BARK_LISTEN is 'ba'se'; it may have letters"),
+    ({"BARK_WORD_ERRORS": "0,3"}, "BARK_WORD_ERRORS is '0,3'; it may have letters"),
 ])
 def test_a_setting_that_cannot_go_along_stops_the_start(
         settings: dict[str, str], complaint: str, bare_path: Path) -> None:
@@ -1283,6 +1293,7 @@ def completion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     (["start", "--m"], ["--max-hours", "--min-vram", "--max-price", "--max-traffic",
                          "--min-reliability", "--model"]),
     (["start", "--yes", "--dr"], ["--dry-run"]),
+    (["start", "--l"], ["--listen"]),
     (["logs", "-"], ["-f", "--follow", "--tail", "--daemon"]),
     (["stop", "--"], ["--now"]),
     (["destroy", "--"], ["--yes"]),

@@ -68,12 +68,13 @@ def order_with_every_option(stage: Scene) -> None:
     stage.vast.add_offer(dph_base=0.01, min_bid=0.01)
     run = stage.start(
         "--interruptible", "--gpu=rtx_3060_ti", "--region", "EU", "--image", "ghcr.io/me/bark:9",
-        "--disk=40", "--model", "suno/bark-small", "--voice", "female", "--timeout", "60", "--yes",
-        TTS_MAX_LENGTH="900", BARK_MAX_BATCH="3", BARK_SECRET="never")
+        "--disk=40", "--model", "suno/bark-small", "--voice", "female", "--listen", "base",
+        "--timeout", "60", "--yes", TTS_MAX_LENGTH="900", BARK_MAX_BATCH="3", BARK_SECRET="never")
     assert_rented(stage, run, best)
     env = {"-p 8080:8080": "1", "BARK_API_KEY": stage.only().key, "HF_HOME": "/workspace/models",
-           "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "female", "TTS_MAX_LENGTH": "900",
-           "BARK_MAX_BATCH": "3", "BARK_IDLE_STOP": "30", "BARK_START_LIMIT": "60"}
+           "BARK_MODEL": "suno/bark-small", "BARK_VOICE": "female", "BARK_LISTEN": "base",
+           "TTS_MAX_LENGTH": "900", "BARK_MAX_BATCH": "3", "BARK_IDLE_STOP": "30",
+           "BARK_START_LIMIT": "60"}
     assert_body(stage, env, image="ghcr.io/me/bark:9", disk=40.0, price=0.0375)
 
 
@@ -265,9 +266,10 @@ def running_one(stage: Scene) -> None:
     run = stage.start()
     assert (run.status, run.stdout) == (0, f"{instance.worker_url}\n")
     assert "it keeps what it was rented with" not in run.stderr
-    run = stage.start("--gpu", "3060", "--interruptible", BARK_MAX_BATCH="2")
+    run = stage.start("--gpu", "3060", "--interruptible", BARK_MAX_BATCH="2", BARK_LISTEN="tiny")
     assert (run.status, run.stdout) == (0, f"{instance.worker_url}\n")
-    assert "a new one with --gpu, --interruptible, BARK_MAX_BATCH, destroy it first" in run.stderr
+    assert "a new one with --gpu, --interruptible, BARK_LISTEN, BARK_MAX_BATCH, destroy it first" \
+        in run.stderr
     assert (stage.changes(), stage.billed()) == ([], {instance.id: "running"})
 
 
