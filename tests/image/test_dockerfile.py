@@ -20,6 +20,12 @@ def instructions(name: str) -> list[str]:
     return [line.split(None, 1)[1] for line in LINES if line.startswith(f"{name} ")]
 
 
+def copied() -> set[str]:
+    """The names that go into the image."""
+    return {word for line in instructions("COPY") for word in line.split()[:-1]
+            if not word.startswith("--")}
+
+
 def probe(port: int) -> int:
     """The exit status of the HEALTHCHECK's command for a worker on a port."""
     _, command = instructions("HEALTHCHECK")[0].split(" CMD ")
@@ -42,10 +48,16 @@ def test_the_healthcheck_complains_of_a_worker_that_is_not_ready() -> None:
 def test_the_context_is_what_the_dockerfile_copies() -> None:
     ignored, *allowed = [line for line in (ROOT / ".dockerignore").read_text().splitlines()
                          if not line.startswith("#")]
-    copied = {word for line in instructions("COPY") for word in line.split()[:-1]
-              if not word.startswith("--")}
-    assert ignored == "*" and {line.removeprefix("!") for line in allowed} == copied
-    assert all((ROOT / name).exists() for name in copied)
+    assert ignored == "*" and {line.removeprefix("!") for line in allowed} == copied()
+    assert all((ROOT / name).exists() for name in copied())
+
+
+def test_a_change_of_what_goes_into_the_image_builds_it() -> None:
+    workflow = (ROOT / ".github/workflows/build-bark-tts.yml").read_text(encoding="utf-8")
+    push = yaml.load(workflow, yaml.BaseLoader)["on"]["push"]  # else `on` is read as true
+    built = {name.removesuffix("/**") for name in push["paths"]}
+    assert {word for word in copied() if word != "LICENSE"} <= built
+    assert all((ROOT / name).exists() for name in built)
 
 
 def test_the_worker_comes_last_of_what_fills_layers() -> None:
