@@ -30,6 +30,7 @@ OTHERS = {  # what suno/bark on the hub holds besides, and never has to be fetch
     "speaker_embeddings/en_speaker_6_semantic_prompt.npy": 2000,
     "speaker_embeddings/v2/en_speaker_6.npz": 40_000, "onnx/model.safetensors": 1_000_000_000,
 }
+QUIET_VOICES = ("v2/de_speaker_0", "v2/en_speaker_6", "v2/tr_speaker_0")
 NEVER: Callable[..., None] = lambda *_: pytest.fail("not before the weights")  # noqa: E731
 
 
@@ -72,9 +73,26 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], 
     return point_at
 
 
+@pytest.fixture(scope="module")
+def quiet_toy(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy with three of its 130 voices, as each is six requests."""
+    folder = tmp_path_factory.mktemp("quiet") / "toy"
+    shutil.copytree(toy, folder, copy_function=os.link)
+    table = folder / "speaker_embeddings_path.json"
+    kept = {name: prompts for name, prompts in json.loads(table.read_text()).items()
+            if name in ("repo_or_path", *QUIET_VOICES)}
+    assert len(kept) == 1 + len(QUIET_VOICES)
+    table.unlink()  # a link to the toy's own
+    table.write_text(json.dumps(kept))
+    for prompt in folder.glob("speaker_embeddings/*/*.npy"):
+        if not prompt.name.startswith(tuple(name[3:] for name in QUIET_VOICES)):
+            prompt.unlink()
+    return folder
+
+
 @pytest.fixture
-def toy_hub(toy: Path, use_hub: Callable[[str], None]) -> Iterator[FakeHub]:
-    with FakeHub({MODEL: toy}, OTHERS) as hub:
+def toy_hub(quiet_toy: Path, use_hub: Callable[[str], None]) -> Iterator[FakeHub]:
+    with FakeHub({MODEL: quiet_toy}, OTHERS) as hub:
         use_hub(hub.url)
         yield hub
 
@@ -126,13 +144,14 @@ def test_a_filled_cache_serves_a_start_without_asking_the_hub(
 
 
 def test_only_what_is_needed_is_fetched_and_the_second_time_nothing(
-        bark: ModuleType, toy: Path, toy_hub: FakeHub) -> None:
+        bark: ModuleType, toy: Path, use_hub: Callable[[str], None]) -> None:
     told: list[int] = []
-    folder = bark.find_model(MODEL, lambda voices: None, lambda total, blobs: told.append(total))
-    assert files_asked_for(toy_hub) == files_of(toy) == files_of(folder)
+    with FakeHub({MODEL: toy}, OTHERS) as hub:
+        use_hub(hub.url)
+        folder = bark.find_model(MODEL, lambda voices: None, lambda total, _: told.append(total))
+    assert files_asked_for(hub) == files_of(toy) == files_of(folder)
     assert told == [sum(path.stat().st_size for path in toy.rglob("*") if path.is_file())]
-    toy_hub.__exit__()  # nobody listens any more
-    assert bark.find_model(MODEL, NEVER, NEVER) == folder
+    assert bark.find_model(MODEL, NEVER, NEVER) == folder  # where nobody listens any more
 
 
 def test_a_cache_that_lost_a_file_is_filled_up_again(
