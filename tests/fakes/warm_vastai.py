@@ -5,13 +5,15 @@
 
 A call runs the `vastai` beside this Python, with the caller's arguments, environment, files, folder
 and ignored signals, and ends when its caller does. It differs from an ordinary one in what it is a
-child of, and in that calls with the same environment share what the program does while importing.
+child of, and in that calls whose environments differ in nothing but TMPDIR share what the program
+does while importing: it asks Vast for the names of GPUs, unless its folder has them.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import importlib
 import os
 import runpy
@@ -73,7 +75,8 @@ def loopback_environment(folder: Path) -> dict[str, str]:
 
 def serve(address: str) -> NoReturn:
     """Hands each call to the process that was prepared for its environment, until stdin ends."""
-    importlib.import_module(MODULE)
+    modules = modules_of_a_call()
+    gc.freeze()  # so that a collection in a fork does not copy all of it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     prepared: dict[str, socket.socket] = {}
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -89,9 +92,9 @@ def serve(address: str) -> NoReturn:
             if not message:
                 continue
             environment = ast.literal_eval(message.decode())[1]
-            key = repr(sorted(environment.items()))
+            key = repr(sorted(item for item in environment.items() if item[0] != "TMPDIR"))
             if key not in prepared:
-                prepared[key] = prepare(environment)
+                prepared[key] = prepare(environment, modules)
             prepared[key] = link = prepared.pop(key)  # the last one used comes last
             socket.send_fds(link, [message], [caller.fileno(), *files])
             if len(prepared) > MOST_PREPARED:
@@ -99,21 +102,36 @@ def serve(address: str) -> NoReturn:
             close(files)
 
 
-def prepare(environment: dict[str, str]) -> socket.socket:
-    """A process that imports the program in the environment; gives the way to send it calls."""
+def modules_of_a_call() -> list[str]:
+    """Imports the program as far as it goes without a command; gives its own modules, in order."""
+    importlib.import_module(MODULE)
+    sys.argv = [str(PROGRAM), "--version"]
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), \
+            contextlib.suppress(SystemExit):
+        sys.modules[MODULE].main()
+    return [name for name in sys.modules if is_own(name)]
+
+
+def is_own(module: str) -> bool:
+    return module.partition(".")[0] == "vastai"
+
+
+def prepare(environment: dict[str, str], modules: list[str]) -> socket.socket:
+    """A process that imports them in the environment; gives the way to send it calls."""
     link, own = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork():
         own.close()
         return link
     os.closerange(3, own.fileno())  # of callers too, who wait for the last copy to be closed
     os.closerange(own.fileno() + 1, MOST_FILES)
-    for name in list(sys.modules):
-        if name.partition(".")[0] == "vastai":
-            del sys.modules[name]
+    for name in filter(is_own, list(sys.modules)):
+        del sys.modules[name]
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(PROGRAM)]
-    importlib.import_module(MODULE)
+    for name in modules:
+        importlib.import_module(name)
+    gc.freeze()
     while True:
         message, files, _, _ = socket.recv_fds(own, LONGEST_CALL, 4)
         if not message:
@@ -142,7 +160,9 @@ def answer(call: tuple[list[str], dict[str, str], str, list[int]], files: list[i
 
 def become(call: tuple[list[str], dict[str, str], str, list[int]], files: list[int]) -> NoReturn:
     """Runs the program in this process as the caller would have."""
-    arguments, _, folder, ignored = call
+    arguments, environment, folder, ignored = call
+    os.environ.clear()
+    os.environ.update(environment)
     for number, file in enumerate(files[1:]):
         os.dup2(file, number)
     close(files)
