@@ -1082,43 +1082,45 @@ pages=''          # what Vast lists, a page a line
 # usage: list_instances OPTIONS...    (sets pages; fails, with a complaint, if Vast does not answer)
 # `--limit` because without it one row that is still being made breaks the whole list.
 list_instances() {
-  local token='' last
+  local token='' last page
   pages=''
   while :; do
-    vast_json object show instances "$@" --limit 25 ${token:+--next-token "$token"} || return 1
+    vast show instances "$@" --limit 25 ${token:+--next-token "$token"} || return 1
     last="$token"
-    token="$(reply_says 'select(.success != false and (.instances | type) == "array")
-      | "page \(.next_token // "")"')"
+    page="$(reply_says 'select(.success != false and (.instances | type) == "array")
+      | "page \(.next_token // "")", tojson')"
+    token="${page%%$'\n'*}"
     if [[ "$token" != page\ * || "$token" == "page ${last:-none}" ]]; then
       no_answer
       return 1
     fi
     token="${token#page }"
-    pages="$pages$(feed "$reply" jq -c .)"$'\n'
+    pages="$pages${page#*$'\n'}"$'\n'
     if [[ -z "$token" ]]; then return 0; fi
     pause 1
   done
 }
 
-# usage: list_rows endpoints|workergroups    (sets reply)
+# usage: list_rows endpoints|workergroups    (sets reply, to the rows by id)
 list_rows() {
-  vast_json array show "$1" || return 1
-  if [[ "$(feed "$reply" jq 'all(type == "object" and .id)')" == true ]]; then return 0; fi
+  vast show "$1" || return 1
+  reply="$(feed "$reply" jq -c 'select(type == "array" and all(type == "object" and .id))
+    | sort_by(.id)' 2>/dev/null)" || reply=''
+  if [[ -n "$reply" ]]; then return 0; fi
   no_answer
   return 1
 }
 
 # Fails, with a complaint, if Vast does not answer.
 look() {
-  local readable odd
+  local rows
   list_instances --label "$LABEL" || return 1
-  if ! readable="$(listed_rows 'map(select(oddity == "" and .label == env.our_label) | instance)
-      | unique_by(.id)')" ||
-    ! odd="$(listed_rows 'map(select(oddity != "" and may_be_ours) | odd_row)')"; then
+  if ! rows="$(listed_rows '(map(select(oddity == "" and .label == env.our_label) | instance)
+      | unique_by(.id)), map(select(oddity != "" and may_be_ours) | odd_row)')"; then
     no_answer
     return 1
   fi
-  instances="$readable" odd_rows="$odd"
+  instances="${rows%%$'\n'*}" odd_rows="${rows#*$'\n'}"
 }
 
 # usage: listed_rows FILTER [DEFINITIONS]    (of the rows in all pages, as one list)

@@ -151,9 +151,9 @@ web_json() {
 # Fails, with a complaint, if Vast does not answer.
 look_endpoints() {
   list_rows endpoints || return 1
-  endpoints="$(feed "$reply" jq -c 'sort_by(.id)')"
+  endpoints="$reply"
   list_rows workergroups || return 1
-  groups="$(feed "$reply" jq -c 'sort_by(.id)')"
+  groups="$reply"
 }
 
 # usage: ids_of ROWS    (prints them, by blanks)
