@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from warm_python import Forked, WarmPython
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "bark-worker.py"
@@ -120,7 +122,7 @@ class Answer:
 class Worker:
     """A real worker process on a free port; `log` grows as it writes."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     log: list[str] = field(default_factory=list)
     port: int = 0
 
@@ -175,21 +177,30 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -
     raise AssertionError(f"no {what} within {seconds:.0f} s")
 
 
+@functools.cache
+def warm_python() -> WarmPython:
+    return WarmPython(clean_environment())
+
+
 @contextlib.contextmanager
 def running_worker(script: Path | None = None, **settings: str) -> Iterator[Worker]:
     """A worker that listens, ready or not; ended and its log shown on failure at the end.
 
-    It judges nothing unless told to, as the toy's babble would be made three times over.
+    It judges nothing unless told to, as the toy's babble would be made three times over. It is
+    spared the import of torch, unless there is a setting that is not the worker's own.
     """
-    settings = {"BARK_QUALITY": "off", **settings}
-    with listening(subprocess.Popen([sys.executable, str(script or WORKER)], text=True, cwd=ROOT,
-                                    env=clean_environment(**settings),
-                                    stderr=subprocess.PIPE)) as worker:
+    script, environment = script or WORKER, clean_environment(**{"BARK_QUALITY": "off", **settings})
+    if all(name.startswith(("BARK_", "TTS_")) for name in settings):
+        process = warm_python().start(script, environment, ROOT)
+    else:
+        process = subprocess.Popen([sys.executable, str(script)], text=True, cwd=ROOT,
+                                   env=environment, stderr=subprocess.PIPE)
+    with listening(process) as worker:
         yield worker
 
 
 @contextlib.contextmanager
-def listening(process: subprocess.Popen[str]) -> Iterator[Worker]:
+def listening(process: subprocess.Popen[str] | Forked) -> Iterator[Worker]:
     """The worker in a process, from when it listens; ended and its log shown at the end."""
     worker = Worker(process)
     reader = threading.Thread(target=worker.read_log, daemon=True)
