@@ -27,12 +27,13 @@ def sampling(bark: ModuleType, toy: Path) -> Bench:
     return Bench(bark, toy)
 
 
-def test_greedy_audio_of_twenty_texts_equals_generate_alone_and_together(
-        bark: ModuleType, greedy: Bench, greedy_toy: Path) -> None:
-    assert len(TEXTS) == 20
-    together = greedy.samples([greedy.segment(*item) for item in TEXTS.items()])
-    assert len({len(samples) for samples in together}) >= 12  # lengths that really differ
-    for beside, (text, voice) in zip(together, TEXTS.items(), strict=True):
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.long)])
+def test_greedy_audio_of_many_texts_equals_generate_alone_and_together(
+        bark: ModuleType, greedy: Bench, greedy_toy: Path, count: int) -> None:
+    chosen = list(TEXTS.items())[:count]
+    together = greedy.samples([greedy.segment(*item) for item in chosen])
+    assert len({len(samples) for samples in together}) >= count * 0.6  # that really differ
+    for beside, (text, voice) in zip(together, chosen, strict=True):
         expected = reference(greedy_toy, text, voice, min_eos_p=0.2)
         assert_same_pcm(bark, beside, expected)
         assert_same_pcm(bark, greedy.samples([greedy.segment(text, voice)])[0], expected)
