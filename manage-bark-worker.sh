@@ -1132,7 +1132,13 @@ look_or_die() { persist look || die_by_vast 'the instances cannot be listed'; }
 row_of() { feed "$instances" facts ".[] | select(.id == $1) | tojson"; }
 
 # Prints the rows of the last look, also those that cannot be read.
-all_rows() { printf '%s\n' "$instances" "$odd_rows" | jq -cs add; }
+all_rows() {
+  if [[ "$odd_rows" == '[]' ]]; then
+    printf '%s\n' "$instances"
+  else
+    printf '%s\n' "$instances" "$odd_rows" | jq -cs add
+  fi
+}
 
 # usage: is_absent ID    (from the last look, also from the rows that cannot be read)
 is_absent() { [[ "$(all_rows | facts "any(.[]; .id == $1)")" == false ]]; }
@@ -1668,6 +1674,7 @@ hear_worker() {
 # usage: see_instance ID    (asks Vast, and decides if the instance can no longer get healthy)
 # Fails if Vast does not answer.
 see_instance() {
+  local too_dear
   if ! look; then
     phase="$complaint"
     return 1
@@ -1678,10 +1685,10 @@ see_instance() {
     return 0
   fi
   was_listed=yes absent_looks=0
-  unpack "$(fact "$row" '[.price - .storage, .storage] | map([., 0] | max * 1e6 | round)
-    | join("|")')" gpu_price storage_price
-  address="$(fact "$row" .address)"
-  if [[ "$1" == "$rented_id" ]]; then check_rented "$1"; fi
+  unpack "$(fact "$row" '([.price - .storage, .storage] | map([., 0] | max * 1e6 | round))
+    + [.address, .price > (env.max_price | tonumber) * 1.001] | join("|")')" \
+    gpu_price storage_price address too_dear
+  if [[ "$1" == "$rented_id" ]]; then check_rented "$1" "$too_dear"; fi
   if [[ -z "$outcome" || "$outcome" == ready ]]; then judge_state "$1"; fi
 }
 
@@ -1704,6 +1711,7 @@ judge_absence() {
   fi
 }
 
+# usage: check_rented ID TOO_DEAR    (true or false)
 # What concerns only an instance of this run: it is its only one, the first one, within the price.
 check_rented() {
   end_strays "$1"
@@ -1711,7 +1719,7 @@ check_rented() {
     feed "$instances" facts 'map(select(is_rival)) | .[0].id // ""')"
   if [[ -n "$rival" ]]; then
     conclude lost "another start rented instance $rival at the same time"
-  elif [[ "$(fact "$row" '.price > (env.max_price | tonumber) * 1.001')" == true ]]; then
+  elif [[ "$2" == true ]]; then
     conclude failed \
       "instance $1 costs $(fact "$row" .price) \$/h, more than --max-price $max_price"
   fi
