@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, START_SECONDS, WORKER, Worker, wait_until
 from manager import BASH, SCRIPT, Manager, managed, sourcing
 from renting import light_stage, scene
+from warm_vastai import warm_vastai
 
 PAGES = {path: path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -310,10 +311,10 @@ def shell_block(page: str, *needles: str) -> str:
     return block
 
 
-def by_hand(manager: Manager, command: str) -> str:
+def by_hand(manager: Manager, path: str, command: str) -> str:
     """What a shell with the real vastai prints for a command."""
-    done = subprocess.run([BASH, "-c", command], env=manager.environment(), cwd=ROOT, text=True,
-                          capture_output=True, timeout=START_SECONDS)
+    done = subprocess.run([BASH, "-c", command], env=manager.environment(PATH=path), cwd=ROOT,
+                          text=True, capture_output=True, timeout=START_SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -333,15 +334,16 @@ def test_a_route_by_hand_leads_to_a_worker_that_only_its_key_opens(
         r"^(?=export|vastai )", shell_block(README, "vastai create"), flags=re.M)
     assert f"vastai=={constant('VASTAI_VERSION')}\n" in install
     create = shell_block(page, "vastai create").partition("vastai create")
-    with managed(tmp_path, toy) as manager:
+    with warm_vastai(tmp_path / "warm") as vastai, managed(tmp_path, toy) as manager:
+        path = os.pathsep.join((str(vastai.parent), manager.environment()["PATH"]))
         offer = manager.vast.add_offer()
-        assert str(offer) in by_hand(manager, export + search)
-        by_hand(manager, export + "".join(create[1:]).replace("OFFER_ID", str(offer)))
+        assert str(offer) in by_hand(manager, path, export + search)
+        by_hand(manager, path, export + "".join(create[1:]).replace("OFFER_ID", str(offer)))
         (instance,) = manager.vast.instances.values()
         assert instance.runtype == mode
         wait_until(lambda: instance.port, "worker", START_SECONDS)
-        assert manager.run("start").stdout == f"{instance.worker_url}\n"
-        assert manager.run("test").status == 0
+        assert manager.run("start", PATH=path).stdout == f"{instance.worker_url}\n"
+        assert manager.run("test", PATH=path).status == 0
         with urllib.request.urlopen(f"{instance.worker_url}/health") as health:
             assert json.load(health)["guard"]["idle_stop"]["limit"] == 30 * 60
         with pytest.raises(urllib.error.HTTPError, match="401"):
