@@ -3693,32 +3693,46 @@ def fetch_files(name: str, revision: str | None, sizes: Mapping[str, int], large
 
 def find_listener(name: str, on_download: Callable[[int, Path], None]) -> Path:
     """The folder of a recogniser, found or fetched as a model is. Raises ModelError."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if lacking := [each for each in LISTENER_FILES if not (folder / each).is_file()]:
+        if lacking := lacking_files(folder):
             raise ModelError(f"BARK_LISTEN: {folder} lacks {', '.join(lacking)}")
         return folder
-    name = LISTENERS.get(name, name)
+    hub_id = LISTENERS.get(name, name)
     try:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            folder = Path(snapshot_download(name, local_files_only=True))
-            if all((folder / each).is_file() for each in LISTENER_FILES):
-                return folder
-        revision, sizes = hub_files(name)
-        if lacking := [each for each in LISTENER_FILES if each not in sizes]:
-            raise ModelError(f"{name} on the hub is no Whisper of CTranslate2's: it lacks"
-                             f" {', '.join(lacking)}")
-        wanted = {path: size for path, size in sizes.items()
-                  if path.endswith((".json", ".txt", ".bin"))}
-        return fetch_files(name, revision, wanted, ["model.bin"], on_download)
+        return cached_listener(hub_id) or fetch_listener(hub_id, on_download)
     except WorkerError:
         raise
     except Exception as error:  # which HTTP library is underneath changes with the hub's client
         told = disk_error(error) if isinstance(error, OSError) else None
-        raise told or download_error(name, error, "BARK_LISTEN") from error
+        raise told or download_error(hub_id, error, "BARK_LISTEN") from error
+
+
+def lacking_files(folder: Path) -> list[str]:
+    return [name for name in LISTENER_FILES if not (folder / name).is_file()]
+
+
+def cached_listener(hub_id: str) -> Path | None:
+    """The cache's folder of it if it is whole, else None."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True,
+                                        allow_patterns=LISTENER_FILES))
+    except LocalEntryNotFoundError:
+        return None
+    return None if lacking_files(folder) else folder
+
+
+def fetch_listener(hub_id: str, on_download: Callable[[int, Path], None]) -> Path:
+    revision, sizes = hub_files(hub_id)
+    if lacking := [name for name in LISTENER_FILES if name not in sizes]:
+        raise ModelError(f"{hub_id} on the hub is no Whisper of CTranslate2's: it lacks"
+                         f" {', '.join(lacking)}")
+    wanted = {path: size for path, size in sizes.items()
+              if "/" not in path and path.endswith((".json", ".txt", ".bin"))}
+    return fetch_files(hub_id, revision, wanted, ["model.bin"], on_download)
 
 
 def fetch_blob(name: str, path: str, revision: str | None, size: int, blobs: Path) -> None:
@@ -3738,6 +3752,7 @@ def fetch_blob(name: str, path: str, revision: str | None, size: int, blobs: Pat
     blob, part = blobs / etag, blobs / f"{etag}.part"
     if not re.fullmatch(r"[0-9a-f]{64}", etag) or blob.exists():
         return  # no SHA-256 to check by: left to the client
+    blobs.mkdir(parents=True, exist_ok=True)
     with part.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # one worker at a time, on a shared cache
         if blob.exists():  # another one has fetched it meanwhile

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import BUILTIN, Worker, running_worker, wait_until
 from fake_hub import FakeHub
@@ -371,3 +372,72 @@ def test_an_empty_cache_with_the_hub_switched_off_fails_with_what_to_do(
         answer = worker.speak("Hello.")
         assert answer.status == 503 and health["error"] in answer.json["error"]["message"]
         assert worker.stop() == 1
+
+
+# The listener's weights
+
+WHISPER = "me/whisper"
+
+
+@pytest.fixture
+def whisper_hub(tmp_path: Path, use_hub: Callable[[str], None]) -> Iterator[FakeHub]:
+    folder = tmp_path / "whisper"
+    folder.mkdir()
+    for name, size in (("config.json", 2), ("tokenizer.json", 2), ("model.bin", 2 << 20),
+                       ("vocabulary.txt", 20)):
+        (folder / name).write_bytes(b"{}" if size == 2 else os.urandom(size))
+    with FakeHub({WHISPER: folder}, {"README.md": 9000, "onnx/model.onnx": 10**9}) as hub:
+        use_hub(hub.url)
+        yield hub
+
+
+def test_a_listener_is_fetched_as_a_model_is_and_then_comes_from_the_cache(
+        bark: ModuleType, whisper_hub: FakeHub) -> None:
+    told: list[int] = []
+    folder = bark.find_listener(WHISPER, lambda total, blobs: told.append(total))
+    assert files_asked_for(whisper_hub) == files_of(folder) == {
+        "config.json", "tokenizer.json", "model.bin", "vocabulary.txt"}
+    assert told == [sum(path.stat().st_size for path in folder.iterdir())]
+    whisper_hub.__exit__()  # nobody listens any more
+    assert bark.find_listener(WHISPER, NEVER) == folder
+
+
+def test_a_listener_whose_download_breaks_off_goes_on_from_there(
+        bark: ModuleType, whisper_hub: FakeHub, tmp_path: Path) -> None:
+    blobs = tmp_path / "hub" / f"models--{WHISPER.replace('/', '--')}" / "blobs"
+    blobs.mkdir(parents=True)
+    weights = (tmp_path / "whisper" / "model.bin").read_bytes()
+    part = blobs / f"{hashlib.sha256(weights).hexdigest()}.part"
+    part.write_bytes(weights[:1_000_000])
+    assert (bark.find_listener(WHISPER, lambda *_: None) / "model.bin").read_bytes() == weights
+    assert [get.range for get in whisper_hub.downloads("model.bin")] == ["bytes=1000000-"]
+
+
+def test_what_is_no_listener_is_refused_with_what_it_lacks(
+        bark: ModuleType, toy_hub: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(bark.ModelError, match=r"no Whisper of CTranslate2's: it lacks model\.bin"):
+        bark.find_listener(MODEL, NEVER)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(bark.ModelError, match=r"lacks model\.bin, tokenizer\.json"):
+        bark.find_listener(str(tmp_path), NEVER)
+    toy_hub.fail(404)
+    with pytest.raises(bark.ModelError, match="check BARK_LISTEN"):
+        bark.find_listener("tiny", NEVER)
+
+
+@pytest.mark.parametrize("has_companion", [True, False])
+def test_speech_goes_on_where_the_listener_is_missing(
+        bark: ModuleType, toy_hub: FakeHub, tmp_path: Path, has_companion: bool,
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for name in bark.LISTENER_FILES:
+        (tmp_path / name).write_text("{}")
+    name = "tiny" if has_companion else str(tmp_path)
+    toy_hub.fail(500)
+    if not has_companion:
+        monkeypatch.setattr(bark, "LISTENER", tmp_path / "listener.py")
+    judge = bark.Judge(0.35)
+    bark.prepare_listener(judge, name, NEVER)
+    assert judge.listener.startswith("missing: ") and "words are not heard: " in caplog.text
+    assert ("later" if has_companion else "listener.py is missing") in judge.listener
+    verdict = judge.submit(np.zeros(24_000, np.float32), 24_000, bark.Wanted(1.0)).result()
+    assert verdict.warnings == ("silent",)
