@@ -197,33 +197,51 @@ def test_the_host_waits_for_the_device_nowhere_but_where_it_has_to() -> None:
     assert {one.partition(":")[0] for one in found} == WAITS.keys(), found
 
 
-@pytest.mark.parametrize("code", [
+def planted(codes: tuple[str, ...], head: str) -> str:
+    """The source with a function for each code in the engine, called planted_0 and so on."""
+    return with_added(SOURCE, "Engine", "\n\n\n".join(
+        f"def planted_{number}({head}) -> Any:\n    {code}" for number, code in enumerate(codes)))
+
+
+MADE_NOWHERE = (
     "torch.zeros(3)", "torch.tensor([1])", "torch.from_numpy(y)", "torch.arange(len(x))",
     "x + torch.ones(3)", "torch.stack([torch.empty(1)])", "torch.some_new_function(x)",
-    "torch.rand(3, generator=y)"])
-def test_a_tensor_on_no_named_device_is_noticed(code: str) -> None:
-    source = with_added(SOURCE, "Engine", f"def bad(x: torch.Tensor, y: Any) -> Any:\n"
-                                          f"    return {code}")
-    (found,) = tensors_on_no_named_device(source)
-    assert found.startswith("bad: torch.")
-
-
-@pytest.mark.parametrize("code", [
+    "torch.rand(3, generator=y)")
+WAITING = (
     "return x.item()", "return y.tolist()", "return x.cpu()", "return bool(x.any())",
     "if x.sum() > 0:\n        pass", "if not x:\n        pass", "y = x * 2\n    return int(y)",
     "return 1 if x[0] else 2", "return [1 for _ in y if x]", "assert x.isfinite().all()",
     "while x < 1:\n        pass", "return x or y", "return [int(one) for one in x]",
     "for one in x:\n        pass", "return torch.equal(x, y)", "return y.recent.tolist()",
-    "if y.recent[0] > 1:\n        pass", "return self.codes.any() and 1"])
-def test_a_wait_for_the_device_is_noticed(code: str) -> None:
-    source = with_added(SOURCE, "Engine", f"def bad(self: Any, x: torch.Tensor, y: Any) -> Any:\n"
-                                          f"    {code}")
-    assert any(one.startswith("bad: ") for one in waits(source))
-
-
-@pytest.mark.parametrize("code", [
+    "if y.recent[0] > 1:\n        pass", "return self.codes.any() and 1")
+NOT_WAITING = (
     "return len(x) > 1 and x.shape[0] < 3", "return x is None or x.device.type == 'cuda'",
-    "return torch.where(x > 0, x, -1)", "return [a for a in y if a]", "return x[: len(x)]"])
-def test_what_the_host_knows_is_no_wait(code: str) -> None:
-    source = with_added(SOURCE, "Engine", f"def good(x: torch.Tensor, y: Any) -> Any:\n    {code}")
-    assert waits(source) == waits(SOURCE)
+    "return torch.where(x > 0, x, -1)", "return [a for a in y if a]", "return x[: len(x)]")
+
+
+@pytest.fixture(scope="module")
+def found_nowhere() -> list[str]:
+    return tensors_on_no_named_device(planted(
+        tuple(f"return {code}" for code in MADE_NOWHERE), "x: torch.Tensor, y: Any"))
+
+
+@pytest.fixture(scope="module")
+def found_waits() -> list[str]:
+    return waits(planted(WAITING, "self: Any, x: torch.Tensor, y: Any"))
+
+
+@pytest.mark.parametrize("code", MADE_NOWHERE)
+def test_a_tensor_on_no_named_device_is_noticed(found_nowhere: list[str], code: str) -> None:
+    place = f"planted_{MADE_NOWHERE.index(code)}: torch."
+    assert len([one for one in found_nowhere if one.startswith(place)]) == 1
+    assert len(found_nowhere) == len(MADE_NOWHERE)
+
+
+@pytest.mark.parametrize("code", WAITING)
+def test_a_wait_for_the_device_is_noticed(found_waits: list[str], code: str) -> None:
+    place = f"planted_{WAITING.index(code)}: "
+    assert any(one.startswith(place) for one in found_waits)
+
+
+def test_what_the_host_knows_is_no_wait() -> None:
+    assert waits(planted(NOT_WAITING, "x: torch.Tensor, y: Any")) == waits(SOURCE)
