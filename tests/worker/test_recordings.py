@@ -5,13 +5,15 @@ Nothing here is one of the model's takes: what Bark really does wrong sounds lik
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from defects import DEFECTS
+from listening import model_folder
 from recordings import RATE, VOICES, Recording, judge_of, need_recordings, recordings, some
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -132,3 +134,39 @@ def test_a_planted_defect_is_refused(bark: ModuleType, defect: str, table: list[
         table.append(head)
     table.append(f"{defect:32} {bar.before:6} {caught:4} {bar.least or '':>9}")
     assert caught >= bar.least
+
+
+# What only a listener hears
+
+LISTENED = 30  # English recordings
+GOOD = "none"
+# How many the listener must refuse of them, by the words alone; of good ones, at most. Of half the
+# sound, cut where it is quietest, up to two thirds of the words are left; length tells the others.
+HEARD_BARS = {GOOD: 1, "stops after a quarter": 29, "stops after half": 22, "said twice": 28,
+              "said three times": 29, OTHER: 25, "backwards": 28, "music under it, 10 dB below": 0}
+
+
+@pytest.fixture(scope="module")
+def listening(bark: ModuleType) -> Iterator[Any]:
+    judge = bark.Judge(bark.Config().word_errors)
+    judge.listen(model_folder())
+    yield judge
+    judge._listener.close()
+
+
+@pytest.mark.parametrize("defect", HEARD_BARS)
+def test_a_listener_refuses_what_says_other_words(bark: ModuleType, listening: Any, defect: str,
+                                                  table: list[str]) -> None:
+    chosen = [one for one in some(EACH) if one.language == "en"]
+    sounds = [one.samples if defect == GOOD else planted(defect, chosen, at)
+              for at, one in enumerate(chosen[:LISTENED])]
+    began = time.monotonic()
+    verdicts = [listening.submit(sound, RATE, bark.Wanted(bark.estimate_seconds(one.text), one.text)
+                                 ).result() for sound, one in zip(sounds, chosen, strict=False)]
+    share = (time.monotonic() - began) * RATE / sum(map(len, sounds))
+    assert not any(verdict.hearing.unheard for verdict in verdicts)
+    found = [[fault.kind for fault in verdict.faults] for verdict in verdicts]
+    caught = sum("words" in kinds for kinds in found)
+    table.append(f"{defect:32} by words {caught:3} of {len(sounds)}, in {100 * share:.0f} % of the"
+                 " audio's length")
+    assert caught <= HEARD_BARS[GOOD] if defect == GOOD else caught >= HEARD_BARS[defect]
