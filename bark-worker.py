@@ -403,10 +403,15 @@ VARIABLES = tuple(Variable(name, each.name, *rest) for each in fields(Config) if
                   for name, *rest in [each.metadata["variable"]])
 
 
-def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Names in `environ` that look like ours and are not, so that a typing error is noticed."""
+def warnings_about(config: Config, environ: Mapping[str, str]) -> list[str]:
+    """Names in `environ` that look like ours and are not, so that a typing error is noticed, and
+    what is set to no effect."""
     known = {variable.name for variable in VARIABLES} | MANAGER_VARIABLES
-    return sorted(name for name in environ if name.startswith("BARK_") and name not in known)
+    warnings = [f"{name} is set, but there is no such setting; --help lists them"
+                for name in sorted(environ) if name.startswith("BARK_") and name not in known]
+    if config.listen and not config.quality:
+        warnings.append("BARK_LISTEN is set, but with BARK_QUALITY=off nothing is judged or heard")
+    return warnings
 
 
 def read_settings(arguments: list[str]) -> Config:
@@ -7476,9 +7481,7 @@ def main(arguments: list[str] | None = None) -> int:
                         format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings = [f"{name} is set, but there is no such setting; --help lists them"
-                for name in unknown_variables(os.environ)]
-    return serve(config, warnings)
+    return serve(config, warnings_about(config, os.environ))
 
 
 if __name__ == "__main__":

@@ -212,6 +212,15 @@ def test_a_signal_ends_a_worker_that_is_still_importing(
         assert process.wait(5) == status and process.stdout.read() == ""
 
 
+def test_a_listener_that_has_nothing_to_judge_is_told_of(bark: ModuleType) -> None:
+    def told(**environ: str) -> list[str]:
+        return bark.warnings_about(bark.Config.from_env(environ), environ)
+
+    (warning,) = told(BARK_LISTEN="tiny", BARK_QUALITY="off")
+    assert "nothing is judged or heard" in warning
+    assert told(BARK_LISTEN="tiny") == told(BARK_LISTEN="off", BARK_QUALITY="off") == []
+
+
 def test_an_unknown_variable_of_ours_is_told_apart(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     known = dict.fromkeys(DOCUMENTED | bark.MANAGER_VARIABLES, "")

@@ -3,7 +3,9 @@ becomes of the speech. Stand-ins answer here; test_recordings has the recogniser
 
 from __future__ import annotations
 
-import os
+import json
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +15,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from conftest import LISTENER, load_module, wait_until
+from conftest import BUILTIN, LISTENER, load_module, running_worker, wait_until
+from listening import model_folder
 from test_takes import RATE, SECONDS, judged, speech
 
 SAMPLES = np.zeros(16_000, np.float32)
@@ -213,14 +217,47 @@ def test_a_judge_whose_listener_breaks_judges_on(bark: ModuleType, ears: Callabl
     assert judge.listener.startswith("resting: ")
 
 
-def test_the_ear_ends_when_nobody_asks_any_more(tmp_path: Path) -> None:
-    """The real program, without a model: it says why, and its status is 1."""
-    done = ears_program(tmp_path)
-    assert done.returncode == 1 and b'{"error": ' in done.stdout
+def test_the_program_without_a_model_says_so(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, LISTENER, tmp_path, "1"], stdin=subprocess.DEVNULL,
+                          capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1 and json.loads(done.stdout).keys() == {"error"}
 
 
-def ears_program(folder: Path) -> Any:
-    import subprocess
+# The whole worker, with the recogniser itself
 
-    return subprocess.run([sys.executable, LISTENER, folder, "1"], stdin=subprocess.DEVNULL,
-                          capture_output=True, timeout=60, env={**os.environ})
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_worker_that_listens_tells_what_it_heard_and_leaves_no_ear_behind() -> None:
+    text = "The old boat is in the harbor. They had no light, and the river was cold."
+    with running_worker(BARK_MODEL=str(BUILTIN), BARK_LISTEN=str(model_folder())) as worker:
+        worker.wait_for("ready")
+        reply = worker.speak(text, words=True).json
+        assert worker.health()["listener"] == "listening"
+        ears = psutil.Process(worker.process.pid).children()
+        assert len(ears) >= 1
+        worker.stop()
+    psutil.wait_procs(ears, timeout=30)
+    assert not any(ear.is_running() for ear in ears)
+    for segment in reply["segments"]:
+        assert segment["heard"] and 0 <= segment["word_errors"] <= 0.35
+        assert segment["timing"] == "heard" and segment["warnings"] == []
+    told = [word for segment in reply["segments"] for word in segment["words"]]
+    assert [text[word["from"] : word["to"]] for word in told] == re.findall(r"\w+", text)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_speech_goes_on_when_every_ear_is_killed() -> None:
+    with running_worker(BARK_MODEL=str(BUILTIN), BARK_LISTEN=str(model_folder()),
+                        BARK_CACHE_MB="0") as worker:
+        worker.wait_for("ready")
+        assert worker.speak("The old boat is in the harbor.").json["segments"][0]["heard"]
+        for ear in psutil.Process(worker.process.pid).children():
+            ear.suspend()  # hangs: it is ended after 10 s and two for each second of the take
+        (segment,) = worker.call("/synthesize", {"text": "They had no light."}, timeout=60
+                                 ).json["segments"]
+        assert segment["warnings"] == ["not heard: the listener gave no answer in"
+                                       f" {segment['warnings'][0].split()[-2]} s"]
+        assert worker.health()["listener"].startswith("resting: ")
+        (segment,) = worker.speak("They had no light at all.").json["segments"]
+        assert segment["warnings"][0].startswith("not heard") and "heard" not in segment
