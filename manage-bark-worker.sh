@@ -1931,14 +1931,16 @@ check_model() {
 machine is not on the rented one" "$1"
 }
 
-# usage: check_listen COMMAND    (the worker knows the names)
+# usage: check_listen COMMAND    (a wrong name would fail on a machine that is paid for)
 check_listen() {
   local name
   name="$(said_or --listen BARK_LISTEN)"
   case "$listen" in
-    [/.~]*) usage_error "$name is '$listen'; it must be off, a name such as base or small.en, or a \
-hub id such as Systran/faster-whisper-base: a folder of this machine is not on the rented one" \
-      "$1" ;;
+    off | tiny | base | small | medium | large-v3 | tiny.en | base.en | small.en | medium.en) ;;
+    [!/.~]*/*) ;;    # a hub id
+    *) usage_error "$name is '$listen'; it must be off, tiny, base, small, medium, each but off \
+also with .en for English alone, large-v3, or a hub id such as Systran/faster-whisper-base: a \
+folder of this machine is not on the rented one" "$1" ;;
   esac
   need_plain "$1" "$name" "$listen"
 }

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import clean_environment
+from conftest import clean_environment, load_words
 from manager import BASH, PARTS, SCRIPT, executable, folder_of, sourcing
 
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
@@ -425,7 +425,7 @@ def test_a_worker_of_an_endpoint_gets_the_settings_of_a_single_one_but_no_key() 
     (["up", "--interruptible"], "--interruptible is not for endpoints"),
     (["up", "--bid", "0.1"], "--bid is not for endpoints"),
     (["up", "--model", "/tmp/model"], "--model is '/tmp/model'"),
-    (["up", "--listen", "./ears"], "--listen is './ears'; it must be off, a name such as base"),
+    (["up", "--listen", "./ears"], "--listen is './ears'; it must be off, tiny, base, small"),
     (["down", "7"], "endpoint down knows no '7'"),
     (["test", "one", "two"], "endpoint test takes one TEXT"),
     (["test", "-x"], "endpoint test knows no '-x'; a TEXT that begins so comes after --"),
@@ -1192,15 +1192,21 @@ def test_a_wrong_setting_of_the_manager_is_named_before_anything_is_called(
     ({"BARK_IMAGE": "a b"}, "is 'a b'; it must be a name"),
     ({"BARK_MODEL": "/models/bark"}, "is '/models/bark'; it must be a hub id"),
     ({"TTS_MAX_LENGTH": "5 00"}, "TTS_MAX_LENGTH is '5 00'"),
-    ({"BARK_LISTEN": "/ears"}, "BARK_LISTEN is '/ears'; it must be off, a name such as base"),
-    ({"BARK_LISTEN": "~/ears"}, "BARK_LISTEN is '~/ears'; it must be off, a name such as base"),
-    ({"BARK_LISTEN": "ba'se"}, "BARK_LISTEN is 'ba'se'; it may have letters"),
+    ({"BARK_LISTEN": "tyni"}, "BARK_LISTEN is 'tyni'; it must be off, tiny, base, small"),
+    ({"BARK_LISTEN": "/ears"}, "BARK_LISTEN is '/ears'; it must be off, tiny, base, small"),
+    ({"BARK_LISTEN": "~/ears"}, "BARK_LISTEN is '~/ears'; it must be off, tiny, base, small"),
+    ({"BARK_LISTEN": "me/ba'se"}, "BARK_LISTEN is 'me/ba'se'; it may have letters"),
     ({"BARK_WORD_ERRORS": "0,3"}, "BARK_WORD_ERRORS is '0,3'; it may have letters"),
 ])
 def test_a_setting_that_cannot_go_along_stops_the_start(
         settings: dict[str, str], complaint: str, bare_path: Path) -> None:
     done = command("start", "--yes", path=bare_path, **settings)
     assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
+
+
+def test_every_listener_that_the_worker_knows_by_name_can_be_asked_for() -> None:
+    for name in ("off", *load_words().LISTENERS, "me/my-ears"):
+        answer(f"listen={name}; check_listen start")
 
 
 @pytest.mark.parametrize("called", ["test", "endpoint test"])
