@@ -3244,7 +3244,7 @@ DASHES = "—–…/"  # that part words without a blank
 SURE_PAUSE = 0.6  # seconds that a pause may lie off the word boundary it is taken for
 PUNCTUATION_BONUS = 0.3  # seconds by which a boundary with a comma or a stop counts as nearer
 MARGIN = 0.08  # seconds that the detector leaves around speech and a pause
-WORD_RE = re.compile(rf"{TYPED_CUE_RE.pattern}|[^\s{DASHES}]+")
+TIMED_RE = re.compile(rf"(?P<cue>{TYPED_CUE_RE.pattern})|[^\s{DASHES}\[]+")  # or a word's signs
 
 
 class WordTime(NamedTuple):
@@ -3270,8 +3270,8 @@ def stands_alone(char: str) -> bool:
 def words_in(text: str) -> list[Stretch]:
     """From and to of each word without the punctuation around it."""
     words: list[list[int]] = []
-    for match in WORD_RE.finditer(text):
-        if TYPED_CUE_RE.fullmatch(match[0]):
+    for match in TIMED_RE.finditer(text):
+        if match["cue"]:
             continue
         first = len(words)
         for at in filter(lambda at: is_spoken(text[at]), range(*match.span())):
@@ -5396,7 +5396,7 @@ def unknown_voice(name: str, known: list[str], listing: str = "/voices") -> Inva
 
 from scipy.signal import resample_poly
 
-JUDGES = 4          # threads; without the listener's words a take costs one of them some 30 ms
+JUDGE_THREADS = 4  # without the listener's words a take costs one of them some 30 ms
 EAR_RATE = 16_000   # Hz, of what listens to speech
 SPEECH_PAD = 100    # ms that the detector leaves around speech
 LISTENER = Path(__file__).resolve().with_name("listener.py")
@@ -5431,7 +5431,7 @@ class Judge:
         self._detector: Detector | None = None
         self._listener: Listener | None = None
         self.detector = self._listener_trouble = "off"
-        self._pool = ThreadPoolExecutor(JUDGES, "judge")
+        self._pool = ThreadPoolExecutor(JUDGE_THREADS, "judge")
 
     @property
     def listener(self) -> str:

@@ -91,9 +91,21 @@ def test_torch_stays_below_2_15_as_long_as_there_is_an_image_for_cuda_12_6() -> 
     assert "cuda: cu126" in workflow, "no such image any more: let torch go on, and this test go"
     pinned = re.search(r"^torch==(\d+)\.(\d+)", (ROOT / "requirements.txt").read_text(), re.M)
     assert (int(pinned[1]), int(pinned[2])) < (2, 15)
+    assert {"dependency-name": "torch", "versions": [">=2.15"]} in held_back()
+
+
+def held_back() -> list[dict[str, object]]:
+    """Versions of pip's packages that dependabot leaves alone."""
     updates = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text())["updates"]
-    ignored = [one.get("ignore") for one in updates if one["package-ecosystem"] == "pip"]
-    assert ignored == [[{"dependency-name": "torch", "versions": [">=2.15"]}]]
+    (ignored,) = [one["ignore"] for one in updates if one["package-ecosystem"] == "pip"]
+    return ignored
+
+
+def test_onnxruntime_stays_below_1_29_which_reports_to_its_makers() -> None:
+    """See its Privacy.md: from then on its wheels for Linux send telemetry unless told not to."""
+    pinned = re.search(r"^onnxruntime==1\.(\d+)", (ROOT / "requirements.txt").read_text(), re.M)
+    assert int(pinned[1]) < 29
+    assert {"dependency-name": "onnxruntime", "versions": [">=1.29"]} in held_back()
 
 
 def test_both_variants_that_are_published_are_the_managers_own() -> None:

@@ -7,6 +7,7 @@ import ast
 import functools
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -250,6 +251,18 @@ def long_lines(source: str) -> list[str]:
             for number, line in enumerate(source.splitlines(), 1) if len(line) > MAX_COLUMNS]
 
 
+def bound_twice(source: str) -> list[str]:
+    """Names at the top level that a later section takes from an earlier one."""
+    seen: Counter[str] = Counter()
+    for node in parse(source).body:
+        if isinstance(node, ast.Assign):
+            seen.update(name.id for target in node.targets for name in ast.walk(target)
+                        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store))
+        elif isinstance(node, (*Function.__args__, ast.ClassDef)):
+            seen[node.name] += 1
+    return [name for name, count in seen.items() if count > 1]
+
+
 def missing_annotations(source: str) -> list[str]:
     """Functions with an argument or a result of unknown type; __init__ has no result."""
     wrong = []
@@ -263,8 +276,8 @@ def missing_annotations(source: str) -> list[str]:
 
 
 Rule = Callable[[str], list[str]]
-COMMON_RULES = (environment_readers, names_from_below, long_functions, long_classes, long_lines,
-                missing_annotations)
+COMMON_RULES = (environment_readers, names_from_below, bound_twice, long_functions, long_classes,
+                long_lines, missing_annotations)
 RULES = (*COMMON_RULES, wrong_sections, tensors_out_of_place, world_out_of_place,
          scheduler_in_the_guard, early_imports, foreign_imports, bare_sections)
 PYWORKER_OWN_RULES = (wrong_sections_of_pyworker, packages_at_the_top, sdk_out_of_place)
@@ -303,6 +316,7 @@ BREACHES = [
     (environment_readers, "Configuration", "HOME = os.getenv('HOME')"),
     (environment_readers, "Configuration", "HOME = os.environ.get('HOME')"),
     (environment_readers, "Main", "def bad() -> None:\n    from os import environ as e"),
+    (bound_twice, "Main", "CUE_RE = None"), (bound_twice, "HTTP", "def judge() -> None:\n    pass"),
     (tensors_out_of_place, "Text", "def bad(x: torch.Tensor) -> None:\n    pass"),
     (tensors_out_of_place, "Audio", "def bad(x: Any) -> Any:\n    return F.relu(x)"),
     (tensors_out_of_place, "Narrator", "def bad() -> None:\n    import torch as t\n    t.ones(1)"),
