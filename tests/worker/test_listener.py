@@ -229,7 +229,8 @@ def test_the_program_without_a_model_says_so(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_a_worker_that_listens_tells_what_it_heard_and_leaves_no_ear_behind() -> None:
     text = "The old boat is in the harbor. They had no light, and the river was cold."
-    with running_worker(BARK_MODEL=str(BUILTIN), BARK_LISTEN=str(model_folder())) as worker:
+    with running_worker(BARK_MODEL=str(BUILTIN), BARK_LISTEN=str(model_folder()),
+                        BARK_QUALITY="on") as worker:
         worker.wait_for("ready")
         reply = worker.speak(text, words=True).json
         assert worker.health()["listener"] == "listening"
@@ -248,7 +249,7 @@ def test_a_worker_that_listens_tells_what_it_heard_and_leaves_no_ear_behind() ->
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_speech_goes_on_when_every_ear_is_killed() -> None:
-    with running_worker(BARK_MODEL=str(BUILTIN), BARK_LISTEN=str(model_folder()),
+    with running_worker(BARK_MODEL=str(BUILTIN), BARK_LISTEN=str(model_folder()), BARK_QUALITY="on",
                         BARK_CACHE_MB="0") as worker:
         worker.wait_for("ready")
         assert worker.speak("The old boat is in the harbor.").json["segments"][0]["heard"]
