@@ -3008,6 +3008,20 @@ def stretch(samples: np.ndarray, rate: int, speed: float) -> np.ndarray:
     return np.concatenate(parts)[: round(len(samples) / speed)]
 
 
+def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
+    """Float32 samples at another rate, in Hz, by FFmpeg's libswresample."""
+    import av
+
+    if not len(samples):
+        return samples
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, np.float32)[None],
+                                       format="flt", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=to)
+    frames = [*resampler.resample(frame), *resampler.resample(None)]
+    return np.concatenate([samples[:0], *(each.to_ndarray()[0] for each in frames)])
+
+
 # -----------------------------------------------------------------------------
 # Takes: what came of a generation, judged, trimmed and brought to one loudness
 #
@@ -5394,8 +5408,6 @@ def unknown_voice(name: str, known: list[str], listing: str = "/voices") -> Inva
 # the scheduler's thread only hands a take over and the device goes on. Where the detector is
 # missing or breaks, takes are judged by their levels and lengths, and /health says so.
 
-from scipy.signal import resample_poly
-
 JUDGE_THREADS = 4  # without the listener's words a take costs one of them some 30 ms
 EAR_RATE = 16_000   # Hz, of what listens to speech
 SPEECH_PAD = 100    # ms that the detector leaves around speech
@@ -5500,12 +5512,6 @@ def load_companion() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
-    """Float32 samples at another rate, in Hz."""
-    shared = math.gcd(rate, to)
-    return resample_poly(samples, to // shared, rate // shared).astype(np.float32)
 
 
 # -----------------------------------------------------------------------------

@@ -145,3 +145,13 @@ def test_the_noise_of_a_seed_is_the_same_in_every_version(bark: ModuleType) -> N
     noise = bark.gumbel_noise(states, torch.arange(1024))
     assert noise.argmax(-1).tolist() == [99, 321]
     assert noise[:, 0].tolist() == pytest.approx([-0.9623, 6.1488], abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 500, 24_000, 24_001])
+def test_what_is_resampled_for_listeners_is_the_same_sound(bark: ModuleType, count: int) -> None:
+    tone = np.sin(2 * np.pi * 440 * np.arange(count) / 24_000).astype(np.float32)
+    heard = bark.resample(tone, 24_000, 16_000)
+    assert heard.dtype == np.float32 and len(heard) == pytest.approx(count * 2 / 3, abs=2)
+    expected = np.sin(2 * np.pi * 440 * np.arange(len(heard)) / 16_000)
+    assert np.abs(heard - expected)[100:-100].max(initial=0) < 0.01
+    assert np.array_equal(heard, bark.resample(tone, 24_000, 16_000))

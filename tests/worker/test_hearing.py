@@ -62,6 +62,12 @@ def test_what_is_planted_into_it_is_caught(judge: Any, said: tuple[np.ndarray, A
     assert first.faults and first == second, "the same take must be judged alike"
 
 
+@pytest.mark.parametrize("count", [0, 1, 100])
+def test_a_take_of_next_to_nothing_is_silent(bark: ModuleType, judge: Any, count: int) -> None:
+    (fault,) = judge.submit(np.zeros(count, np.float32), RATE, bark.Wanted(1.0)).result().faults
+    assert fault.kind == "silent"
+
+
 def test_the_detectors_package_leaves_torch_its_threads(
         bark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("silero_vad")]:

@@ -26,7 +26,7 @@ WORLD = {
 ENGINE_ONLY = {"json", "Config"}  # what Model and the engine may name only in these functions:
 EXCEPTIONS = {("read_json", "json"), ("looks_whole", "json"), ("resolve_device", "Config")}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "expandvars"}
-IMPORTED_IN = {"numpy": "Audio", "torch": "Model", "transformers": "Model", "scipy": "Hearing"}
+IMPORTED_IN = {"numpy": "Audio", "torch": "Model", "transformers": "Model"}
 ALLOWED_PACKAGES = sys.stdlib_module_names | {*IMPORTED_IN, "listener"}  # that for its types
 MAX_FUNCTION_LINES, MAX_CLASS_LINES, MAX_COLUMNS = 60, 250, 100
 
@@ -99,7 +99,7 @@ def names_in(node: ast.AST) -> set[str]:
         elif isinstance(part, ast.alias):
             names |= {*part.name.split("."), part.asname or ""}
         elif isinstance(part, ast.ImportFrom):
-            names.add((part.module or "").split(".")[0])  # scipy.signal sends no signals
+            names |= set((part.module or "").split("."))
     return names
 
 
