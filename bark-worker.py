@@ -3126,9 +3126,9 @@ class Verdict(NamedTuple):
         return max(0, self.speech.start - round(LEAD_SECONDS * rate))
 
 
-def hopeless(kind: str, message: str) -> Verdict:
+def hopeless(kind: str, message: str, hearing: Hearing) -> Verdict:
     """On a take of which nothing can be used."""
-    return Verdict((Fault(kind, 100.0, message),), math.inf)
+    return Verdict((Fault(kind, 100.0, message),), math.inf, hearing=hearing)
 
 
 def frame_levels(frames: np.ndarray) -> np.ndarray:
@@ -3144,20 +3144,20 @@ def judge(samples: np.ndarray, rate: int, wanted: Wanted,
     `word_errors` is the share of wrong words that it may have.
     """
     if not np.isfinite(samples).all():
-        return hopeless("not_finite", "not finite")
+        return hopeless("not_finite", "not finite", hearing)
     size = round(FRAME_SECONDS * rate)
     frames = samples[: len(samples) // size * size].reshape(-1, size)
     levels = frame_levels(frames)
     loud = float(np.percentile(levels, 95)) if len(levels) else -120.0
     if loud < SILENT_LEVEL:
-        return hopeless("silent", "silent")
+        return hopeless("silent", "silent", hearing)
     sound = levels > max(loud - SPEECH_RANGE, FLOOR)
     voiced = sound & speech_frames(hearing, wanted, len(sound))
     if voiced.sum() * FRAME_SECONDS < LEAST_SPEECH:
         if sound.sum() * FRAME_SECONDS > OTHER_SECONDS:
-            return hopeless("no_speech", "noise or music instead of speech")
+            return hopeless("no_speech", "noise or music instead of speech", hearing)
         if wanted.seconds >= SURE_SECONDS:
-            return hopeless("no_speech", "no speech")
+            return hopeless("no_speech", "no speech", hearing)
         voiced = sound
     first, last = speech_ends(sound, voiced)
     spoken = np.flatnonzero(voiced[first : last + 1]) + first
@@ -5443,6 +5443,7 @@ class Judge:
         self._detector: Detector | None = None
         self._listener: Listener | None = None
         self.detector = self._listener_trouble = "off"
+        self._told = ""  # why a take was not heard
         self._pool = ThreadPoolExecutor(JUDGE_THREADS, "judge")
 
     @property
@@ -5493,7 +5494,10 @@ class Judge:
         try:
             return self._listener.hear(samples, wanted.language, wanted.text, since), ""
         except Exception as error:  # Unheard, or the system's where no process can be started
-            return None, first_line(error)
+            if (why := first_line(error)) != self._told:  # not for each take
+                self._told = why
+                log.warning("a take was not heard: %s", why)
+            return None, why
 
     def _do_without(self, error: Exception) -> None:
         self._detector = None

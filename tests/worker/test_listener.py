@@ -207,14 +207,15 @@ def test_a_take_that_could_not_be_heard_passes_with_a_warning(bark: ModuleType) 
     assert trial.add(speech(), found, 2).takes == 1
 
 
-def test_a_judge_whose_listener_breaks_judges_on(bark: ModuleType, ears: Callable[..., Any]
-                                                 ) -> None:
+def test_a_judge_whose_listener_breaks_judges_on(
+        bark: ModuleType, ears: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     judge = bark.Judge(0.35)
     judge._listener = ears(EAR + "ask(); os._exit(1)")
-    found = judge.submit(speech(), RATE, bark.Wanted(SECONDS)).result()
-    assert found.faults == () and found.warnings == (
-        "not heard: the listener died or answered nonsense",)
+    for samples, faults in ((speech(), ()), (0 * speech(), ("silent",))):
+        found = judge.submit(samples, RATE, bark.Wanted(SECONDS)).result()
+        assert found.warnings == (*faults, "not heard: the listener died or answered nonsense")
     assert judge.listener.startswith("resting: ")
+    assert caplog.text.count("a take was not heard: the listener died") == 1
 
 
 def test_the_program_without_a_model_says_so(tmp_path: Path) -> None:
