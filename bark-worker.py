@@ -5443,6 +5443,7 @@ class Judge:
         self._detector: Detector | None = None
         self._listener: Listener | None = None
         self.detector = self._listener_trouble = "off"
+        self._waking: Future[None] | None = None
         self._told = ""  # why a take was not heard
         self._pool = ThreadPoolExecutor(JUDGE_THREADS, "judge")
 
@@ -5464,7 +5465,12 @@ class Judge:
         """Has the words heard too, by the recogniser in `folder`. Raises ModelError."""
         companion = load_companion()
         self._listener = companion.Listener.for_cores(str(folder), os.cpu_count() or 1)
-        self._pool.submit(self._listener.check)  # so that the first take finds it awake
+        self._waking = self._pool.submit(self._listener.check)
+
+    def wait_awake(self) -> None:
+        """Returns when the listener hears or rests, so that the first take is heard like any."""
+        if self._waking and (error := self._waking.exception()):
+            log.warning("words are not heard: %s", error)
 
     def do_without_words(self, reason: object) -> None:
         self._listener_trouble = f"missing: {reason}"
@@ -7329,6 +7335,7 @@ def load_engine(config: Config, state: State, judge: Judge, model_id: str,
         warm_up(engine, narrator)
         if config.quality:
             judge.prepare()
+            judge.wait_awake()
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{device} has too little memory for {model_id}: {first_line(error)};"
                          " lower BARK_MAX_BATCH or use suno/bark-small") from error

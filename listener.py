@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 RATE = 16_000          # Hz, of Whisper's ear
-START_SECONDS = 120.0  # to load the weights
+START_SECONDS = 60.0   # to load the weights
 PATIENCE = 10.0        # seconds that a take waits for an ear before it is passed unheard
 LEAST_SECONDS, SECONDS_EACH = 10.0, 2.0  # to hear a take: so many, and so many for each of its own
 LATE = 0.08            # seconds that Whisper tells a word late (tiny.en, see test_word_times)
@@ -138,10 +138,14 @@ class Listener:
 
     def _start(self) -> subprocess.Popen[bytes]:
         ear = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        ready = ask(ear, START_SECONDS, b"")
-        if not ready.get("ready"):
+        try:
+            told = ask(ear, START_SECONDS, b"")
+            if not told.get("ready"):
+                why = told.get("error", "it talks nonsense")
+                raise Broken(f"the listener does not start: {why}")
+        except Broken:
             end(ear)
-            raise Broken(f"the listener does not start: {ready.get('error', ready)}")
+            raise
         return ear
 
     def close(self) -> None:

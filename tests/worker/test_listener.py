@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,13 +110,15 @@ def test_an_ear_answers_and_is_used_again(ears: Callable[..., Any], listener: Mo
     (EAR + "ask(); tell('{')", "nonsense"), (EAR + "ask(); tell('{}')", "nonsense"),
     (EAR + "ask(); tell(\"\"\"" + GOOD.replace("0.1", '"x"') + "\"\"\")", "nonsense"),
     ("print('{\"error\": \"no model\"}')", "does not start: no model"),
+    ("print('{}', flush=True); import time; time.sleep(60)", "does not start: it talks nonsense"),
     ("import sys; sys.exit(1)", "died")])
 def test_an_ear_that_hangs_dies_or_talks_nonsense_is_ended_and_all_rest(
         ears: Callable[..., Any], listener: ModuleType, program: str, trouble: str,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    each = ears(program)
+    each, before = ears(program), psutil.Process().children()
     with pytest.raises(listener.Unheard, match=trouble):
         hear(each)
+    assert set(psutil.Process().children()) <= set(before)
     assert each.status.startswith("resting: ") and trouble in each.status
     monkeypatch.setattr(each, "_start", lambda: pytest.fail("it rests"))
     with pytest.raises(listener.Unheard, match=trouble):
@@ -205,6 +207,20 @@ def test_a_take_that_could_not_be_heard_passes_with_a_warning(bark: ModuleType) 
     trial = bark.Trial(None, bark.Wanted(SECONDS), RATE)
     trial.segment = bark.Segment([1], object(), 7, *[bark.Sampling(0.7)] * 3)
     assert trial.add(speech(), found, 2).takes == 1
+
+
+def test_a_judge_waits_until_its_listener_is_awake_or_rests(
+        bark: ModuleType, monkeypatch: pytest.MonkeyPatch, ears: Callable[..., Any],
+        caplog: pytest.LogCaptureFixture) -> None:
+    for program, status in ((ANSWERS, "listening"), ("", "resting: the listener died")):
+        judge, each = bark.Judge(0.35), ears(program)
+        companion = SimpleNamespace(Listener=SimpleNamespace(for_cores=lambda *_, each=each: each))
+        monkeypatch.setattr(bark, "load_companion", lambda companion=companion: companion)
+        judge.listen(Path("model"))
+        judge.wait_awake()
+        assert judge.listener.startswith(status)
+        assert (each._ears.queue[0] is not None) is (status == "listening")
+    assert caplog.text.count("words are not heard: the listener died") == 1
 
 
 def test_a_judge_whose_listener_breaks_judges_on(
