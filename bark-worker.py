@@ -5205,6 +5205,7 @@ class Speech:
     rate: int = 24_000
     wanted: list[Wanted] = field(default_factory=list)  # none: takes are not judged
     warnings: list[tuple[str, ...]] = field(default_factory=list)  # of what is left out
+    seeds: Mapping[int, int] = field(default_factory=dict)  # of single segments, before `seed`
 
 
 class Piece(NamedTuple):
@@ -5220,6 +5221,10 @@ def derived_seed(*parts: object) -> int:
     """A seed in 0 to MAX_SEED that depends on `parts` alone."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") & MAX_SEED
+
+
+def settled_seed(seed: int) -> int:
+    return secrets.randbelow(MAX_SEED + 1) if seed == RANDOM_SEED else seed
 
 
 class Narrator:
@@ -5285,25 +5290,29 @@ class Narrator:
         return {name: target if target in self.facts.voices and not foreign else self.default_voice
                 for name, target in OPENAI_VOICES.items() if name not in self.facts.voices}
 
-    def plan(self, text: str, voice: str | None, seed: int | None,
-             manner: Manner = AS_USUAL) -> Speech:
-        """Raises NothingToSpeak, and InvalidRequest for a voice that is not there."""
+    def plan(self, text: str, voice: str | None, seed: int | None, manner: Manner = AS_USUAL,
+             seeds: Mapping[int, int] = MappingProxyType({})) -> Speech:
+        """`seeds` are of single segments, which are then what they are where all have that seed.
+
+        Raises NothingToSpeak, and InvalidRequest for a voice or a segment that is not there.
+        """
         voice = self.find_voice(voice) if voice is not None else self.default_voice
-        if seed is None:
-            seed = derived_seed(voice, text)
-        elif seed == RANDOM_SEED:
-            seed = secrets.randbelow(MAX_SEED + 1)
+        seed = derived_seed(voice, text) if seed is None else settled_seed(seed)
         script, pieces = self._pieces(text, voice_language(voice), manner.expressive)
         if not pieces:
             raise nothing_to_speak()
+        if seeds and max(seeds) >= len(pieces):
+            raise unknown_segment(max(seeds), len(pieces))
+        seeds = {index: settled_seed(own) for index, own in seeds.items()}
         options = self._options(manner)
-        segments = [self._segment(piece.ids, voice, derived_seed(seed, index), options)
-                    for index, piece in enumerate(pieces)]
+        segments = [
+            self._segment(piece.ids, voice, derived_seed(seeds.get(index, seed), index), options)
+            for index, piece in enumerate(pieces)]
         spoken = [piece.spoken for piece in pieces]
         wanted = [Wanted(estimate_seconds(piece), piece, voice_language(voice))
                   for piece in spoken] if self.quality else []
         return Speech(text, voice, seed, placed(script, [piece.span for piece in pieces]), segments,
-                      spoken, self.facts.sample_rate, wanted, [p.warnings for p in pieces])
+                      spoken, self.facts.sample_rate, wanted, [p.warnings for p in pieces], seeds)
 
     def _pieces(self, text: str, language: str, expressive: bool) -> tuple[Script, list[Piece]]:
         script = read(text, language, self.facts.knows_cues)
@@ -5385,6 +5394,11 @@ def placed(script: Script, spans: list[Span]) -> list[Span]:
 def nothing_to_speak() -> NothingToSpeak:
     return NothingToSpeak("the text has no word, digit or cue that could be spoken", param="text",
                           code="nothing_to_speak")
+
+
+def unknown_segment(index: int, count: int) -> InvalidRequest:
+    return InvalidRequest(f'seeds has "{index}"; segments of this text: {count}, counted from "0"',
+                          param="seeds", code="invalid_value")
 
 
 def voice_language(name: str) -> str:
@@ -6913,16 +6927,32 @@ def check_number(payload: Mapping[str, Any], field: str, low: float,
     return float(value)
 
 
-def check_seed(payload: Mapping[str, Any]) -> int | None:
-    seed = given(payload, "seed")
+def check_seed(payload: Mapping[str, Any], field: str = "seed", name: str = "seed") -> int | None:
+    """The seed in a field, which errors call `name`."""
+    seed = given(payload, field)
     if seed is None:
         return None
     if type(seed) is not int:
-        raise wrong_type("seed", seed, "a whole number")
+        raise wrong_type(name, seed, "a whole number")
     if not RANDOM_SEED <= seed <= MAX_SEED:
-        raise InvalidRequest(f"seed is {shown(seed)}; allowed are 0 to {MAX_SEED}, and"
-                             f" {RANDOM_SEED} to draw one", param="seed", code="invalid_seed")
+        raise InvalidRequest(f"{name} is {shown(seed)}; allowed are 0 to {MAX_SEED}, and"
+                             f" {RANDOM_SEED} to draw one", param=name, code="invalid_seed")
     return seed
+
+
+def check_seeds(payload: Mapping[str, Any]) -> dict[int, int]:
+    """Seeds of single segments, by index; whether those exist shows when the text is planned."""
+    seeds, example = given(payload, "seeds"), 'such as {"3": 4711}'
+    if seeds is None:
+        return {}
+    if not isinstance(seeds, dict):
+        raise wrong_type("seeds", seeds, f"an object {example}")
+    for index in seeds:
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", index):
+            raise InvalidRequest(f"seeds has {shown(index)}; allowed are indices of segments,"
+                                 f" {example}", param="seeds", code="invalid_value")
+    found = {int(index): check_seed(seeds, index, f"seeds.{index}") for index in seeds}
+    return {index: seed for index, seed in found.items() if seed is not None}
 
 
 def accepted_format(accept: str, form: str | None) -> str | None:
@@ -6963,7 +6993,8 @@ def lay_out(speech: Speech, takes: Iterable[Take], rate: int, speed: float,
     """
     position = 0
     left = speech.warnings or [()] * len(speech.spans)
-    for span, spoken, told, take in zip(speech.spans, speech.spoken, left, takes, strict=True):
+    for index, (span, spoken, told, take) in enumerate(
+            zip(speech.spans, speech.spoken, left, takes, strict=True)):
         samples = stretch(take.samples, rate, speed)
         silence = np.zeros(round(span.pause / speed * rate), np.int16)
         start, end = position / rate, (position + len(samples)) / rate
@@ -6972,7 +7003,8 @@ def lay_out(speech: Speech, takes: Iterable[Take], rate: int, speed: float,
         yield Part(samples, silence, {
             "text": text, "spoken": spoken,
             "from": span.start, "to": span.end, "start": round(start, 4), "end": round(end, 4),
-            "takes": take.takes, "warnings": [*told, *take.warnings], **told_words(take), **timed})
+            "seed": speech.seeds.get(index, speech.seed), "takes": take.takes,
+            "warnings": [*told, *take.warnings], **told_words(take), **timed})
         position += len(samples) + len(silence)
 
 
@@ -7153,7 +7185,8 @@ class RequestHandler(HttpHandler):
         wanted = accepted_format(self.headers.get("Accept", ""), form)
         stream, words = (check_flag(payload, name, False) for name in ("stream", "words"))
         voice = check_voice(payload)
-        with self.delivery(payload, "text", text, voice, wanted or form or "wav") as delivery:
+        with self.delivery(payload, "text", text, voice, wanted or form or "wav",
+                           seeds=check_seeds(payload)) as delivery:
             delivery.words = words
             if wanted:
                 self.send_audio(delivery, stream)
@@ -7181,7 +7214,8 @@ class RequestHandler(HttpHandler):
 
     @contextlib.contextmanager
     def delivery(self, payload: Mapping[str, Any], field: str, text: str, voice: str | None,
-                 form: str, silence: float = 0.0) -> Iterator[Delivery]:
+                 form: str, silence: float = 0.0,
+                 seeds: Mapping[int, int] = MappingProxyType({})) -> Iterator[Delivery]:
         """Has the text spoken while the answer is sent; what is then left of it is dropped.
 
         Where nothing is to be spoken, that is so many seconds of `silence`, or an error.
@@ -7192,7 +7226,7 @@ class RequestHandler(HttpHandler):
                         check_number(payload, "min_eos_p", 0.001, 1))
         narrator = self.narrator()
         try:
-            speech = narrator.plan(text, voice, seed, manner)
+            speech = narrator.plan(text, voice, seed, manner, seeds)
         except NothingToSpeak as error:
             error.param = field
             if not silence:

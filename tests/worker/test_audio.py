@@ -41,7 +41,8 @@ def test_segments_stand_in_order_with_their_pauses_after_them(bark: ModuleType) 
     joined = np.concatenate([part.audio for part in parts])
     expected = np.concatenate([first, silence[0], second, silence[1], third])
     assert joined.dtype == np.int16 and np.array_equal(joined, expected)
-    assert [part.place for part in parts] == [place | {"takes": 1, "warnings": []} for place in (
+    rest = {"seed": 0, "takes": 1, "warnings": []}
+    assert [part.place for part in parts] == [place | rest for place in (
         {"text": "a", "spoken": "A", "from": 0, "to": 1, "start": 0.0, "end": 0.1},
         {"text": "b", "spoken": "B", "from": 1, "to": 2, "start": 0.35, "end": 0.4},
         {"text": "c", "spoken": "C", "from": 2, "to": 3, "start": 0.9, "end": 0.925})]

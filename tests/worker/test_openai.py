@@ -457,6 +457,15 @@ def test_a_repeated_request_is_answered_from_memory_although_the_queue_is_full(
             paced.release()
 
 
+def test_another_take_of_one_segment_leaves_the_others_to_memory(
+        paced: Paced, text: str) -> None:
+    post(paced.worker, "/synthesize", text=text)
+    for seeds, takes in (({"1": 1}, 1), ({"1": 1}, 0), ({}, 0), ({"1": 2}, 1)):
+        made = paced.made
+        answer = post(paced.worker, "/synthesize", text=text, seeds=seeds)
+        assert answer.status == 200 and paced.made - made == takes, seeds
+
+
 def ordered(paced: Paced, text: str, order: str) -> tuple[Future[Any], list[int]]:
     """What a client that tries again gets if its first segment meets that order; all statuses."""
     statuses: list[int] = []

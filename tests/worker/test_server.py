@@ -24,6 +24,7 @@ from conftest import BUILTIN, WORKER, Answer, Worker, running_worker, wait_until
 
 KEY = "sesame-9f2c"
 PARAGRAPHS = "The boat left at noon. Nobody waved.\n\nA week later it came back, empty."
+THREE = "One.\n\nTwo.\n\nThree."  # segments
 FLOOD = 20_000_000  # bytes; more than the kernel keeps for a connection
 SIGH = '"I give up," she sighed.'
 LONG = "The old miller walked down to the river and looked at the slow brown water. " * 25
@@ -158,6 +159,12 @@ def speak_together(worker: Worker, *requests: dict[str, object]) -> list[dict[st
         return list(pool.map(lambda each: worker.call("/synthesize", each).json, requests))
 
 
+def segments_of(worker: Worker, request: dict[str, object]) -> list[dict[str, Any]]:
+    """Each segment's line, with its own audio, without its place in the whole."""
+    body = worker.call("/synthesize", {**request, "stream": True}).body
+    return [json.loads(line) | {"start": 0, "end": 0} for line in body.splitlines()[:-1]]
+
+
 def queue(worker: Worker) -> tuple[int, int]:
     stats = worker.health()["queue"]
     return stats["running"], stats["waiting"]
@@ -187,7 +194,8 @@ def test_synthesize_answers_with_every_documented_field(worker: Worker) -> None:
     assert 0 < reply["synthesis_time"] < 60
     [segment] = reply["segments"]
     assert segment == {"text": "Hello, world!", "spoken": "Hello, world!", "from": 0, "to": 13,
-                       "start": 0.0, "end": reply["duration"], "takes": 1, "warnings": []}
+                       "start": 0.0, "end": reply["duration"], "seed": 7, "takes": 1,
+                       "warnings": []}
 
 
 def test_wav_is_16_bit_mono_with_true_sizes(hi: dict[str, Any]) -> None:
@@ -286,6 +294,31 @@ def test_seed_minus_one_draws_one_that_gives_the_same_audio_again(worker: Worker
     assert worker.speak("Hi.", seed=first["seed"]).json["audio"] == first["audio"]
 
 
+def test_a_seed_of_one_segment_changes_that_one_alone_and_is_told(worker: Worker) -> None:
+    asked = {"text": THREE, "seed": 7}
+    wishes = {}, {"seeds": {"1": 8, "0": None}}, {"seeds": {"1": -1}}, {"seed": 8}
+    as_it_was, changed, drawn, all_new = (segments_of(worker, asked | wish) for wish in wishes)
+    for lines in (changed, drawn):
+        kept = [line == old for line, old in zip(lines, as_it_was, strict=True)]
+        assert kept == [True, False, True]
+    assert changed[1]["audio"] == all_new[1]["audio"] != drawn[1]["audio"]
+    assert [line["seed"] for line in changed] == [7, 8, 7]
+    again = worker.speak(**asked, seeds={"1": drawn[1]["seed"]}).json
+    assert again["seed"] == 7 and again["segments"][1]["seed"] == drawn[1]["seed"]
+    alone = worker.speak(**asked, seeds={"1": drawn[1]["seed"]}, stream=True)
+    assert json.loads(alone.body.splitlines()[1])["audio"] == drawn[1]["audio"]
+
+
+def test_a_seed_of_the_only_segment_is_as_the_requests_own(
+        worker: Worker, hi: dict[str, Any]) -> None:
+    assert worker.speak("Hi.", seed=7, seeds={"0": hi["seed"]}).json["audio"] == hi["audio"]
+
+
+def test_a_segment_that_is_not_there_is_told_with_how_many_there_are(worker: Worker) -> None:
+    answer = worker.speak(THREE, seeds={"3": 1})
+    assert '"3"; segments of this text: 3,' in expect_error(answer, 400, "invalid_value", "seeds")
+
+
 def test_aliases_speak_as_the_voices_they_stand_for(worker: Worker, hi: dict[str, Any]) -> None:
     names = ("male", "female", "v2/en_speaker_9", "narrator")
     male, female, ninth, narrator = speak_together(
@@ -377,6 +410,16 @@ BAD_FIELDS: list[tuple[object, str, str | None]] = [
     ({"text": "Hi.", "seed": -2}, "invalid_seed", "seed"),
     ({"text": "Hi.", "seed": 2**53}, "invalid_seed", "seed"),
     ({"text": "Hi.", "seed": 10**4000}, "invalid_seed", "seed"),
+    ({"text": "Hi.", "seeds": []}, "invalid_type", "seeds"),
+    ({"text": "Hi.", "seeds": 7}, "invalid_type", "seeds"),
+    ({"text": "Hi.", "seeds": {"0": "7"}}, "invalid_type", "seeds.0"),
+    ({"text": "Hi.", "seeds": {"0": -2}}, "invalid_seed", "seeds.0"),
+    ({"text": "Hi.", "seeds": {"0": 2**53}}, "invalid_seed", "seeds.0"),
+    ({"text": "Hi.", "seeds": {"0": 7, "1": 7}}, "invalid_value", "seeds"),
+    ({"text": "Hi.", "seeds": {"00": 7}}, "invalid_value", "seeds"),
+    ({"text": "Hi.", "seeds": {"-1": 7}}, "invalid_value", "seeds"),
+    ({"text": "Hi.", "seeds": {"\u0660": 7}}, "invalid_value", "seeds"),
+    ({"text": "Hi.", "seeds": {"9" * 5000: 7}}, "invalid_value", "seeds"),
 ]
 BAD_JSON = [
     b"", b"{", b'{"text": "Hi."', b"text=Hi.", b"\xff\xfe{\x00}\x00", b'{"text": "\xc3"}',
