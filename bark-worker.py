@@ -6802,6 +6802,7 @@ SILENCE_SECONDS = 0.25      # that OpenAI's endpoint gives for a text without a 
 WHOLE_FORMATS = ("flac",)   # as a stream it has no length in its head, which libsndfile refuses
 MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # that clients ask for; all are the one here
 MODELS_PATH = "/v1/models/"
+PAGE = Path(__file__).resolve().with_name("page.html")
 MEDIA_TYPES = {form.mime: name for name, form in FORMATS.items()} | {
     "audio/x-wav": "wav", "audio/wave": "wav", "audio/vnd.wave": "wav", "audio/mp3": "mp3",
     "audio/opus": "opus", "audio/x-flac": "flac"}
@@ -6955,22 +6956,66 @@ def check_seeds(payload: Mapping[str, Any]) -> dict[int, int]:
     return {index: seed for index, seed in found.items() if seed is not None}
 
 
+def accepted(accept: str) -> Iterator[tuple[str, float]]:
+    """The kinds that an Accept header names, each with its weight, 0 to 1."""
+    for part in accept.lower().split(","):
+        kind, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        yield kind, float(quality) if re.fullmatch(r"[01](\.[0-9]{0,3})?", quality) else 1.0
+
+
 def accepted_format(accept: str, form: str | None) -> str | None:
     """The format that an Accept header wants sent as it is, unless it likes JSON better.
 
     `form` is the one that the request itself names, which then any kind of audio asks for.
     """
     found, best, json_best = None, 0.0, 0.0
-    for part in accept.lower().split(","):
-        kind, *parameters = (piece.strip() for piece in part.split(";"))
-        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
-        weight = float(quality) if re.fullmatch(r"[01](\.[0-9]{0,3})?", quality) else 1.0
+    for kind, weight in accepted(accept):
         if kind in MEDIA_TYPES or kind == "audio/*":
             if weight > best:
                 found, best = form or MEDIA_TYPES.get(kind, "wav"), weight
         elif kind in ("application/json", "application/*", "*/*"):
             json_best = max(json_best, weight)
     return found if best >= json_best else None
+
+
+class Page(NamedTuple):
+    """The page for browsers, and the headers that hold it to what stands in it."""
+
+    body: bytes
+    headers: dict[str, str]
+
+
+def read_page(path: Path) -> Page | None:
+    """None, and a line in the log, where there is none that can be read."""
+    try:
+        text = path.read_text(encoding="utf-8")  # line ends as a browser counts them for a hash
+    except (OSError, UnicodeDecodeError) as error:
+        log.info("%s cannot be read (%s): GET / gives a browser the short text, too", path.name,
+                 getattr(error, "strerror", None) or "it is not UTF-8")
+        return None
+    allowed = {"default-src": "'none'", "script-src": hashes(text, "script"),
+               "style-src": hashes(text, "style"), "connect-src": "'self'", "media-src": "blob:",
+               "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",
+               "frame-ancestors": "'none'"}
+    body = text.encode()
+    return Page(body, {
+        "Content-Security-Policy": "; ".join(f"{what} {who}" for what, who in allowed.items()),
+        "Cache-Control": "no-cache", "ETag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
+        "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"})
+
+
+def hashes(page: str, element: str) -> str:
+    """What stands in these elements of a page, as sources of a Content-Security-Policy."""
+    found = re.findall(rf"<{element}>(.*?)</{element}>", page, re.S)
+    digests = [base64_text(hashlib.sha256(each.encode()).digest()) for each in found]
+    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+
+
+def wants_page(accept: str) -> bool:
+    """Whether a client asks for HTML by name, as browsers do, and likes plain text no better."""
+    weights = dict(accepted(accept))
+    return 0 < weights.get("text/html", 0) >= weights.get("text/plain", 0)
 
 
 class Part(NamedTuple):
@@ -7108,6 +7153,7 @@ class WorkerServer(HttpServer):
                  connections: int):
         self.state, self.scheduler, self.guard = state, scheduler, guard
         self.started, self.created = time.monotonic(), int(time.time())
+        self.page = read_page(PAGE)
         super().__init__(config, RequestHandler, connections)
 
 
@@ -7117,8 +7163,16 @@ class RequestHandler(HttpHandler):
     server: WorkerServer
 
     def get_index(self) -> None:
-        page = INDEX.format(version=VERSION, url=self.server.url.replace("0.0.0.0", "127.0.0.1"))
-        self.send_body(HTTPStatus.OK, "text/plain; charset=utf-8", page.encode())
+        page, vary = self.server.page, {"Vary": "Accept, Origin"}
+        if not page or not wants_page(self.headers.get("Accept", "")):
+            url = self.server.url.replace("0.0.0.0", "127.0.0.1")
+            text = INDEX.format(version=VERSION, url=url)
+            self.send_body(HTTPStatus.OK, "text/plain; charset=utf-8", text.encode(), vary)
+        elif page.headers["ETag"] in self.headers.get("If-None-Match", ""):
+            self.send_head(HTTPStatus.NOT_MODIFIED, page.headers | vary)
+        else:
+            self.send_body(HTTPStatus.OK, "text/html; charset=utf-8", page.body,
+                           page.headers | vary)
 
     def get_health(self) -> None:
         state, config = self.server.state, self.server.config

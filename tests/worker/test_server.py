@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import http.client
 import io
 import json
 import os
 import signal
 import socket
+import threading
 import time
 import wave
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from conftest import BUILTIN, WORKER, Answer, Worker, running_worker, wait_until
 KEY = "sesame-9f2c"
 PARAGRAPHS = "The boat left at noon. Nobody waved.\n\nA week later it came back, empty."
 THREE = "One.\n\nTwo.\n\nThree."  # segments
+PAGE = b"<!doctype html><style>p { margin: 0 }</style>\r\n<p>Hi.<script>\r\nlet a = 1;\r\n</script>"
 FLOOD = 20_000_000  # bytes; more than the kernel keeps for a connection
 SIGH = '"I give up," she sighed.'
 LONG = "The old miller walked down to the river and looked at the slow brown water. " * 25
@@ -376,6 +379,81 @@ def test_index_page_names_every_endpoint(worker: Worker, bark: ModuleType) -> No
     assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain")
     assert all(path in answer.body.decode() for path in bark.ROUTES)
     assert worker.url in answer.body.decode()
+
+
+@contextlib.contextmanager
+def serving(bark: ModuleType, page: Path) -> Iterator[Worker]:
+    """The worker's server without anything behind it, for what needs nothing; with this page."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bark, "PAGE", page)
+        server = bark.WorkerServer(bark.Config(host="127.0.0.1", port=0), None, None, None, 8)
+    with server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield Worker(None, port=server.server_port)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def paged(bark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_bytes(PAGE)
+    with serving(bark, path) as worker:
+        yield worker
+
+
+@pytest.mark.parametrize("accept", [
+    "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8",
+    "text/plain, TEXT/HTML", "application/json, text/html;q=0.1"])
+def test_a_browser_gets_the_page_held_to_its_own_script_and_style(
+        paged: Worker, accept: str) -> None:
+    answer, head = (paged.call("/", headers={"Accept": accept}, method=method)
+                    for method in ("GET", "HEAD"))
+    assert answer.body == PAGE.replace(b"\r\n", b"\n") and head.body == b""
+    headers = answer.headers
+    assert head.headers["Content-Length"] == headers["Content-Length"] == str(len(answer.body))
+    assert headers["Content-Type"] == "text/html; charset=utf-8" and "Accept" in headers["Vary"]
+    script, style = (base64.b64encode(hashlib.sha256(text).digest()).decode()
+                     for text in (b"\nlet a = 1;\n", b"p { margin: 0 }"))
+    assert headers["Content-Security-Policy"] == (
+        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src"
+        " 'self'; media-src blob:; img-src data:; base-uri 'none'; form-action 'none';"
+        " frame-ancestors 'none'")
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("accept", [
+    None, "*/*", "text/*", "", "application/json", "text/html;q=0", "text/plain, text/html;q=0.5"])
+def test_whoever_does_not_ask_for_html_gets_the_text(paged: Worker, accept: str | None) -> None:
+    answer = paged.call("/", headers={} if accept is None else {"Accept": accept})
+    assert answer.headers["Content-Type"].startswith("text/plain")
+    assert "Accept" in answer.headers["Vary"] and b"/synthesize" in answer.body
+
+
+def test_a_page_that_a_browser_has_is_not_sent_again(paged: Worker) -> None:
+    html = {"Accept": "text/html"}
+    tag = paged.call("/", headers=html).headers["ETag"]
+    again, stale = (paged.call("/", headers={**html, "If-None-Match": known})
+                    for known in (f'"old", W/{tag}', '"old"'))
+    assert (again.status, again.body, again.headers["ETag"]) == (304, b"", tag)
+    assert again.headers["Cache-Control"] == "no-cache" and stale.status == 200
+
+
+@pytest.mark.parametrize("content", [None, b"\xff"])
+def test_without_a_page_to_read_a_browser_gets_the_text_and_the_log_says_so(
+        bark: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+        content: bytes | None) -> None:
+    path = tmp_path / "page.html"
+    if content:
+        path.write_bytes(content)
+    with caplog.at_level("INFO"), serving(bark, path) as worker:
+        answer = worker.call("/", headers={"Accept": "text/html"})
+    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain")
+    assert "page.html cannot be read" in caplog.text and str(tmp_path) not in caplog.text
 
 
 # What the client must change
