@@ -2677,19 +2677,24 @@ cmd_ssh() {
   exec ssh -p "$ssh_port" "root@$ssh_host" "$@"
 }
 
-cmd_tunnel() {
-  local port="$WORKER_PORT" ssh_host ssh_port
-  read_options tunnel --port=port "$@"
-  need_whole tunnel --port "$port" 1 65535
-  port="$((10#$port))"
+# usage: plan_tunnel PORT    (sets ssh_words of its caller, besides those of find_ssh)
+# The local command runs when the tunnel is open.
+plan_tunnel() {
   find_ssh
+  ssh_words=(ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15
+    -o PermitLocalCommand=yes -o "LocalCommand=echo http://127.0.0.1:$1"
+    -L "127.0.0.1:$1:127.0.0.1:$WORKER_PORT" -p "$ssh_port" "root@$ssh_host")
   say 'open until Ctrl-C once the address shows: your SSH key must have been in the Vast account' \
     'when the instance was rented, and a new instance may need a minute'
-  # The local command runs when the tunnel is open.
+}
+
+cmd_tunnel() {
+  local port="$WORKER_PORT" ssh_host ssh_port ssh_words
+  read_options tunnel --port=port "$@"
+  need_whole tunnel --port "$port" 1 65535
+  plan_tunnel "$((10#$port))"
   trap - PIPE
-  exec ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15 -o PermitLocalCommand=yes \
-    -o "LocalCommand=echo http://127.0.0.1:$port" \
-    -L "127.0.0.1:$port:127.0.0.1:$WORKER_PORT" -p "$ssh_port" "root@$ssh_host"
+  exec "${ssh_words[@]}"
 }
 
 cmd_env() {
