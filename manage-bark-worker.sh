@@ -210,6 +210,7 @@ commands:
   search           the offers that start would consider
   ssh              a shell on the instance
   tunnel           reach the worker through SSH, encrypted
+  open             its page in a browser here, through SSH
   env              address and key for an application's .env
   endpoint         workers that Vast starts when requests come, and ends
   local            run a worker on this machine until Ctrl-C
@@ -345,6 +346,7 @@ usage_of() {
     ssh) printf '%s\n' "$USAGE_SSH" ;;
     tunnel) printf '%s\n' "$USAGE_TUNNEL" ;;
     env) printf '%s\n' "$USAGE_ENV" ;;
+    open) printf '%s\n' "$USAGE_OPEN" ;;
     endpoint) printf '%s\n' "$USAGE_ENDPOINT" ;;
     local) printf '%s\n' "$USAGE_LOCAL" ;;
     completion) printf '%s\n' "$USAGE_COMPLETION" ;;
@@ -398,7 +400,7 @@ loaded=''    # the commands whose file is loaded, by blanks; each file adds its 
 # usage: load COMMAND    (if it has a file in manage/; ends where that is missing)
 load() {
   case "$1" in
-    endpoint | local | completion) ;;
+    endpoint | local | open | completion) ;;
     *) return 0 ;;
   esac
   if is_loaded "$1"; then return 0; fi
@@ -1247,6 +1249,7 @@ finish() {
   ending=yes
   set +e    # nothing that fails here may keep the rest from being done
   if is_loaded local; then finish_child; fi
+  if is_loaded open; then close_tunnel; fi
   give_back || if_cut="${replaced_id:+instance $replaced_id is kept as it was, its storage billed}"
   say_at_stake
   if [[ -n "$scratch" ]]; then rm -rf "$scratch"; fi

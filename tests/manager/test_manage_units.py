@@ -25,8 +25,8 @@ RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
 TOOLS = ("sed", "tr")  # all that reading the options takes
 APART = tuple(part.stem for part in PARTS)  # commands that lie in manage/
-COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "env",
-            "endpoint", "local", "completion", "help")
+COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "open",
+            "env", "endpoint", "local", "completion", "help")
 ENDPOINT_COMMANDS = {"--json": "status", "--out": "test", "--timeout": "test", "--tail": "logs"}
 SOURCE = "".join(path.read_text(encoding="utf-8") for path in (SCRIPT, *PARTS))
 
@@ -1030,6 +1030,17 @@ def test_a_missing_ssh_is_named_with_how_to_get_it(bare_path: Path) -> None:
     assert "ssh is missing: sudo apt install openssh-client" in done.stderr
 
 
+@pytest.mark.parametrize(("there", "chosen"), [
+    (("xdg-open", "my-browser", "wslview"), "xdg-open"), (("my-browser", "wslview"), "my-browser"),
+    (("wslview", "open"), "wslview"), (("open",), None)])
+def test_a_file_is_opened_by_the_first_program_that_can(
+        there: tuple[str, ...], chosen: str | None, tmp_path: Path) -> None:
+    for tool in there:
+        executable(tmp_path / tool, "#!/bin/sh\n")
+    done = shell('PATH="$1"; OSTYPE=linux-gnu; find_browser', str(tmp_path), BROWSER="my-browser")
+    assert (done.stdout, done.returncode) == (f"{chosen}\n" if chosen else "", not chosen)
+
+
 # help
 
 
@@ -1048,7 +1059,7 @@ def test_every_command_has_help_that_calls_nothing(name: str, tmp_path: Path) ->
         assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
 
 
-@pytest.mark.parametrize("words", [["endpoint"], ["local"], ["completion"]])
+@pytest.mark.parametrize("words", [["endpoint"], ["local"], ["open"], ["completion"]])
 def test_a_script_alone_says_what_its_other_commands_lack(words: list[str], tmp_path: Path) -> None:
     script = Path(shutil.copy(SCRIPT, tmp_path))
     for called in (words, [*words, "--help"], ["help", *words]):
@@ -1104,7 +1115,7 @@ MISUSE = [
     (["--json"], "unknown command '--json'"),
     *[([name, "--nonsense"], f"{name} knows no '--nonsense'")
       for name in ("start", "search", "status", "test", "logs", "stop", "destroy", "tunnel",
-                   "env", "local")],
+                   "open", "env", "local")],
     (["start", "now"], "start knows no 'now'"),
     (["start", "--yes=1"], "start knows no '1'"),
     (["start", "--yes --dry-run"], "start knows no '--yes --dry-run'"),
@@ -1156,6 +1167,9 @@ MISUSE = [
     (["tunnel", "--port", "65536"], "--port is '65536'; it must be a whole number from 1 to 65535"),
     (["tunnel", "--port"], "--port needs a value"),
     (["tunnel", "8080"], "tunnel knows no '8080'"),
+    (["open", "--port", "0"], "--port is '0'; it must be a whole number from 1 to 65535"),
+    (["open", "--direct", "--port", "81"], "--port goes without --direct"),
+    (["open", "8080"], "open knows no '8080'"),
     (["env", "--json"], "env knows no '--json'"),
     (["completion"], "completion is for bash or zsh"),
     (["completion", "fish"], "completion is for bash or zsh, not 'fish'"),

@@ -1,4 +1,4 @@
-"""The commands on what is rented: status, test, logs, stop, destroy, ssh, tunnel, env, and keys.
+"""The commands on what is rented: status, test, logs, stop, destroy, ssh, tunnel, open, env; keys.
 
 All of it is played side by side, each act on an account of its own (see renting.py): one story with
 the real worker, and the awkward cases with workers that merely say how they are.
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from conftest import wait_until
@@ -601,13 +602,13 @@ def test_patience_has_an_end_and_what_stays_billed_is_named(act: Act, acts: Acts
     acts.end_of(act)
 
 
-# ssh, tunnel, env
+# ssh, tunnel, open, env
 
 
-def stub_ssh(stage: Scene, status: int) -> str:
+def stub_ssh(stage: Scene, status: int, then: str = "") -> str:
     """A PATH whose ssh writes its words down, one a line, and ends with `status`.
 
-    At 0 it was connected, and then the real one runs the local command.
+    At 0 it was connected, and then the real one runs the local command; `then` comes after it.
     """
     folder = stage.manager.home / "bin"
     folder.mkdir(exist_ok=True)
@@ -615,6 +616,7 @@ def stub_ssh(stage: Scene, status: int) -> str:
 printf "%s\\n" "$@" >"$HOME/words"
 [ {status} = 0 ] || exit {status}
 for word; do case "$word" in LocalCommand=*) eval "${{word#*=}}" ;; esac; done
+{then}
 ''')
     return os.pathsep.join((str(folder), stage.path))
 
@@ -664,6 +666,66 @@ def tunnel_to_it(stage: Scene) -> None:
     assert "127.0.0.1:8080:127.0.0.1:8080" in ssh_words(stage)
 
 
+def opened(stage: Scene, *words: str, **settings: str) -> tuple[Run, Path, str]:
+    """A running `open`, the file that a browser got, and what stood in it."""
+    home = stage.manager.home
+    browser = home / "bin"
+    executable(browser / "xdg-open", """#!/bin/sh
+[ $# = 1 ] && cat "$1" >"$HOME/read" && printf "%s\n" "$1" >"$HOME/shown.new"
+mv "$HOME/shown.new" "$HOME/shown"
+""")
+    begun = stage.launch(*words, command="open", **settings)
+    wait_until((home / "shown").exists, "page in a browser")
+    wait_until(lambda: "Ctrl-C ends this" in begun.stderr, "last line")
+    return begun, Path((home / "shown").read_text().rstrip("\n")), (home / "read").read_text()
+
+
+def ends_clean(begun: Run, file: Path) -> None:
+    """Ctrl-C ends it, and neither the file nor the key is left anywhere."""
+    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+    os.killpg(begun.process.pid, signal.SIGINT)
+    assert begun.wait().status == 130 and not file.parent.exists()
+    assert begun.stderr.endswith("Ctrl-C ends this\n")  # also of ssh's end nothing is said
+    assert [key for key in ("#key", NASTY_KEY) if key in begun.stdout + begun.stderr] == []
+
+
+def leads_to(page: str) -> tuple[str, str]:
+    """The address that a page leads to at once, and the key behind it."""
+    (url,) = re.findall(r'<meta http-equiv="refresh" content="0; url=([^"<>&\s]+)">', page)
+    address, _, key = url.partition("#key=")
+    return address, unquote(key)
+
+
+def page_through_ssh(stage: Scene) -> None:
+    stage.vast.add_instance(fate="silent", env={"BARK_API_KEY": NASTY_KEY})
+    path = stub_ssh(stage, 0, 'echo $$ >"$HOME/ssh-pid"; exec sleep 60')
+    begun, file, text = opened(stage, "--port", "18081", PATH=path)
+    assert leads_to(text) == ("http://127.0.0.1:18081/", NASTY_KEY)
+    assert begun.stdout == "http://127.0.0.1:18081/\n" and str(file) in begun.stderr
+    ends_clean(begun, file)
+    number = int((stage.manager.home / "ssh-pid").read_text())
+    wait_until(lambda: not Path(f"/proc/{number}").exists(), "end of ssh")
+
+
+def page_over_the_open_net(stage: Scene) -> None:
+    instance = stage.vast.add_instance(fate="silent", env={"BARK_API_KEY": NASTY_KEY})
+    begun, file, text = opened(stage, "--direct", PATH=stub_ssh(stage, 9))
+    assert leads_to(text) == (f"{instance.worker_url}/", NASTY_KEY)
+    assert begun.stderr.index("can read the texts and the key") < begun.stderr.index("xdg-open")
+    assert not (stage.manager.home / "words").exists()
+    ends_clean(begun, file)
+
+
+def page_of_a_worker_without_a_key(stage: Scene) -> None:
+    """Whose tunnel ends by itself, and then one that never opens."""
+    stage.vast.add_instance(fate="silent", env={})
+    begun, file, text = opened(stage, PATH=stub_ssh(stage, 0, "sleep 2"))
+    assert leads_to(text) == ("http://127.0.0.1:8080/", "")
+    assert begun.wait().status == 1 and not file.parent.exists()
+    assert "the tunnel ended by itself; run: " in begun.stderr
+    ended(run(stage, "open", PATH=stub_ssh(stage, 255)), 1, "the tunnel did not open")
+
+
 def env_for_a_shell(stage: Scene) -> None:
     """Whatever the key is, and what stands in VASTAI_ENDPOINT_ID, an endpoint's number or not."""
     instance = stage.vast.add_instance(fate="silent", env={"BARK_API_KEY": NASTY_KEY})
@@ -681,8 +743,9 @@ def env_for_a_shell(stage: Scene) -> None:
 
 
 @plays(follow_few, follow_until_destroyed, daemon_log, short_log, shell_on_it, tunnel_to_it,
-       env_for_a_shell, unfit_answer, uncallable)
-def test_test_logs_ssh_tunnel_and_env_reach_the_instance(act: Act, acts: Acts) -> None:
+       page_through_ssh, page_over_the_open_net, page_of_a_worker_without_a_key, env_for_a_shell,
+       unfit_answer, uncallable)
+def test_test_logs_ssh_tunnel_open_and_env_reach_the_instance(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
 
