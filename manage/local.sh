@@ -677,7 +677,7 @@ wait_until_ready() {
       heard=$now
       case "$health" in
         "$last") ;;
-        'ready '*) end_state; say "ready after $SECONDS s: $1"; return 0 ;;
+        'ready '*) end_state; say "ready after $SECONDS s; listen in a browser: $1/"; return 0 ;;
         'failed '*) end_state; say "the worker failed: ${health#failed }"; return 1 ;;
         *) show_state "${health% }" ;;
       esac

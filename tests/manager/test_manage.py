@@ -380,6 +380,7 @@ def test_each_state_before_ready_is_told_once() -> None:
     *told, last = done.stderr.splitlines()
     assert told == ["loading", "downloading 43 % of 5.0 GB", "warming"]
     assert last.startswith("ready after ")
+    assert last.endswith(" s; listen in a browser: http://127.0.0.1:9/")
 
 
 def test_sigterm_while_it_starts_ends_the_worker_too(bare_path: Path) -> None:
