@@ -296,7 +296,8 @@ class Container:
         log.touch()
 
     def _install_image(self) -> None:
-        for name in ("bark-worker.py", "listener.py", "pyworker.py", "builtin-voice"):
+        for name in ("bark-worker.py", "listener.py", "page.html", "pyworker.py",
+                     "builtin-voice"):
             (self.root / "app" / name).symlink_to(ROOT / name)
         programs = self.root / "usr/local/bin"
         programs.mkdir(parents=True)

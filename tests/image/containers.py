@@ -81,7 +81,7 @@ class Buildah:
         self.folder, self.context = folder, folder / "context"
         self.context.mkdir()
         for name in (".dockerignore", "requirements.txt", "LICENSE", "bark-worker.py",
-                     "listener.py", "pyworker.py"):
+                     "listener.py", "page.html", "pyworker.py"):
             shutil.copy2(ROOT / name, self.context)
         shutil.copytree(ROOT / "builtin-voice", self.context / "builtin-voice")
         self.root, self.config = Path(), {}

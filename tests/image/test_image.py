@@ -110,7 +110,8 @@ def test_it_holds_what_the_worker_needs_and_no_more(engine: Engine) -> None:
             return ask(engine, worker, "0:0", command)
 
         assert answer("ls /app").split() == [
-            "LICENSE", "bark-worker.py", "builtin-voice", "listener.py", "pyworker.py"]
+            "LICENSE", "bark-worker.py", "builtin-voice", "listener.py", "page.html",
+            "pyworker.py"]
         assert answer("python -c 'import faster_whisper, onnxruntime,"
                       " rapidfuzz, silero_vad, text_to_num, whisper_normalizer.english'") == ""
         assert answer("python -c 'import torch; print(torch.__version__)'").startswith(wanted)
