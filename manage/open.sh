@@ -6,7 +6,6 @@
 # Call curl: none
 # Change what is billed: none
 #
-# shellcheck disable=SC2016    # programs of jq stand in single quotes
 # shellcheck source=manage-bark-worker.sh
 if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-worker.sh"; fi
 
@@ -16,8 +15,8 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 readonly USAGE_OPEN="usage: $PROGRAM open [--port PORT | --direct]
 
 Opens the worker's page in a browser of this machine, through SSH as tunnel does, until Ctrl-C. The
-browser gets the key from a file that only this user can read and that goes at the end. It shows in
-no list of processes, no shell's history and no log; the browser's own history may keep it.
+browser gets the key from a file that only this user can read and that goes at the end: it shows in
+no address, list of processes, history or log.
 
   --port PORT    on this machine ($WORKER_PORT)
   --direct       over the open net instead, in plain HTTP: whoever is on the way can read the texts
@@ -28,19 +27,30 @@ tunnel_pid=''    # of the ssh that this run started
 # -----------------------------------------------------------------------------
 # The page
 
-# usage: handover ADDRESS    (prints a page that leads to the worker's; needs row)
-# What stands behind # is sent to no server. The worker's page puts the key away, and takes it out
-# of the address.
-handover() {
-  address="$1" fact "$row" '(if .key == "" then "" else "#key=\(.key | @uri)" end) as $key
-    | "<!doctype html>\n<meta charset=\"utf-8\">\n<title>Bark</title>\n"
-    + "<meta name=\"referrer\" content=\"no-referrer\">\n"
-    + "<meta http-equiv=\"refresh\" content=\"0; url=\(env.address)/\($key)\">"'
-}
+# Opens the worker's page in another tab and tells it the key when it asks, and no page elsewhere.
+# Behind the # of an address, browsers would keep it in their history. Without a click they block it.
+readonly HANDOVER='<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Bark</title>
+<p><button autofocus>Open the page with its key</button>
+<p>Then this one can be closed.
+<script>
+const address = "@ADDRESS@", key = decodeURIComponent("@KEY@");
+document.querySelector("button").onclick = () => {
+  const page = open(address);
+  addEventListener("message", ({source, data}) => {
+    if (source === page && data === "bark-key?") page.postMessage({barkKey: key}, address);
+  });
+};
+</script>'
 
-# usage: write_handover ADDRESS FILE    (for this user alone)
+# usage: write_handover ADDRESS FILE    (for this user alone; needs row)
 write_handover() {
-  (umask 077 && handover "$1" >"$2") || die "$EX_MISSING" "$2 cannot be written; see above"
+  local key text="${HANDOVER/@ADDRESS@/$1}"
+  key="$(fact "$row" '.key | @uri')"
+  (umask 077 && printf '%s\n' "${text/@KEY@/$key}" >"$2") ||
+    die "$EX_MISSING" "$2 cannot be written; see above"
 }
 
 # Prints the name of a program that opens files in a browser; fails if there is none.
@@ -64,16 +74,19 @@ make_readable_scratch() {
 
 # usage: show_page ADDRESS    (prints it)
 show_page() {
-  local browser file="$scratch/bark-worker.html"
-  write_handover "$1" "$file"
+  local browser shown="$1/"
+  if [[ -n "$(fact "$row" .key)" ]]; then
+    shown="$scratch/bark-worker.html"
+    write_handover "$1/" "$shown"
+  fi
   tell "$1/"
   if browser="$(find_browser)"; then
-    (trap - PIPE && exec "$browser" "$file") </dev/null >/dev/null 2>&1 &
-    say "$browser opens it; if it does not show, open this file in a browser here: $file"
+    (trap - PIPE && exec "$browser" "$shown") </dev/null >/dev/null 2>&1 &
+    say "$browser opens it; if it does not show, open this in a browser here: $shown"
   else
-    say "no browser is found; open this file in one here: $file"
+    say "no browser is found; open this in one here: $shown"
   fi
-  say 'the file hands over the key and goes at the end; Ctrl-C ends this'
+  say 'what hands over the key goes at the end; Ctrl-C ends this'
 }
 
 # -----------------------------------------------------------------------------
