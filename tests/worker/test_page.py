@@ -291,6 +291,32 @@ def test_the_key_is_asked_for_only_where_it_is_wanted_and_stays_in_the_tab(
         assert len(download(page, "wav")) > 8000, "with the key, too"
 
 
+# What Firefox leaves in a page that is loaded again, before its script runs.
+OLD_FIELDS = """
+new MutationObserver((changes, observer) => {
+  const $ = id => document.getElementById(id);
+  if (!$('say')) return;
+  observer.disconnect();
+  for (const id of ['stop', 'edit', 'mp3', 'wav']) $(id).disabled = false;
+  $('text').value = 'What was typed.';
+  $('speed').value = 1.5;
+  $('take').value = 'mine';
+}).observe(document, {childList: true, subtree: true});
+"""
+
+
+@pytest.mark.long
+@in_browser
+def test_a_page_that_is_loaded_again_with_its_old_fields_is_of_one_piece(
+        page: Browser, served: Worker) -> None:
+    planted = page.cdp("Page.addScriptToEvaluateOnNewDocument", source=OLD_FIELDS)["identifier"]
+    visit(page, served)
+    page.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=planted)
+    assert page.run("return ['stop', 'edit', 'mp3', 'wav'].map(id => $(id).disabled)") == [True] * 4
+    assert page.run("return [$('text').value, $('speedout').value, $('seedbox').hidden]") == [
+        "What was typed.", "1.5×", False]
+
+
 @pytest.mark.long
 @in_browser
 def test_the_file_of_open_hands_the_key_over_and_leaves_it_in_no_address(
