@@ -148,9 +148,7 @@ def test_the_shortest_sounds_are_files_too(bark: ModuleType, form: str, length: 
 
 
 def test_an_abandoned_stream_holds_no_memory_until_it_is_collected(bark: ModuleType) -> None:
-    span = SimpleNamespace(start=0, end=1, pause=0.0)
-    speech = SimpleNamespace(text="ab", spans=[span, span], spoken=["a", "b"],
-                             warnings=[])
+    speech = bark.Speech("ab", "", 0, [bark.Span(0, 1, 0.0), bark.Span(1, 2, 0.0)], [], ["a", "b"])
     request = SimpleNamespace(results=lambda: iter([bark.Take(vowel()[:5000])] * 2))
     process = psutil.Process()
     gc.disable()
