@@ -3561,7 +3561,7 @@ def find_model(name: str, check_voices: Callable[[Iterable[str]], None],
     try:
         return cached_model(name) or download_model(name, check_voices, on_download)
     except OSError as error:
-        raise disk_error(error) or download_error(name, error) from error
+        raise download_error(name, error) from error
 
 
 def cached_model(name: str, all_voices: bool = True) -> Path | None:
@@ -3599,9 +3599,11 @@ def download_model(name: str, check_voices: Callable[[Iterable[str]], None],
 
 
 def download_error(name: str, error: Exception, variable: str = "BARK_MODEL") -> ModelError:
-    """What went wrong at the hub, and what to do next."""
+    """What went wrong at the hub or on the disk, and what to do next."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    if isinstance(error, OSError) and (told := disk_error(error)):
+        return told
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return ModelError(f"{name} is not in the cache and the hub is off; unset HF_HUB_OFFLINE or"
                           f" set {variable} to a local folder")
@@ -3723,8 +3725,7 @@ def find_listener(name: str, on_download: Callable[[int, Path], None]) -> Path:
     except WorkerError:
         raise
     except Exception as error:  # which HTTP library is underneath changes with the hub's client
-        told = disk_error(error) if isinstance(error, OSError) else None
-        raise told or download_error(hub_id, error, "BARK_LISTEN") from error
+        raise download_error(hub_id, error, "BARK_LISTEN") from error
 
 
 def lacking_files(folder: Path) -> list[str]:

@@ -28,7 +28,7 @@ tunnel_pid=''    # of the ssh that this run started
 # The page
 
 # Opens the worker's page in another tab and tells it the key when it asks, and no page elsewhere.
-# Behind the # of an address, browsers would keep it in their history. Without a click they block it.
+# Behind the # of an address browsers would keep it in their history; without a click they block it.
 readonly HANDOVER='<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null    # it is checked by itself
 source manage/local.sh
 
-# axe-core judges what the page's markup tells a screen reader; PyPI has it only as a part of drivers.
+# axe-core judges what the page's markup tells a screen reader; PyPI has it in drivers alone.
 ensure_axe() {
   local package='axe-core@4.14.1' folder="$VENV/axe-core"
   if [[ -e "$folder/axe.min.js" ]] || ! command -v npm >/dev/null; then return 0; fi
