@@ -3332,9 +3332,7 @@ def word_lengths(text: str, words: list[Stretch], spoken: str) -> list[float]:
     told = [spoken[a:b] for a, b in words_in(spoken)]
     ours = [text[a:b] for a, b in words]
     lengths = [0.0] * len(ours)
-    for kind, a, b, c, d in matching([*map(folded, ours)], [*map(folded, told)]):
-        if kind == "insert" or a == b:
-            continue
+    for _, a, b, c, d in matching([*map(folded, ours)], [*map(folded, told)]):
         own = [estimate_seconds(word) for word in ours[a:b]]
         total = sum(map(estimate_seconds, told[c:d]))
         share = total / (sum(own) or 1.0)
