@@ -12,6 +12,7 @@ The map: sections in order. Each uses what stands above it, and of the world wha
 
   section        what it owns                               may touch             watched by
   Errors         what can go wrong, for whoever has to act  -                     test_scheduler
+  Logs           what a line of the log looks like          threads               test_logs
   Configuration  settings and --help, before all else       environment, signals  test_config
   Signs          letters, blanks, how long they last        -                     test_text
   Layout         paragraphs, lines, hyphens at their ends   -                     test_text
@@ -85,6 +86,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from html.entities import html5
@@ -182,6 +184,64 @@ def shown(value: object, limit: int = 60) -> str:
 def without_folders(message: str) -> str:
     """The message with names of files alone, as where they lie on the machine concerns nobody."""
     return re.sub(r"(?<![\w:/.~-])~?(?:/[^\s/:;,'\"()]+)+/(?=[^\s/:;,'\"()])", "", message)
+
+
+# -----------------------------------------------------------------------------
+# Logs: what a line looks like, for people or for programs
+#
+# Text is for people. As JSON every line is one object, also what Python and the libraries say by
+# themselves; only what native code writes past Python stays as it is. A record's `fields` are for
+# programs, who get them apart.
+
+
+class JsonLine(logging.Formatter):
+    """A record as one line of JSON: time (UTC), level, message, its fields, a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC)
+        line = {"time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                "level": record.levelname, "message": record.getMessage(),
+                **getattr(record, "fields", {})}
+        if record.name != log.name:
+            line["logger"] = record.name
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class LoggedWriting(io.TextIOBase):
+    """Has what is written to it logged, each line as it would stand on a terminal in the end."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        *lines, rest = (self._rest + text).split("\n")
+        self._rest = rest[max(0, rest.rfind("\r")):]  # a bar of progress draws over itself
+        for line in lines:
+            if last := line.strip().rpartition("\r")[2]:
+                logging.getLogger("stderr").warning("%s", last)
+        return len(text)
+
+    def fileno(self) -> int:
+        """For a process that is to inherit it."""
+        return sys.__stderr__.fileno()
+
+
+def open_log(form: str) -> None:
+    """The log goes to stderr from here on, as "text" or "json"; once is enough."""
+    if logging.root.handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    if form == "json":
+        handler.setFormatter(JsonLine())
+        logging.captureWarnings(True)
+        logging.raiseExceptions = False  # a line that cannot be written would be about itself
+        sys.excepthook = lambda *error: log.error("the worker broke", exc_info=error)
+        threading.excepthook = lambda broken: log.error("a thread broke", exc_info=broken.exc_value)
+        sys.stderr = LoggedWriting()
 
 
 # -----------------------------------------------------------------------------
@@ -371,6 +431,8 @@ class Config:
     cors_origins: tuple[str, ...] = setting(
         "BARK_CORS_ORIGINS", (), parse_origins,
         "web pages that may call it from a browser: origins joined by commas, or *", "none")
+    log_format: str = setting("BARK_LOG_FORMAT", "text", parse_choice("text", "json"),
+                              "json: each line of the log is a JSON object")
     idle_stop: float = setting(
         "BARK_IDLE_STOP", 0.0, parse_span("minutes", 10_080),
         "on Vast: minutes without speech after which the instance stops itself; 0 is never", "0")
@@ -423,7 +485,11 @@ def read_settings(arguments: list[str]) -> Config:
     try:
         return Config.from_env(os.environ)
     except ConfigError as error:
-        parser.exit(error.exit_status, f"{error}\n")
+        if os.environ.get("BARK_LOG_FORMAT") != "json":
+            parser.exit(error.exit_status, f"{error}\n")
+        open_log("json")
+        log.error("%s", error)
+        parser.exit(error.exit_status)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -457,7 +523,7 @@ if __name__ == "__main__":  # before all else, torch's import above all: it take
     for ending in (signal.SIGTERM, signal.SIGINT):  # process 1 of a container would not hear them
         signal.signal(ending, lambda number, _: os._exit(
             0 if number == signal.SIGTERM else 128 + number))
-    read_settings(sys.argv[1:])
+    open_log(read_settings(sys.argv[1:]).log_format)
 
 
 # -----------------------------------------------------------------------------
@@ -5633,8 +5699,8 @@ class Request:
         self.trials = [Trial(segment, each, speech.rate)
                        for segment, each in zip(speech.segments, wanted, strict=True)]
         self.todo = deque(range(len(speech.segments)))  # indices that wait for a slot
-        self.started = False
-        self.turn = 0
+        self.started = self.ended = 0.0  # when it got its first slot, when it was done; 0 before
+        self.takes = self.turn = 0
 
     def results(self) -> Iterator[Take]:
         """The segments' takes in order, each once it is there. Raises what went wrong."""
@@ -5647,6 +5713,20 @@ class Request:
 
     def is_done(self) -> bool:
         return all(part.done() for part in self.parts)
+
+    @property
+    def wait(self) -> float:
+        """Seconds until it got its first slot; 0 if it needs none."""
+        return (self.started or self._end) - self.began if self.todo or self.started else 0.0
+
+    @property
+    def compute(self) -> float:
+        """Seconds since then, in which it shared the device with others."""
+        return self._end - self.started if self.started else 0.0
+
+    @property
+    def _end(self) -> float:
+        return self.ended or time.monotonic()
 
     def abandon(self) -> None:
         """Nobody wants the rest: at the next step its slots are free."""
@@ -5828,12 +5908,13 @@ class Scheduler:
             request.turn += 1
             again = request.trials[index].count > 0  # its place in the audio is waited for
             self._engine.add(segment, urgent=again or not request.started)
-            request.started = True
+            request.started = request.started or time.monotonic()
 
     def _collect(self, done: Finished) -> None:
         if done.segment not in self._owner:
             return
         request, index = self._owner.pop(done.segment)
+        request.takes += 1
         trial = request.trials[index]
         if done.samples is None:
             self._settle(request, index, done.error)
@@ -5878,6 +5959,7 @@ class Scheduler:
 
     def _end(self, request: Request, error: WorkerError | None = None) -> None:
         self._requests.remove(request)
+        request.ended = time.monotonic()
         for segment in [s for s, (owner, _) in self._owner.items() if owner is request]:
             del self._owner[segment]
             self._dropped.append(segment)
@@ -6309,6 +6391,11 @@ def blocks(body: bytes) -> Iterator[bytes]:
         yield body[at : at + (1 << 16)]
 
 
+def told_facts(facts: Mapping[str, Any]) -> str:
+    """For the log; of what is True just that it is."""
+    return " ".join(name if value is True else f"{name}={value}" for name, value in facts.items())
+
+
 class ChunkedBody:
     """A body that comes in chunks (RFC 9112, section 7.1), of at most `limit` bytes in all.
 
@@ -6498,7 +6585,8 @@ class HttpAnswers(BaseHTTPRequestHandler):
     default_request_version = "HTTP/1.0"  # so that even a garbled request line gets a status line
 
     def begin(self, body_pending: bool) -> None:
-        self.began, self.sent_status, self.notes = time.monotonic(), 0, ""
+        self.began, self.sent_status = time.monotonic(), 0
+        self.notes: dict[str, Any] = {}
         self.request_id, self.body_pending = secrets.token_hex(8), body_pending
         self.known_path = "?"  # of whatever the client sent
 
@@ -6569,7 +6657,7 @@ class HttpAnswers(BaseHTTPRequestHandler):
 
     def send_failure(self, error: WorkerError) -> None:
         status, headers = status_and_headers(error)
-        self.notes += f" code={error.code}"
+        self.notes["code"] = error.code
         if self.sent_status:  # an answer has begun, and must not look complete
             self.close_connection = True
             return
@@ -6627,7 +6715,7 @@ class HttpHandler(HttpAnswers):
             self.send_failure(error)
         except OSError:
             self.close_connection = True
-            self.notes += " broken_off"
+            self.notes["broken_off"] = True
         except Exception as error:
             log.error("request failed", exc_info=error)
             self.send_failure(WorkerError("internal error; the worker's log has more",
@@ -6639,9 +6727,11 @@ class HttpHandler(HttpAnswers):
     def log_answer(self) -> None:
         route = self.routes.get(self.known_path)
         level = logging.DEBUG if route and route.is_probe else logging.INFO  # they come often
-        log.log(level, "%s %s status=%d ms=%d id=%s%s",
-                self.command if self.command in METHODS else "?", self.known_path, self.sent_status,
-                1000 * (time.monotonic() - self.began), self.request_id, self.notes)
+        method = self.command if self.command in METHODS else "?"
+        facts = {"status": self.sent_status, "ms": int(1000 * (time.monotonic() - self.began)),
+                 "id": self.request_id, **self.notes}
+        log.log(level, "%s %s %s", method, self.known_path, told_facts(facts),
+                extra={"fields": {"method": method, "path": self.known_path, **facts}})
 
     def declares_body(self) -> bool:
         """Whether bytes that are no request may follow; unless read, the connection ends."""
@@ -6781,7 +6871,7 @@ class HttpHandler(HttpAnswers):
         status = HTTPStatus(code)
         self.send_failure(HttpError(status, "malformed_request",
                                     f"malformed HTTP request: {status.phrase}"))
-        log.info("malformed request status=%d", code)
+        log.info("malformed request status=%d", code, extra={"fields": {"status": code}})
         self.finish_body()
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -7086,18 +7176,27 @@ class Delivery:
     silence: float = 0.0  # seconds, in place of speech
     words: bool = False   # tell when each is heard
     length: int = 0  # samples so far
+    first: float = 0.0  # when the first segment was there; 0 before
 
     def parts(self) -> Iterator[Part]:
         if self.silence:
             self.length = round(self.silence * self.rate)
             yield Part(np.zeros(self.length, np.int16), np.empty(0, np.int16), {})
         for part in lay_out(self.speech, self.request.results(), self.rate, self.speed, self.words):
+            self.first = self.first or time.monotonic()
             self.length += len(part.samples) + len(part.silence)
             yield part
 
     @property
     def duration(self) -> float:
         return round(self.length / self.rate, 4)
+
+    def facts(self, asked: float) -> dict[str, Any]:
+        """What the log tells of it: counts, and seconds since it was asked for."""
+        first = {"first_s": round(self.first - asked, 3)} if self.first else {}
+        return {"segments": len(self.speech.segments), "takes": self.request.takes,
+                "audio_s": round(self.duration, 2), "wait_s": round(self.request.wait, 3), **first,
+                "compute_s": round(self.request.compute, 3), "seed": self.speech.seed}
 
     def whole(self) -> tuple[bytes, list[dict[str, Any]]]:
         """All of the audio, and the segments' places in it."""
@@ -7295,8 +7394,7 @@ class RequestHandler(HttpHandler):
                 yield delivery
             finally:
                 request.abandon()
-                self.notes += (f" segments={len(speech.segments)} audio_s={delivery.duration:.2f}"
-                               f" seed={speech.seed}")
+                self.notes |= delivery.facts(self.began)
 
     def silent_delivery(self, text: str, voice: str | None, seed: int | None, form: str,
                         silence: float) -> Delivery:
@@ -7497,7 +7595,7 @@ def serve(config: Config, warnings: list[str]) -> int:
     try:
         device = resolve_device(config)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        log.error("%s", error)
         return error.exit_status
     model_id = config.model or default_model(device)
     notice = cpu_notice(config, device, model_id, str(BUILTIN_VOICE))
@@ -7581,10 +7679,11 @@ def shut_down(server: WorkerServer, scheduler: Scheduler, state: State,
 
 def main(arguments: list[str] | None = None) -> int:
     config = read_settings(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
-                        format="%(asctime)s %(levelname)s %(message)s")
-    for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    open_log(config.log_format)
+    for noisy in map(logging.getLogger, ("httpx", "httpx2", "huggingface_hub", "transformers")):
+        noisy.setLevel(logging.ERROR)
+        noisy.handlers.clear()  # what they say goes through ours alone
+        noisy.propagate = True
     return serve(config, warnings_about(config, os.environ))
 
 

@@ -630,13 +630,15 @@ require_torch_on_gpu() {
 
 # Copies the worker's log to stderr and notes the address it listens on. Left out is what
 # `wait_until_ready` tells in fewer words, the notice about the CPU, which we gave, and, unless all
-# is wanted, whatever is no warning until it is ready.
+# is wanted, whatever is no warning until it is ready. A line of JSON is for a program, and stays.
 relay_log() {
-  local line ready="$verbose" pattern=' listening on (http://[^ ]+)$' info='^[0-9-]+ [0-9:,]+ INFO '
+  local line ready="$verbose" info='^[0-9-]+ [0-9:,]+ INFO '
+  local pattern='[ "]listening on (http://[^ "]+)("|$)'
   trap '' HUP INT TERM
   while IFS= read -r line || [[ -n "$line" ]]; do
     if [[ "$line" =~ $pattern ]]; then printf '%s\n' "${BASH_REMATCH[1]}" >"$RUN_DIR/address"; fi
     case "$line" in
+      '{'*) say "$line" ;;
       *' INFO status=ready'*) ready=yes ;;
       *' INFO status='* | *' INFO downloading '* | *' INFO staying up '*) ;;
       *' WARNING '*'; BARK_MODEL chooses: '*) ;;

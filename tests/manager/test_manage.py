@@ -405,6 +405,14 @@ def test_closed_terminal_ends_the_worker_too(bare_path: Path) -> None:
     assert not worker.is_running()
 
 
+def test_a_log_of_json_is_shown_whole_and_tells_the_address_all_the_same() -> None:
+    log = ('{"level": "INFO", "message": "listening on http://127.0.0.1:8081"}\n'
+           '{"level": "INFO", "message": "status=ready"}\n')
+    done = source('mkdir -p "$RUN_DIR"; relay_log <<<"$1"; cat "$RUN_DIR/address"\n'
+                  'rm -r "$RUN_DIR"', log.rstrip())
+    assert (done.stdout, done.stderr) == ("http://127.0.0.1:8081\n", log)
+
+
 def test_worker_that_dies_by_itself_is_reported_with_exit_1(bare_path: Path) -> None:
     with running_local(bare_path) as local:
         local.wait_until_callable()
