@@ -32,6 +32,7 @@ The map: sections in order. Each uses what stands above it, and of the world wha
   Stages         semantic, coarse and fine, and the codec   tensors               test_engine
   Engine         the stages' order; segments in, PCM out    tensors               test_batching
   Narrator       a request's text as segments               -                     test_openai
+  Metrics        what Prometheus is told                    prometheus            test_metrics
   Hearing        takes heard and judged, beside the device  tensors, threads      test_hearing
   Scheduler      whose turn it is; the engine's one thread  threads               test_scheduler
   Guard          an idle instance of Vast's stops itself    threads, net          test_guard
@@ -88,13 +89,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from fractions import Fraction
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, reduce
 from html.entities import html5
 from http import HTTPStatus
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -431,6 +432,8 @@ class Config:
     cors_origins: tuple[str, ...] = setting(
         "BARK_CORS_ORIGINS", (), parse_origins,
         "web pages that may call it from a browser: origins joined by commas, or *", "none")
+    metrics: str = setting("BARK_METRICS", "key", parse_choice("key", "open"),
+                           "open: /metrics is for everybody, with BARK_API_KEY too")
     log_format: str = setting("BARK_LOG_FORMAT", "text", parse_choice("text", "json"),
                               "json: each line of the log is a JSON object")
     idle_stop: float = setting(
@@ -3183,6 +3186,11 @@ class Verdict(NamedTuple):
         return sum(fault.weight for fault in self.faults), self.excess
 
     @property
+    def gravest(self) -> str:
+        """The kind of what is most wrong."""
+        return max(self.faults, key=lambda fault: fault.weight).kind
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         unheard = self.hearing.unheard and f"not heard: {self.hearing.unheard}"
         return (*(fault.message for fault in self.faults), *filter(None, [unheard]))
@@ -5149,6 +5157,16 @@ class Engine:
         assert 0 < len(segment.text_ids) <= self.facts.semantic.max_input_semantic_length
         self.semantic.add(Sequence(segment, urgent))
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of the GPU's memory: all, what is free, what torch has here and what of that is in
+        use. Waits for nothing that the GPU is doing. Empty on a CPU.
+        """
+        if self.device.type != "cuda":
+            return {}
+        free, size = torch.cuda.mem_get_info(self.device)
+        return {"size": size, "free": free, "reserved": torch.cuda.memory_reserved(self.device),
+                "allocated": torch.cuda.memory_allocated(self.device)}
+
     @torch.inference_mode()
     def abort(self, segment: Segment) -> None:
         """Forgets `segment` and frees its slot; nothing happens if it is not here."""
@@ -5481,6 +5499,133 @@ def unknown_voice(name: str, known: list[str], listing: str = "/voices") -> Inva
 
 
 # -----------------------------------------------------------------------------
+# Metrics: what Prometheus is told
+#
+# The scheduler and HTTP report what happens by plain methods, each of which takes microseconds;
+# what /health counts or tells anyway is read from there when somebody asks. This section alone
+# knows Prometheus. Labels are of small fixed sets: no text, no voice, nothing that a client chose.
+
+import prometheus_client as prometheus
+from prometheus_client import core
+from prometheus_client.openmetrics import exposition as openmetrics
+
+prometheus.disable_created_metrics()  # a series more for each, of which nobody asks anything
+
+SECONDS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 12, 20, 30, 60, 120, 300, 600)  # a histogram's bounds
+RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8, 16)
+STATUSES = ("loading", "downloading", "warming", "ready", "draining", "failed")
+FAULTS = ("short", "long", "words", "no_speech", "noise", "silence", "silent", "clipped",
+          "not_finite")  # every kind of them
+GAUGES = (  # what it is, and where /health has it; there is none while that is missing
+    ("bark_requests_running", "Requests being spoken.", "queue", "running"),
+    ("bark_requests_waiting", "Requests that wait for their first slot.", "queue", "waiting"),
+    ("bark_queue_capacity", "Requests that may wait at most.", "queue", "capacity"),
+    ("bark_segments_running", "Segments being generated.", "live"),
+    ("bark_slots", "Segments that can be generated at once.", "slots"),
+    ("bark_gpu_memory_size_bytes", "Memory of the GPU.", "gpu_memory", "size"),
+    ("bark_gpu_memory_free_bytes", "Of it, what nobody has.", "gpu_memory", "free"),
+    ("bark_gpu_memory_reserved_bytes", "Of it, what the worker's torch has.", "gpu_memory",
+     "reserved"),
+    ("bark_gpu_memory_allocated_bytes", "Of that, what is in use.", "gpu_memory", "allocated"),
+    ("bark_download_done_bytes", "Downloaded so far.", "progress", "bytes_done"),
+    ("bark_download_size_bytes", "To be downloaded in all.", "progress", "bytes_total"),
+)
+
+
+class Metrics:
+    """Counts what happens, and tells it in Prometheus's format. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
+        counter = partial(prometheus.Counter, registry=registry)
+        seconds = partial(prometheus.Histogram, registry=registry, buckets=SECONDS)
+        self._answers = counter(
+            "bark_http_requests_total", "Requests by path and by what came of them: ok, or the"
+            " error's code.", ["path", "status", "outcome"])
+        self._durations = seconds(
+            "bark_http_request_duration_seconds", "From a request's head to the end of its answer,"
+            " of those that went well.", ["path"])
+        self._waits = seconds(
+            "bark_queue_wait_seconds", "Until a request got its first slot.")
+        self._firsts = seconds(
+            "bark_first_segment_seconds", "From a request's head until its first segment could be"
+            " sent.")
+        self._paces = prometheus.Histogram(
+            "bark_real_time_factor_ratio", "Seconds from a request's first slot to its last take,"
+            " by its seconds of speech that were generated.", registry=registry, buckets=RATIOS)
+        self._segments = counter(
+            "bark_segments_total", "Segments spoken: by the model, or from the cache in memory.",
+            ["source"])
+        self._audio = counter("bark_audio_seconds_total", "Seconds of speech in them.", ["source"])
+        self._takes = counter("bark_takes_total", "Takes generated.")
+        self._busy = counter("bark_busy_seconds_total", "Seconds in which the device was at work.")
+        for source in ("model", "cache"):  # there from the start, so that the first one is a rise
+            for each in (self._segments, self._audio):
+                each.labels(source)
+
+    def answered(self, path: str, status: int, outcome: str, seconds: float) -> None:
+        """A request to one of our paths, or to "?", and how long that took."""
+        path = "other" if path == "?" else path
+        self._answers.labels(path, status, outcome).inc()
+        if outcome == "ok":
+            self._durations.labels(path).observe(seconds)
+
+    def started(self, wait: float) -> None:
+        self._waits.observe(wait)
+
+    def sounded(self, seconds: float) -> None:
+        """The first segment of a request could be sent."""
+        self._firsts.observe(seconds)
+
+    def spoke(self, compute: float, audio: float) -> None:
+        """A request was spoken to its end."""
+        self._paces.observe(compute / audio)
+
+    def segment(self, source: str, audio: float) -> None:
+        self._segments.labels(source).inc()
+        self._audio.labels(source).inc(audio)
+
+    def take(self) -> None:
+        self._takes.inc()
+
+    def worked(self, seconds: float) -> None:
+        self._busy.inc(seconds)
+
+    def page(self, accept: str, health: Mapping[str, Any]) -> tuple[bytes, str]:
+        """All of it, as OpenMetrics if an Accept header names that; and its media type."""
+        found = SimpleNamespace(collect=lambda: itertools.chain(
+            self._registry.collect(), told_by_health(health)))
+        if "application/openmetrics-text" in accept:
+            return openmetrics.generate_latest(found), openmetrics.CONTENT_TYPE_LATEST
+        return prometheus.generate_latest(found), prometheus.CONTENT_TYPE_PLAIN_0_0_4
+
+
+def told_by_health(health: Mapping[str, Any]) -> Iterator[Any]:
+    """Prometheus's families of what /health tells."""
+    facts = ("version", "model_id", "device", "dtype")
+    yield core.InfoMetricFamily("bark_worker", "Which worker it is.", {
+        name: str(health[name] or "") for name in facts})
+    status = core.GaugeMetricFamily("bark_status", "1 for what it is doing.", labels=["status"])
+    for name in STATUSES:
+        status.add_metric([name], health["status"] == name)
+    yield status
+    for name, meaning, *where in GAUGES:
+        value = reduce(lambda inside, key: (inside or {}).get(key), where, health)
+        if value is not None:
+            yield core.GaugeMetricFamily(name, meaning, value)
+    yield core.CounterMetricFamily(
+        "bark_flawed_segments", "Segments sent though their best take had a fault, or nobody heard"
+        " it.", health.get("quality", {}).get("warnings", 0))
+    retakes = core.CounterMetricFamily(
+        "bark_retakes", "Takes made again, by the gravest fault of the one before.",
+        labels=["fault"])
+    for fault in FAULTS:
+        retakes.add_metric([fault], health.get("retakes", {}).get(fault, 0))
+    yield retakes
+
+
+# -----------------------------------------------------------------------------
 # Hearing: takes are heard and judged beside the device, on threads of their own
 #
 # Whether a sound is speech is for a detector that others keep well, Silero's. It runs on the CPU;
@@ -5615,6 +5760,7 @@ RETRY_FULL, RETRY_LOADING, RETRY_DRAINING = 5, 10, 30  # seconds, for Retry-Afte
 HUNG_SECONDS = 30.0  # past a request's time without a word from the scheduler
 COOLING = 0.8  # of the temperatures, with each take
 MAX_STEP_FAILURES = 3  # in a row; then the device is taken for lost
+MEMORY_SECONDS = 1.0  # between two looks at the GPU's memory
 REST_SECONDS = 0.1  # between two looks at clients whose takes are being judged
 
 
@@ -5689,6 +5835,32 @@ class Trial:
                     found.hearing.after(found.kept_from(self.rate) / self.rate))
 
 
+class SegmentCache:
+    """Segments' takes under all that decides them; the least recently used goes first.
+
+    It lives as long as one engine, hence with one revision of one model. Not for several threads
+    at once.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.size = limit, 0  # bytes
+        self._takes: OrderedDict[Hashable, Take] = OrderedDict()
+
+    def get(self, segment: Segment) -> Take | None:
+        if (take := self._takes.get(segment.identity)) is not None:
+            self._takes.move_to_end(segment.identity)
+        return take
+
+    def put(self, segment: Segment, take: Take) -> None:
+        if segment.identity in self._takes or take.samples.nbytes > self.limit:
+            return
+        self._takes[segment.identity] = take
+        self.size += take.samples.nbytes
+        while self.size > self.limit:
+            _, oldest = self._takes.popitem(last=False)
+            self.size -= oldest.samples.nbytes
+
+
 class Request:
     """A speech on its way. Each of `parts` gets its segment's take, or the error."""
 
@@ -5700,7 +5872,18 @@ class Request:
                        for segment, each in zip(speech.segments, wanted, strict=True)]
         self.todo = deque(range(len(speech.segments)))  # indices that wait for a slot
         self.started = self.ended = 0.0  # when it got its first slot, when it was done; 0 before
+        self.audio = 0.0  # seconds of speech that were generated
         self.takes = self.turn = 0
+
+    def recall(self, cache: SegmentCache) -> list[float]:
+        """Takes what the cache has: the seconds of speech of each segment."""
+        recalled = []
+        for index, trial in enumerate(self.trials):
+            if (take := cache.get(trial.segment)) is not None:
+                self.parts[index].set_result(take)
+                self.todo.remove(index)
+                recalled.append(len(take.samples) / trial.rate)
+        return recalled
 
     def results(self) -> Iterator[Take]:
         """The segments' takes in order, each once it is there. Raises what went wrong."""
@@ -5733,32 +5916,6 @@ class Request:
         self.is_abandoned = lambda: True
 
 
-class SegmentCache:
-    """Segments' takes under all that decides them; the least recently used goes first.
-
-    It lives as long as one engine, hence with one revision of one model. Not for several threads
-    at once.
-    """
-
-    def __init__(self, limit: int):
-        self.limit, self.size = limit, 0  # bytes
-        self._takes: OrderedDict[Hashable, Take] = OrderedDict()
-
-    def get(self, segment: Segment) -> Take | None:
-        if (take := self._takes.get(segment.identity)) is not None:
-            self._takes.move_to_end(segment.identity)
-        return take
-
-    def put(self, segment: Segment, take: Take) -> None:
-        if segment.identity in self._takes or take.samples.nbytes > self.limit:
-            return
-        self._takes[segment.identity] = take
-        self.size += take.samples.nbytes
-        while self.size > self.limit:
-            _, oldest = self._takes.popitem(last=False)
-            self.size -= oldest.samples.nbytes
-
-
 class Scheduler:
     """Feeds segments to the engine in turns: one of every request a round, in order of arrival.
 
@@ -5767,11 +5924,16 @@ class Scheduler:
     """
 
     def __init__(self, load: Callable[[State], Any], state: State, max_queue: int,
-                 cache: SegmentCache, retries: int = 0, judge: Judge | None = None):
+                 cache: SegmentCache, retries: int = 0, judge: Judge | None = None,
+                 metrics: Metrics | None = None):
         self._load, self.state, self.max_queue = load, state, max_queue
         self._cache, self.retries, self.judge = cache, retries, judge or Judge()
-        self.quality = {"segments": 0, "retakes": 0, "warnings": 0}  # since the start
+        self.metrics = metrics or Metrics()
+        self.segments = {"segments": 0, "warnings": 0}  # since the start
         self.faults: Counter[str] = Counter()  # of takes, by kind
+        self.retakes: Counter[str] = Counter()  # by the gravest fault of the take before
+        self.memory: dict[str, int] = {}  # bytes of the GPU's, as the engine tells it
+        self._looked = -math.inf  # when that was
         self._engine: Any = None
         self._changed = threading.Condition()
         self._requests: list[Request] = []  # in order of arrival
@@ -5790,6 +5952,16 @@ class Scheduler:
         """Segments at once; None while that is not known."""
         return self._engine.slots if self._engine else None
 
+    @property
+    def live(self) -> int:
+        """Segments being generated."""
+        return len(self._owner)
+
+    @property
+    def quality(self) -> dict[str, int]:
+        """What came of judging since the start."""
+        return {**self.segments, "retakes": self.retakes.total()}
+
     def submit(self, request: Request) -> None:
         """Answers `request` from the cache as far as that goes, and queues the rest.
 
@@ -5800,26 +5972,21 @@ class Scheduler:
                 raise draining()
             if self._engine is None or self.state.status != "ready":
                 raise not_ready(self.state)
-            self._recall(request)
-            if request.is_done():
-                return
-            room = self.max_queue + self._engine.slots - len(self._owner)
-            if self._waiting() >= room:
-                raise Unavailable(f"{self._waiting()} requests are waiting already and at most"
-                                  f" {self.max_queue} may; try again soon",
-                                  code="queue_full", retry_after=RETRY_FULL)
-            request.turn = self._turn + 1
-            self._requests.append(request)
-            self._changed.notify_all()
+            recalled = request.recall(self._cache)
+            if not request.is_done():
+                self._queue(request)
+            for seconds in recalled:
+                self.metrics.segment("cache", seconds)
 
-    def _recall(self, request: Request) -> None:
-        for index, trial in enumerate(request.trials):
-            if (take := self._cache.get(trial.segment)) is not None:
-                request.parts[index].set_result(take)
-                request.todo.remove(index)
-
-    def _waiting(self) -> int:
-        return self.stats()["waiting"]
+    def _queue(self, request: Request) -> None:
+        room = self.max_queue + self._engine.slots - len(self._owner)
+        if (waiting := self.stats()["waiting"]) >= room:
+            raise Unavailable(f"{waiting} requests are waiting already and at most"
+                              f" {self.max_queue} may; try again soon",
+                              code="queue_full", retry_after=RETRY_FULL)
+        request.turn = self._turn + 1
+        self._requests.append(request)
+        self._changed.notify_all()
 
     def stats(self) -> dict[str, int]:
         """Requests running and waiting, and how many may wait."""
@@ -5842,6 +6009,7 @@ class Scheduler:
     def _run(self) -> None:
         try:
             self._engine = self._load(self.state)
+            self._look_at_memory()
             self.state.enter("ready")
             while not self._stopping or self._requests:
                 self._work()
@@ -5866,15 +6034,23 @@ class Scheduler:
             if not self._owner:
                 self._rest()
                 return
+        began = time.monotonic()
         try:
             finished = self._engine.step()
         except Exception as error:
             self._recover(error)
             return
         self._failures = 0
+        self.metrics.worked(time.monotonic() - began)
+        self._look_at_memory()
         with self._changed:
             for done in finished:
                 self._collect(done)
+
+    def _look_at_memory(self) -> None:
+        """Not after each step, as that takes up to a tenth of a millisecond."""
+        if time.monotonic() > self._looked + MEMORY_SECONDS:
+            self._looked, self.memory = time.monotonic(), self._engine.memory()
 
     def _rest(self) -> None:
         """Waits for a request, or for a judge, looking now and then whether a client has left."""
@@ -5908,13 +6084,16 @@ class Scheduler:
             request.turn += 1
             again = request.trials[index].count > 0  # its place in the audio is waited for
             self._engine.add(segment, urgent=again or not request.started)
-            request.started = request.started or time.monotonic()
+            if not request.started:
+                request.started = time.monotonic()
+                self.metrics.started(request.wait)
 
     def _collect(self, done: Finished) -> None:
         if done.segment not in self._owner:
             return
         request, index = self._owner.pop(done.segment)
         request.takes += 1
+        self.metrics.take()
         trial = request.trials[index]
         if done.samples is None:
             self._settle(request, index, done.error)
@@ -5945,14 +6124,17 @@ class Scheduler:
             if take := request.trials[index].add(samples, found, self.retries):
                 self._accept(request, index, take)
             else:
-                self.quality["retakes"] += 1
+                self.retakes[found.gravest] += 1
                 request.todo.appendleft(index)
             self._changed.notify_all()
 
     def _accept(self, request: Request, index: int, take: Take) -> None:
-        self.quality["segments"] += 1
-        self.quality["warnings"] += bool(take.warnings)
-        self._cache.put(request.trials[index].segment, take)
+        self.segments["segments"] += 1
+        self.segments["warnings"] += bool(take.warnings)
+        trial, seconds = request.trials[index], len(take.samples) / request.trials[index].rate
+        self._cache.put(trial.segment, take)
+        self.metrics.segment("model", seconds)
+        request.audio += seconds
         request.parts[index].set_result(take)
         if request.is_done():
             self._end(request)
@@ -5960,6 +6142,8 @@ class Scheduler:
     def _end(self, request: Request, error: WorkerError | None = None) -> None:
         self._requests.remove(request)
         request.ended = time.monotonic()
+        if request.audio and not error:
+            self.metrics.spoke(request.compute, request.audio)
         for segment in [s for s, (owner, _) in self._owner.items() if owner is request]:
             del self._owner[segment]
             self._dropped.append(segment)
@@ -6521,8 +6705,10 @@ class HttpServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, config: Config, handler: type[HttpHandler], connections: int):
+    def __init__(self, config: Config, handler: type[HttpHandler], connections: int,
+                 metrics: Metrics):
         self.config, self.connections = config, Connections(connections)
+        self.metrics = metrics
         self._tls_told = -math.inf
         if ":" in config.host:
             self.address_family = socket.AF_INET6
@@ -6587,6 +6773,7 @@ class HttpAnswers(BaseHTTPRequestHandler):
     def begin(self, body_pending: bool) -> None:
         self.began, self.sent_status = time.monotonic(), 0
         self.notes: dict[str, Any] = {}
+        self.outcome = "ok"  # or the code of what went wrong
         self.request_id, self.body_pending = secrets.token_hex(8), body_pending
         self.known_path = "?"  # of whatever the client sent
 
@@ -6657,7 +6844,7 @@ class HttpAnswers(BaseHTTPRequestHandler):
 
     def send_failure(self, error: WorkerError) -> None:
         status, headers = status_and_headers(error)
-        self.notes["code"] = error.code
+        self.notes["code"] = self.outcome = error.code
         if self.sent_status:  # an answer has begun, and must not look complete
             self.close_connection = True
             return
@@ -6709,13 +6896,13 @@ class HttpHandler(HttpAnswers):
             if not self.body_pending:
                 self.server.connections.busy(self.connection)
             answer(self)
-        except Abandoned:
-            self.close_connection, self.sent_status = True, 499
+        except Abandoned as left:
+            self.close_connection, self.sent_status, self.outcome = True, 499, left.code
         except WorkerError as error:
             self.send_failure(error)
         except OSError:
             self.close_connection = True
-            self.notes["broken_off"] = True
+            self.notes["broken_off"], self.outcome = True, "client_closed_request"
         except Exception as error:
             log.error("request failed", exc_info=error)
             self.send_failure(WorkerError("internal error; the worker's log has more",
@@ -6728,7 +6915,9 @@ class HttpHandler(HttpAnswers):
         route = self.routes.get(self.known_path)
         level = logging.DEBUG if route and route.is_probe else logging.INFO  # they come often
         method = self.command if self.command in METHODS else "?"
-        facts = {"status": self.sent_status, "ms": int(1000 * (time.monotonic() - self.began)),
+        seconds = time.monotonic() - self.began
+        self.server.metrics.answered(self.known_path, self.sent_status, self.outcome, seconds)
+        facts = {"status": self.sent_status, "ms": int(1000 * seconds),
                  "id": self.request_id, **self.notes}
         log.log(level, "%s %s %s", method, self.known_path, told_facts(facts),
                 extra={"fields": {"method": method, "path": self.known_path, **facts}})
@@ -6871,6 +7060,7 @@ class HttpHandler(HttpAnswers):
         status = HTTPStatus(code)
         self.send_failure(HttpError(status, "malformed_request",
                                     f"malformed HTTP request: {status.phrase}"))
+        self.server.metrics.answered(self.known_path, code, self.outcome, 0.0)
         log.info("malformed request status=%d", code, extra={"fields": {"status": code}})
         self.finish_body()
 
@@ -6904,6 +7094,7 @@ bark-worker {version}: text to speech with Bark
 
 GET  /health      what the worker is doing
 GET  /ready       200 when it can speak, else 503
+GET  /metrics     numbers for Prometheus
 GET  /voices      the voices a request may name
 POST /synthesize  {{"text": ..., "voice": ..., "seed": ...}}; only text is required
 
@@ -7248,11 +7439,11 @@ class WorkerServer(HttpServer):
     """What the endpoints speak for."""
 
     def __init__(self, config: Config, state: State, scheduler: Scheduler, guard: Guard,
-                 connections: int):
+                 metrics: Metrics, connections: int):
         self.state, self.scheduler, self.guard = state, scheduler, guard
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = read_page(PAGE)
-        super().__init__(config, RequestHandler, connections)
+        super().__init__(config, RequestHandler, connections, metrics)
 
 
 class RequestHandler(HttpHandler):
@@ -7273,22 +7464,33 @@ class RequestHandler(HttpHandler):
                            page.headers | vary)
 
     def get_health(self) -> None:
-        state, config = self.server.state, self.server.config
+        self.send_json(self.health())
+
+    def get_metrics(self) -> None:
+        if self.server.config.metrics != "open":
+            self.check_key()
+        page, kind = self.server.metrics.page(self.headers.get("Accept", ""), self.health())
+        self.send_body(HTTPStatus.OK, kind, page)
+
+    def health(self) -> dict[str, Any]:
+        state, config, scheduler = self.server.state, self.server.config, self.server.scheduler
         body = {"status": state.status, "ready": state.status == "ready", "model": "Bark",
                 **state.details, "max_text_length": config.max_text_length, "version": VERSION,
                 "uptime": round(time.monotonic() - self.server.started, 1),
-                "slots": self.server.scheduler.slots, "queue": self.server.scheduler.stats(),
+                "slots": scheduler.slots, "live": scheduler.live, "queue": scheduler.stats(),
                 "guard": self.server.guard.facts()}
         if config.quality:
-            body["quality"] = dict(self.server.scheduler.quality)
-            body["faults"] = dict(self.server.scheduler.faults)
+            body |= {"quality": scheduler.quality, "faults": dict(scheduler.faults),
+                     "retakes": dict(scheduler.retakes)}
             for ear in ("detector", "listener"):
-                body[ear] = without_folders(getattr(self.server.scheduler.judge, ear))
+                body[ear] = without_folders(getattr(scheduler.judge, ear))
+        if memory := scheduler.memory:
+            body["gpu_memory"] = memory
         if progress := state.progress:
             body["progress"] = progress()
         if state.error:
             body.update(error=state.reason, exit_status=state.error.exit_status)
-        self.send_json(body)
+        return body
 
     def get_ready(self) -> None:
         state = self.server.state
@@ -7395,6 +7597,8 @@ class RequestHandler(HttpHandler):
             finally:
                 request.abandon()
                 self.notes |= delivery.facts(self.began)
+                if delivery.first:
+                    self.server.metrics.sounded(delivery.first - self.began)
 
     def silent_delivery(self, text: str, voice: str | None, seed: int | None, form: str,
                         silence: float) -> Delivery:
@@ -7438,6 +7642,7 @@ ROUTES = {
     "/": Route("GET", RequestHandler.get_index, is_open=True, is_probe=True),
     "/health": Route("GET", RequestHandler.get_health, is_open=True, is_probe=True),
     "/ready": Route("GET", RequestHandler.get_ready, is_open=True, is_probe=True),
+    "/metrics": Route("GET", RequestHandler.get_metrics, is_open=True, is_probe=True),
     "/voices": Route("GET", RequestHandler.get_voices, is_open=True),
     "/synthesize": Route("POST", RequestHandler.post_synthesize),
     "/v1/audio/speech": Route("POST", RequestHandler.post_speech),
@@ -7610,7 +7815,7 @@ def serve(config: Config, warnings: list[str]) -> int:
     judge = Judge(config.word_errors)
     scheduler = Scheduler(lambda state: load_engine(config, state, judge, model_id, device), state,
                           config.max_queue, SegmentCache(config.cache_mb * 1_000_000),
-                          config.retries, judge)
+                          config.retries, judge, Metrics())
     log.info("model=%s device=%s", model_id, device)
     guard = build_guard(config, lasting_folders())
     try:
@@ -7632,7 +7837,8 @@ def open_server(config: Config, state: State, scheduler: Scheduler,
                 guard: Guard) -> WorkerServer:
     """Listens where `config` says. Raises ConfigError."""
     try:
-        return WorkerServer(config, state, scheduler, guard, allowed_connections())
+        return WorkerServer(config, state, scheduler, guard, scheduler.metrics,
+                            allowed_connections())
     except (OSError, TypeError) as error:  # TypeError: HOST is no host name
         busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         advice = ("choose another PORT or end what uses it" if busy else

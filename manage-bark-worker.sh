@@ -73,7 +73,7 @@ readonly HOURS_A_MONTH=720        # of Vast's storage price, which is per month
 # Settings that pass from this environment to a rented worker.
 readonly PASSED_ON='TTS_MAX_LENGTH BARK_DTYPE BARK_MAX_BATCH BARK_MAX_QUEUE BARK_TIMEOUT
 BARK_DETERMINISTIC BARK_EXPRESSION BARK_QUALITY BARK_RETRIES BARK_WORD_ERRORS BARK_CACHE_MB
-BARK_CORS_ORIGINS BARK_LOG_FORMAT'
+BARK_CORS_ORIGINS BARK_METRICS BARK_LOG_FORMAT'
 
 # What the instance runs whenever its container starts. In SSH mode Vast replaces the image's own
 # entrypoint, so this starts the worker, and again after a crash; not after a clean end (0) or

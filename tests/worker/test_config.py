@@ -17,7 +17,7 @@ DOCUMENTED = {
     "BARK_DTYPE", "BARK_API_KEY", "BARK_MAX_BATCH", "BARK_MAX_QUEUE", "BARK_TIMEOUT",
     "BARK_DETERMINISTIC", "BARK_EXPRESSION", "BARK_CACHE_MB", "BARK_CORS_ORIGINS",
     "BARK_QUALITY", "BARK_RETRIES", "BARK_LISTEN", "BARK_WORD_ERRORS", "BARK_IDLE_STOP",
-    "BARK_START_LIMIT", "BARK_MAX_HOURS", "BARK_LOG_FORMAT",
+    "BARK_START_LIMIT", "BARK_MAX_HOURS", "BARK_METRICS", "BARK_LOG_FORMAT",
 }
 
 GOOD = [
@@ -50,6 +50,7 @@ GOOD = [
     ("BARK_CORS_ORIGINS", "*", "cors_origins", ("*",)),
     ("BARK_CORS_ORIGINS", "https://Reader.example, app://x:1,null", "cors_origins",
      ("https://reader.example", "app://x:1", "null")),
+    ("BARK_METRICS", "open", "metrics", "open"), ("BARK_METRICS", "key", "metrics", "key"),
     ("BARK_LOG_FORMAT", "json", "log_format", "json"),
     ("BARK_IDLE_STOP", "30", "idle_stop", 30.0), ("BARK_IDLE_STOP", "0.05", "idle_stop", 0.05),
     ("BARK_IDLE_STOP", "10080", "idle_stop", 10_080.0),
@@ -79,7 +80,7 @@ WRONG = [
     ("BARK_LISTEN", "/nonexistent", "or a folder"), ("BARK_WORD_ERRORS", "35%", "0 to 9.9999"),
     ("BARK_QUALITY", "high", "on or off"), ("BARK_RETRIES", "11", "from 0 to 10"),
     ("BARK_CACHE_MB", "-1", "from 0 to 1000000"), ("BARK_CACHE_MB", "1.5", "from 0 to 1000000"),
-    ("BARK_LOG_FORMAT", "JSON", "text or json"),
+    ("BARK_METRICS", "on", "key or open"), ("BARK_LOG_FORMAT", "JSON", "text or json"),
     ("BARK_IDLE_STOP", "-1", "minutes from 0 to 10080"),
     ("BARK_IDLE_STOP", "30m", "minutes from 0 to 10080"), ("BARK_IDLE_STOP", "nan", "minutes"),
     ("BARK_IDLE_STOP", ".", "0 is off"), ("BARK_IDLE_STOP", "off", "0 is off"),

@@ -22,11 +22,13 @@ WORLD = {
     "signals": {"signal"},
     "net": {"HTTPStatus", "BaseHTTPRequestHandler", "ThreadingHTTPServer", "RequestHandler",
             "wfile", "rfile", "http", "socket", "socketserver"},
+    "prometheus": {"prometheus", "prometheus_client", "openmetrics"},
 }
 ENGINE_ONLY = {"json", "Config"}  # what Model and the engine may name only in these functions:
 EXCEPTIONS = {("read_json", "json"), ("looks_whole", "json"), ("resolve_device", "Config")}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "expandvars"}
-IMPORTED_IN = {"numpy": "Audio", "torch": "Model", "transformers": "Model"}
+IMPORTED_IN = {"numpy": "Audio", "torch": "Model", "transformers": "Model",
+               "prometheus_client": "Metrics"}
 ALLOWED_PACKAGES = sys.stdlib_module_names | {*IMPORTED_IN, "listener"}  # that for its types
 MAX_FUNCTION_LINES, MAX_CLASS_LINES, MAX_COLUMNS = 60, 250, 100
 
@@ -151,7 +153,7 @@ def tensors_out_of_place(source: str) -> list[str]:
 
 
 def world_out_of_place(source: str) -> list[str]:
-    """Threads, signals, the net, JSON and settings where the map does not have them."""
+    """Threads, signals, the net, Prometheus, JSON and settings where the map has none."""
     wrong = []
     for title, node in definitions(source):
         barred = {name for what, names in WORLD.items() if title not in may_touch(what)
@@ -330,6 +332,9 @@ BREACHES = [
     (world_out_of_place, "Scheduler", "def bad() -> None:\n    socket.socket()"),
     (world_out_of_place, "HTTP", "signal.alarm(1)"),
     (world_out_of_place, "Text", "def bad(x: RequestHandler) -> None:\n    pass"),
+    (world_out_of_place, "Scheduler", "TAKES_MADE = prometheus.Counter('a', 'b')"),
+    (world_out_of_place, "HTTP", "def bad() -> None:\n    import prometheus_client"),
+    (names_from_below, "Metrics", "def bad(state: State) -> None:\n    pass"),
     (names_from_below, "Engine", "def bad() -> Any:\n    return Scheduler"),
     (names_from_below, "Scheduler", "class Bad:\n    def bad(self, x: WorkerServer) -> None: ..."),
     (names_from_below, "Text", "def bad(x: Any) -> Any:\n    return to_pcm16(x)"),
@@ -339,6 +344,7 @@ BREACHES = [
     (names_from_below, "Guard", "def bad(x: Any) -> None:\n    raise HttpError(x, x, x)"),
     (early_imports, "Configuration", "import numpy as np"),
     (early_imports, "Text", "from torch.nn import functional"),
+    (early_imports, "Narrator", "from prometheus_client import Counter as Number"),
     (foreign_imports, "Text", "import requests"),
     (foreign_imports, "Model", "from huggingface_hub import snapshot_download"),
     (long_functions, "Audio", "def bad() -> None:\n" + "    x = 1\n" * 60),

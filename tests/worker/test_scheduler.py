@@ -52,6 +52,10 @@ class FakeEngine:
         self.live[piece] = piece.steps
         self.events.append(f"add {piece.name}")
 
+    def memory(self) -> dict[str, int]:
+        self.threads.add(threading.get_ident())
+        return {"free": self.entered}
+
     def abort(self, piece: Piece) -> None:
         self.threads.add(threading.get_ident())
         if self.live.pop(piece, None):
@@ -521,3 +525,16 @@ def test_a_state_that_failed_tells_of_no_download_any_more(bark: ModuleType) -> 
     assert state.progress
     state.fail(bark.ModelError("the disk is full"))
     assert state.progress is None and state.status == "failed"
+
+
+def test_the_gpus_memory_is_looked_at_now_and_then(
+        make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch,
+        bark: ModuleType) -> None:
+    monkeypatch.setattr(bark, "MEMORY_SECONDS", 3600.0)
+    bench = make_bench()
+    bench.engine.run_free()
+    names(bench.submit("a", steps=3))
+    assert bench.scheduler.memory == {"free": 0}  # as at the start
+    monkeypatch.setattr(bark, "MEMORY_SECONDS", 0.0)
+    names(bench.submit("b", steps=3))
+    wait_until(lambda: bench.scheduler.memory["free"] > 3, "second look", SECONDS)

@@ -386,7 +386,8 @@ def serving(bark: ModuleType, page: Path) -> Iterator[Worker]:
     """The worker's server without anything behind it, for what needs nothing; with this page."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bark, "PAGE", page)
-        server = bark.WorkerServer(bark.Config(host="127.0.0.1", port=0), None, None, None, 8)
+        server = bark.WorkerServer(bark.Config(host="127.0.0.1", port=0), None, None, None,
+                                   bark.Metrics(), 8)
     with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -934,6 +935,7 @@ def test_loading_worker_says_so_and_obeys_sigint(stuck_toy: Path) -> None:
             assert "loading" in expect_error(answer, 503, "not_ready")
         expect_error(worker.speak(""), 400, "empty_text", "text")
         assert worker.call("/").status == 200
+        assert b'\nbark_status{status="loading"} 1.0\n' in worker.call("/metrics").body
         assert worker.stop(signal.SIGINT) == 130
         assert "Traceback" not in "".join(worker.log)
 
