@@ -5310,6 +5310,55 @@ def settled_seed(seed: int) -> int:
     return secrets.randbelow(MAX_SEED + 1) if seed == RANDOM_SEED else seed
 
 
+class Voices:
+    """Which voices there are, by which names, and what is told of each. Any thread may ask."""
+
+    def __init__(self, presets: Mapping[str, Voice], default: str):
+        self.presets = presets
+        self.aliases = {alias: target for alias, (target, _) in VOICE_ALIASES.items()
+                        if target in presets and alias not in presets}
+        self.default = self.find(default)
+
+    def find(self, name: str, also: Mapping[str, str] = MappingProxyType({}),
+             listing: str = "/voices") -> str:
+        """The table's own name for `name`: as it stands, else trimmed and in any case.
+
+        `also` are further names and what they stand for; "default" is the default voice. Raises
+        InvalidRequest with the nearest names and the listing that has all.
+        """
+        known = {**{voice: voice for voice in self.presets}, **self.aliases, **also}
+        if name not in known:
+            folded = {other.lower(): other for other in ("default", *known)}
+            name = folded.get(name.strip().lower(), name)
+        if name not in known and name != "default":
+            raise unknown_voice(name, list(known), listing)
+        return known.get(name) or self.default
+
+    def listed(self) -> list[dict[str, str]]:
+        """Every voice a request may name, as {id, name, language}; aliases first. A name is an id.
+        """
+        voices = [{"id": name, "name": name, "language": voice_language(name)}
+                  for name in sorted(self.presets)]
+        aliases = [{"id": alias, "name": alias, "description": VOICE_ALIASES[alias][1],
+                    "language": voice_language(target), "alias_of": target}
+                   for alias, target in self.aliases.items()]
+        return aliases + voices
+
+    def listed_for_openai(self) -> list[dict[str, str]]:
+        """OpenAI's names first, alloy at their head, then all others."""
+        named = [{"id": name, "name": name, "language": voice_language(target), "alias_of": target}
+                 for name, target in self.openais().items()]
+        return named + self.listed()
+
+    def openais(self) -> dict[str, str]:
+        """OpenAI's names and what stands for them: the default voice where there is no other, or
+        where it speaks another language than these do.
+        """
+        foreign = voice_language(self.default) != "en"
+        return {name: target if target in self.presets and not foreign else self.default
+                for name, target in OPENAI_VOICES.items() if name not in self.presets}
+
+
 class Narrator:
     """Turns text, voice and seed into segments for one model. Any thread may call it."""
 
@@ -5320,8 +5369,7 @@ class Narrator:
             cooler = min(self.sampling.temperature, SEMANTIC_TEMPERATURE)
             self.sampling = replace(self.sampling, temperature=cooler)
             self.min_eos_p = min(self.min_eos_p or MIN_EOS_P, MIN_EOS_P)
-        self.aliases = {alias: target for alias, (target, _) in VOICE_ALIASES.items()
-                        if target in facts.voices and alias not in facts.voices}
+        self.voices = Voices(facts.voices, default_voice)
         # A short text window means that the model learnt short texts: the built-in voice, with 48
         # tokens, none above 64 characters.
         window = facts.semantic.max_input_semantic_length
@@ -5332,46 +5380,6 @@ class Narrator:
             max_tokens=window, max_seconds=facts.max_seconds,
             min_chars=min(SegmentLimits.min_chars, window // 2),
             max_chars=min(SegmentLimits.max_chars, window), soon=True)
-        self.default_voice = self.find_voice(default_voice)
-
-    def find_voice(self, name: str, also: Mapping[str, str] = MappingProxyType({}),
-                   listing: str = "/voices") -> str:
-        """The table's own name for `name`: as it stands, else trimmed and in any case.
-
-        `also` are further names and what they stand for; "default" is the default voice. Raises
-        InvalidRequest with the nearest names and the listing that has all.
-        """
-        known = {**{voice: voice for voice in self.facts.voices}, **self.aliases, **also}
-        if name not in known:
-            folded = {other.lower(): other for other in ("default", *known)}
-            name = folded.get(name.strip().lower(), name)
-        if name not in known and name != "default":
-            raise unknown_voice(name, list(known), listing)
-        return known.get(name) or self.default_voice
-
-    def voice_list(self) -> list[dict[str, str]]:
-        """Every voice a request may name, as {id, name, language}; aliases first. A name is an id.
-        """
-        voices = [{"id": name, "name": name, "language": voice_language(name)}
-                  for name in sorted(self.facts.voices)]
-        aliases = [{"id": alias, "name": alias, "description": VOICE_ALIASES[alias][1],
-                    "language": voice_language(target), "alias_of": target}
-                   for alias, target in self.aliases.items()]
-        return aliases + voices
-
-    def openai_list(self) -> list[dict[str, str]]:
-        """OpenAI's names first, alloy at their head, then all others."""
-        named = [{"id": name, "name": name, "language": voice_language(target), "alias_of": target}
-                 for name, target in self.openai_voices().items()]
-        return named + self.voice_list()
-
-    def openai_voices(self) -> dict[str, str]:
-        """OpenAI's names and what stands for them: the default voice where there is no other, or
-        where it speaks another language than these do.
-        """
-        foreign = voice_language(self.default_voice) != "en"
-        return {name: target if target in self.facts.voices and not foreign else self.default_voice
-                for name, target in OPENAI_VOICES.items() if name not in self.facts.voices}
 
     def plan(self, text: str, voice: str | None, seed: int | None, manner: Manner = AS_USUAL,
              seeds: Mapping[int, int] = MappingProxyType({})) -> Speech:
@@ -5379,7 +5387,7 @@ class Narrator:
 
         Raises NothingToSpeak, and InvalidRequest for a voice or a segment that is not there.
         """
-        voice = self.find_voice(voice) if voice is not None else self.default_voice
+        voice = self.voices.find(voice) if voice is not None else self.voices.default
         seed = derived_seed(voice, text) if seed is None else settled_seed(seed)
         script, pieces = self._pieces(text, voice_language(voice), manner.expressive)
         if not pieces:
@@ -5442,7 +5450,7 @@ class Narrator:
 
     def _segment(self, ids: list[int], voice: str, seed: int,
                  options: Mapping[str, Any]) -> Segment:
-        return Segment(ids, self.facts.voices[voice], seed,
+        return Segment(ids, self.voices.presets[voice], seed,
                        fine_sampling=self.facts.fine_sampling, **options)
 
 
@@ -7499,8 +7507,8 @@ class RequestHandler(HttpHandler):
         self.send_json({"ready": True})
 
     def get_voices(self) -> None:
-        narrator = self.narrator()
-        self.send_json({"voices": narrator.voice_list(), "default": narrator.default_voice})
+        voices = self.narrator().voices
+        self.send_json({"voices": voices.listed(), "default": voices.default})
 
     def narrator(self) -> Narrator:
         if self.server.state.narrator is None:
@@ -7518,7 +7526,7 @@ class RequestHandler(HttpHandler):
             raise HttpError(HTTPStatus.NOT_FOUND, "model_not_found", f"there is no model"
                             f" {shown(name)}; there are {', '.join(self.models())}, which are one")
         voices = [{"name": voice["name"], "language": voice["language"]}
-                  for voice in self.narrator().openai_list()]
+                  for voice in self.narrator().voices.listed_for_openai()]
         self.send_json({**self.model(name), "voices": voices})
 
     def models(self) -> list[str]:
@@ -7529,7 +7537,7 @@ class RequestHandler(HttpHandler):
                 "owned_by": "bark-worker"}
 
     def get_audio_voices(self) -> None:
-        self.send_json({"voices": self.narrator().openai_list()})
+        self.send_json({"voices": self.narrator().voices.listed_for_openai()})
 
     def post_synthesize(self) -> None:
         payload = parse_json(self.read_body())
@@ -7558,7 +7566,8 @@ class RequestHandler(HttpHandler):
         stream = check_flag(payload, "stream", True)
         voice, narrator = check_voice(payload), self.narrator()
         if voice is not None:
-            voice = narrator.find_voice(voice, narrator.openai_voices(), "/v1/audio/voices")
+            voices = narrator.voices
+            voice = voices.find(voice, voices.openais(), "/v1/audio/voices")
         with self.delivery(payload, "input", text, voice, form, SILENCE_SECONDS) as delivery:
             if events:
                 rate = narrator.facts.semantic.semantic_rate_hz
@@ -7603,7 +7612,7 @@ class RequestHandler(HttpHandler):
     def silent_delivery(self, text: str, voice: str | None, seed: int | None, form: str,
                         silence: float) -> Delivery:
         narrator = self.narrator()
-        speech = Speech(text, voice or narrator.default_voice, max(0, seed or 0), [], [], [],
+        speech = Speech(text, voice or narrator.voices.default, max(0, seed or 0), [], [], [],
                         narrator.facts.sample_rate)
         request = Request(speech, math.inf, lambda: False)
         return Delivery(speech, request, form, speech.rate, 1.0, silence)
@@ -7721,7 +7730,7 @@ def load_engine(config: Config, state: State, judge: Judge, model_id: str,
         model = load_weights(folder, device, DTYPES[dtype], Path(constants.HF_HOME) / "bark-worker")
         engine = build_engine(config, facts, model)
         log.info("%d segments at once in %s", engine.slots, dtype)
-        state.enter("warming", sample_rate=facts.sample_rate, voice=narrator.default_voice)
+        state.enter("warming", sample_rate=facts.sample_rate, voice=narrator.voices.default)
         warm_up(engine, narrator)
         if config.quality:
             judge.prepare()

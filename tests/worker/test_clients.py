@@ -197,11 +197,11 @@ def test_a_model_tells_its_voices_as_wyoming_openai_reads_them(worker: Worker) -
 
 def test_every_name_that_is_listed_can_be_sent(bark: ModuleType, toy: Path) -> None:
     narrator = bark.Narrator(bark.ModelFacts(toy), "v2/en_speaker_6")
-    for listed, also in ((narrator.voice_list(), {}),
-                         (narrator.openai_list(), narrator.openai_voices())):
+    voices = narrator.voices
+    for listed, also in ((voices.listed(), {}), (voices.listed_for_openai(), voices.openais())):
         for voice in listed:
             assert voice["name"] == voice["id"]
-            target = narrator.find_voice(voice["id"], also)
+            target = voices.find(voice["id"], also)
             assert narrator.plan("Hi.", target, 1).voice == voice.get("alias_of", voice["id"])
 
 
@@ -229,9 +229,9 @@ def test_a_voice_is_known_with_blanks_around_it_and_in_any_case(
 def test_an_exact_name_comes_before_one_in_other_letters(bark: ModuleType, toy: Path) -> None:
     facts = bark.ModelFacts(toy)
     facts.voices["MALE"] = facts.voices["v2/en_speaker_2"]
-    narrator = bark.Narrator(facts, "v2/en_speaker_6")
-    assert narrator.find_voice("MALE") == "MALE"
-    assert narrator.find_voice("male") == "v2/en_speaker_6"
+    voices = bark.Narrator(facts, "v2/en_speaker_6").voices
+    assert voices.find("MALE") == "MALE"
+    assert voices.find("male") == "v2/en_speaker_6"
 
 
 @pytest.mark.parametrize("form", ["FLAC", " flac\n", "Flac"])
