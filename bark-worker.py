@@ -5264,6 +5264,34 @@ OPENAI_VOICES = {
 }
 
 
+class Language(NamedTuple):
+    """What Suno's presets speak: its name, a line to hear a voice by, and which of the ten are
+    women, by rsxdalv's list (tts-generation-webui, BARK_VOICE_TO_TRAIT).
+    """
+
+    name: str
+    line: str
+    women: str
+
+
+LANGUAGES = {
+    "de": Language("German", "Guten Tag! So klingt meine Stimme, wenn ich eine Geschichte vorlese.",
+                   "38"),
+    "en": Language("English", "Hello! This is my voice when I read you a story.", "9"),
+    "es": Language("Spanish", "¡Hola! Así suena mi voz cuando te leo una historia.", "89"),
+    "fr": Language("French", "Bonjour ! Voici ma voix quand je vous lis une histoire.", "125"),
+    "hi": Language("Hindi", "नमस्ते! कहानी पढ़ते समय मेरी आवाज़ ऐसी लगती है।", "01349"),
+    "it": Language("Italian", "Buongiorno! Questa è la mia voce quando leggo una storia.", "279"),
+    "ja": Language("Japanese", "こんにちは。物語を読む私の声は、こんな感じです。", "01345789"),
+    "ko": Language("Korean", "안녕하세요! 이야기를 읽어 드릴 때 제 목소리는 이렇습니다.", "0"),
+    "pl": Language("Polish", "Dzień dobry! Tak brzmi mój głos, kiedy czytam opowiadanie.", "469"),
+    "pt": Language("Portuguese", "Olá! Esta é a minha voz quando leio uma história.", ""),
+    "ru": Language("Russian", "Здравствуйте! Так звучит мой голос, когда я читаю рассказ.", "569"),
+    "tr": Language("Turkish", "Merhaba! Size bir hikâye okurken sesim böyle çıkıyor.", "45"),
+    "zh": Language("Chinese", "你好！我给你读故事的时候，声音就是这样的。", "4679"),
+}
+
+
 class Manner(NamedTuple):
     """How a request wants its text spoken; None is as the narrator has it."""
 
@@ -5334,21 +5362,18 @@ class Voices:
             raise unknown_voice(name, list(known), listing)
         return known.get(name) or self.default
 
-    def listed(self) -> list[dict[str, str]]:
-        """Every voice a request may name, as {id, name, language}; aliases first. A name is an id.
-        """
-        voices = [{"id": name, "name": name, "language": voice_language(name)}
-                  for name in sorted(self.presets)]
-        aliases = [{"id": alias, "name": alias, "description": VOICE_ALIASES[alias][1],
-                    "language": voice_language(target), "alias_of": target}
+    def listed(self) -> list[dict[str, Any]]:
+        """Every voice a request may name, with what is known of it; aliases first."""
+        aliases = [told_voice(alias, target, description=VOICE_ALIASES[alias][1], alias_of=target)
                    for alias, target in self.aliases.items()]
-        return aliases + voices
+        return aliases + [
+            told_voice(name, name, aliases=[a for a, of in self.aliases.items() if of == name])
+            for name in sorted(self.presets)]
 
-    def listed_for_openai(self) -> list[dict[str, str]]:
+    def listed_for_openai(self) -> list[dict[str, Any]]:
         """OpenAI's names first, alloy at their head, then all others."""
-        named = [{"id": name, "name": name, "language": voice_language(target), "alias_of": target}
-                 for name, target in self.openais().items()]
-        return named + self.listed()
+        return [told_voice(name, target, alias_of=target)
+                for name, target in self.openais().items()] + self.listed()
 
     def openais(self) -> dict[str, str]:
         """OpenAI's names and what stands for them: the default voice where there is no other, or
@@ -5493,9 +5518,19 @@ def unknown_segment(index: int, count: int) -> InvalidRequest:
 
 
 def voice_language(name: str) -> str:
-    """Two letters from a name such as v2/de_speaker_3; English where the name tells none."""
-    match = re.search(r"(?:^|/)([a-z]{2})_", name)
-    return match[1] if match else "en"
+    """Two letters from a name such as v2/de_speaker_3 or de_anna; English where it tells none."""
+    match = re.search(r"(?:^|/)([a-z]{2})_(speaker_)?", name)
+    return match[1] if match and (match[2] or match[1] in LANGUAGES) else "en"
+
+
+def told_voice(name: str, voice: str, **more: Any) -> dict[str, Any]:
+    """What a listing has of `voice` under a name, which is its id; the gender where it is known."""
+    code = voice_language(voice)
+    told = {"id": name, "name": name, "language": code}
+    if (match := re.fullmatch(r"v2/[a-z]{2}_speaker_([0-9])", voice)) and code in LANGUAGES:
+        told["gender"] = "female" if match[1] in LANGUAGES[code].women else "male"
+        told["description"] = f"{LANGUAGES[code].name}, {told['gender']}"
+    return told | more
 
 
 def unknown_voice(name: str, known: list[str], listing: str = "/voices") -> InvalidRequest:

@@ -371,7 +371,14 @@ def test_voices_lists_the_models_table_and_the_aliases(worker: Worker) -> None:
     assert voices["v2/zh_speaker_9"]["language"] == "zh"
     assert voices["female"]["alias_of"] == "v2/en_speaker_9"
     assert voices["narrator"]["description"] == "calm male voice"
-    assert all({"id", "name", "language"} <= set(voice) for voice in voices.values())
+    assert all({"id", "name", "language", "gender", "description"} <= set(voice)
+               for voice in voices.values())
+    assert voices["v2/en_speaker_6"]["aliases"] == ["male"]
+    assert voices["v2/pl_speaker_9"] == {
+        "id": "v2/pl_speaker_9", "name": "v2/pl_speaker_9", "language": "pl", "gender": "female",
+        "description": "Polish, female", "aliases": []}
+    women = [name for name, voice in voices.items() if voice["gender"] == "female"]
+    assert len(women) == 37 + 1, "and the alias"
 
 
 def test_index_page_names_every_endpoint(worker: Worker, bark: ModuleType) -> None:
