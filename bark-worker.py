@@ -73,6 +73,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import tempfile
@@ -384,6 +385,8 @@ class Config:
 
     voice: str = setting("BARK_VOICE", "v2/en_speaker_6", parse_text,
                          "voice when a request names none")
+    voices_dir: str | None = setting("BARK_VOICES_DIR", None, parse_text,
+                                     "folder of presets of one's own, .npz files", "none")
     max_text_length: int = setting("TTS_MAX_LENGTH", 500, parse_integer(1, 1_000_000),
                                    "most characters in one /synthesize text")
     port: int = setting("PORT", 8080, parse_integer(0, 65535),
@@ -3519,6 +3522,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_HEADER = 100_000_000  # bytes, of a safetensors file (its own limit)
 HUB_SECONDS = 20.0  # for the hub to answer a question about a model
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
+MAX_PRESETS, MAX_PRESET = 1000, 1_000_000  # files; bytes of a file, and of an array in it
+PRESET_SECONDS = (0.5, 120.0)  # of which Bark looks at the last ten
+MAX_NAME = 64  # characters
 VOICE_ALIASES = {
     "male": ("v2/en_speaker_6", "natural male narrator"),
     "female": ("v2/en_speaker_9", "natural female narrator"),
@@ -3905,13 +3911,22 @@ def read_fine_sampling(section: Mapping[str, Any], coarse: Sampling) -> Sampling
     return Sampling(0.0 if greedy else float(temperature))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Voice:
     """A voice preset: what the model is told it said before. Token ids, 49.9 and 75 a second."""
 
     semantic: np.ndarray  # (n,) int64
     coarse: np.ndarray    # (2, m) int64
     fine: np.ndarray      # (8, m) int64
+
+    def __repr__(self) -> str:
+        """By its content, so that a segment's tells all that decides how it sounds."""
+        parts = (self.semantic, self.coarse, self.fine)
+        return f"Voice({hashlib.sha256(b'|'.join(ids.tobytes() for ids in parts)).hexdigest()})"
+
+
+class PresetError(ValueError):
+    """What is wrong with a file that should be a preset, in words that stand behind its name."""
 
 
 class ModelFacts:
@@ -3982,20 +3997,195 @@ class ModelFacts:
 
     def _read_voice(self, folder: Path, paths: Mapping[str, str]) -> Voice:
         """Raises OSError or ValueError for a file that is no preset of this model."""
-        limits = (self.semantic.semantic_vocab_size, self.codebook_size, self.codebook_size)
         arrays = []
-        for prompt, limit in zip(PROMPTS, limits, strict=True):
-            path = folder / paths[prompt]
+        for prompt in PROMPTS:
             if ".." in Path(paths[prompt]).parts or Path(paths[prompt]).is_absolute():
                 raise ValueError(f"{paths[prompt]} leads out of the model folder")
-            ids = np.load(path, allow_pickle=False).astype(np.int64)  # `announcer` is uint16
+            arrays.append(np.load(folder / paths[prompt], allow_pickle=False))
+        return self.voice_of(arrays)
+
+    def voice_of(self, arrays: Iterable[np.ndarray]) -> Voice:
+        """A preset from its three arrays, of whatever integers. Raises PresetError."""
+        numbers = {  # axes before time, ids
+            "semantic_prompt": ((), self.semantic.semantic_vocab_size),
+            "coarse_prompt": ((self.coarse.n_coarse_codebooks,), self.codebook_size),
+            "fine_prompt": ((self.fine.n_fine_codebooks,), self.codebook_size)}
+        prompts = []
+        for (prompt, (axes, limit)), ids in zip(numbers.items(), arrays, strict=True):
+            while ids.ndim > len(axes) + 1 and ids.shape[0] == 1:  # a batch of one
+                ids = ids[0]
+            if ids.dtype.kind not in "iu":
+                raise PresetError(f"{prompt} holds {ids.dtype}, not whole numbers")
+            if ids.shape[:-1] != axes or ids.ndim != len(axes) + 1:
+                wanted = ", ".join([*map(str, axes), "length"])
+                raise PresetError(f"{prompt} has shape {ids.shape}, not ({wanted})")
             if ids.size == 0 or ids.min() < 0 or ids.max() >= limit:
-                raise ValueError(f"{paths[prompt]} has ids outside 0 to {limit - 1}")
-            arrays.append(ids)
-        shapes = [ids.shape[:-1] for ids in arrays]
-        if shapes != [(), (self.coarse.n_coarse_codebooks,), (self.fine.n_fine_codebooks,)]:
-            raise ValueError(f"prompts have shapes {[ids.shape for ids in arrays]}")
-        return Voice(*arrays)
+                raise PresetError(f"{prompt} has ids outside 0 to {limit - 1}, or none")
+            prompts.append(ids.astype(np.int64))  # `announcer` is uint16
+        return Voice(*prompts)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """A file's content, of at most so many bytes. Raises OSError, and PresetError for what is no
+    file: it follows no link and waits for no pipe.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(
+            name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise PresetError("is no regular file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise PresetError(f"has more than {most} bytes")
+    return content
+
+
+def read_array(archive: zipfile.ZipFile, prompt: str) -> np.ndarray:
+    """An array of an .npz, unpacked no further than one may be long, and never by pickle."""
+    try:
+        member = archive.getinfo(f"{prompt}.npy")
+    except KeyError:
+        raise PresetError(f"lacks {prompt}") from None
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise PresetError(f"{prompt} is packed in a way that NumPy does not use")  # unbounded
+    with archive.open(member) as file:
+        data = file.read(MAX_PRESET + 1)
+    if len(data) > MAX_PRESET:
+        raise PresetError(f"{prompt} unpacks to more than {MAX_PRESET} bytes")
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):  # later ones are for heads of other types
+        raise PresetError(f"{prompt} has a head of another kind than whole numbers have")
+    shape, is_fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=1000)
+    if kind.kind not in "iu":
+        raise PresetError(f"{prompt} holds {shown(kind.str)}, not whole numbers")
+    if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize != len(data) - file.tell():
+        raise PresetError(f"{prompt} has another length than its head says")
+    ids = np.frombuffer(data, kind, offset=file.tell())
+    return ids.reshape(shape, order="F" if is_fortran else "C")
+
+
+def read_preset(path: Path, facts: ModelFacts) -> Voice:
+    """A preset as Suno's `save_as_prompt` and voice cloning tools write it: an .npz that holds
+    PROMPTS, whatever else beside. Raises PresetError with what is wrong, whatever that is.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(read_regular(path, MAX_PRESET))) as archive:
+            voice = facts.voice_of([read_array(archive, prompt) for prompt in PROMPTS])
+    except OSError as error:
+        raise PresetError(f"cannot be read: {error.strerror or first_line(error)}") from error
+    except PresetError:
+        raise
+    except Exception as error:  # for a hostile file zipfile and NumPy raise all kinds
+        raise PresetError(f"is no .npz of NumPy's, or damaged ({type(error).__name__}:"
+                          f" {shown(first_line(error))})") from error
+    low, high = PRESET_SECONDS
+    for prompt, count, rate in (
+            ("semantic_prompt", len(voice.semantic), facts.semantic.semantic_rate_hz),
+            ("coarse_prompt", voice.coarse.shape[1], facts.coarse.coarse_rate_hz),
+            ("fine_prompt", voice.fine.shape[1], facts.coarse.coarse_rate_hz)):
+        if not low <= count / rate <= high:
+            raise PresetError(f"{prompt} is {count / rate:.1f} s long; allowed are {low:g} to"
+                              f" {high:g} s")
+    return voice
+
+
+def preset_name(file: str) -> str:
+    """The voice's name from its file's. Raises PresetError for one that is no name."""
+    name = unicodedata.normalize("NFC", Path(file).stem)
+    signs = all(char in " ._-" or unicodedata.category(char)[0] in "LMN" for char in name)
+    if not signs or len(name) > MAX_NAME or not name[:1].isalnum() or name.endswith((" ", ".")):
+        raise PresetError(f"is no name for a voice: at most {MAX_NAME} letters, digits, blanks and"
+                          " . _ -, of which it begins with a letter or digit")
+    return name
+
+
+class Presets(NamedTuple):
+    """What a folder of one's own presets holds: voices by name; by file what is wrong with it."""
+
+    voices: Mapping[str, Voice] = MappingProxyType({})
+    refused: Mapping[str, str] = MappingProxyType({})
+
+
+class PresetFolder:
+    """A folder of one's own presets, as it is now. Any thread may look.
+
+    A file is read once, and again when it has changed: then it is another voice, and who still
+    speaks with the old one keeps that. `taken` are names that no file can have.
+    """
+
+    def __init__(self, folder: str | None, facts: ModelFacts, taken: Iterable[str]):
+        self.folder = Path(folder).expanduser() if folder else None
+        self.facts, self.taken = facts, {name.lower(): name for name in taken}
+        self._read: dict[Hashable, Voice | str] = {}  # by file and what it was like
+        self._told: dict[Hashable, object] = {}
+
+    def look(self) -> Presets:
+        if not self.folder:
+            return Presets()
+        voices: dict[str, Voice] = {}
+        refused: dict[str, str] = {}
+        used, files = dict(self.taken), self._files(self.folder, refused)
+        for file, mark in files:
+            try:
+                name = preset_name(file)
+                if other := used.get(name.lower()):
+                    raise PresetError(f"has the name of another voice, {other}: rename it")
+                voices[name] = self._voice(self.folder / file, (file, mark))
+                used[name.lower()] = name
+            except PresetError as error:
+                refused[os.fsencode(file).decode(errors="replace")] = str(error)
+        keep_only(self._read, files)
+        for told in refused.items():
+            token = object()
+            if self._told.setdefault(told, token) is token:  # in one step: there is no lock here
+                log.warning("%s %s", shown(str(self.folder / told[0]), 200), told[1])
+        keep_only(self._told, refused.items())
+        return Presets(voices, refused)
+
+    def _files(self, folder: Path, refused: dict[str, str]) -> list[tuple[str, Hashable]]:
+        """Presets and what they are like; what is wrong with the folder itself is of file "."."""
+        try:
+            with os.scandir(folder) as entries:
+                files = sorted((entry.name, mark_of(entry)) for entry in entries if re.fullmatch(
+                    r"[^.].*\.npz", entry.name, re.IGNORECASE | re.DOTALL))
+        except OSError as error:
+            refused["."] = f"cannot be read: {error.strerror}"
+            return []
+        if len(files) > MAX_PRESETS:
+            refused["."] = f"holds {len(files)} presets, of which the first {MAX_PRESETS} are used"
+        return files[:MAX_PRESETS]
+
+    def _voice(self, path: Path, key: Hashable) -> Voice:
+        if (found := self._read.get(key)) is None:
+            found = self._read.setdefault(key, self._read_file(path))
+        if isinstance(found, str):
+            raise PresetError(found)
+        return found
+
+    def _read_file(self, path: Path) -> Voice | str:
+        try:
+            if path.is_symlink():
+                folder, path = path.parent.resolve(), path.resolve(strict=True)
+                if not path.is_relative_to(folder):
+                    return "is a link that leads out of the folder"
+            return read_preset(path, self.facts)
+        except PresetError as error:
+            return str(error)
+        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+            return f"is a link that leads nowhere ({type(error).__name__})"
+
+
+def mark_of(entry: os.DirEntry[str]) -> tuple[int, ...]:
+    """Another one when a file may have changed."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        return (error.errno or 0,)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def keep_only(known: dict[Any, Any], wanted: Iterable[Any]) -> None:
+    for key in set(known) - set(wanted):
+        known.pop(key, None)  # another thread may have been here
 
 
 def load_weights(folder: Path, device: torch.device, dtype: torch.dtype,
@@ -5339,41 +5529,62 @@ def settled_seed(seed: int) -> int:
 
 
 class Voices:
-    """Which voices there are, by which names, and what is told of each. Any thread may ask."""
+    """Which voices there are, by which names, and what is told of each. Any thread may ask.
 
-    def __init__(self, presets: Mapping[str, Voice], default: str):
-        self.presets = presets
+    The model's own are known to all; those in a folder of one's own, whose names may be people's,
+    to whom `own` says so.
+    """
+
+    def __init__(self, facts: ModelFacts, default: str, folder: str | None = None):
+        self.presets = facts.voices
         self.aliases = {alias: target for alias, (target, _) in VOICE_ALIASES.items()
-                        if target in presets and alias not in presets}
+                        if target in self.presets and alias not in self.presets}
+        self.folder = PresetFolder(
+            folder, facts, [*self.presets, *VOICE_ALIASES, *OPENAI_VOICES, "default"])
+        self.default = "default"
         self.default = self.find(default)
 
     def find(self, name: str, also: Mapping[str, str] = MappingProxyType({}),
              listing: str = "/voices") -> str:
-        """The table's own name for `name`: as it stands, else trimmed and in any case.
+        """The voice's own name for `name`: as it stands, else trimmed and in any case.
 
         `also` are further names and what they stand for; "default" is the default voice. Raises
         InvalidRequest with the nearest names and the listing that has all.
         """
-        known = {**{voice: voice for voice in self.presets}, **self.aliases, **also}
-        if name not in known:
-            folded = {other.lower(): other for other in ("default", *known)}
-            name = folded.get(name.strip().lower(), name)
-        if name not in known and name != "default":
-            raise unknown_voice(name, list(known), listing)
-        return known.get(name) or self.default
+        return self.choose(name, also, listing)[0]
 
-    def listed(self) -> list[dict[str, Any]]:
+    def choose(self, name: str, also: Mapping[str, str] = MappingProxyType({}),
+               listing: str = "/voices") -> tuple[str, Voice]:
+        """As `find`, with the preset as it is now."""
+        known = {**{voice: voice for voice in self.presets}, **self.aliases, **also}
+        found = look_up(name, {"default": self.default, **known})
+        if found in self.presets:
+            return found, self.presets[found]
+        own = self.folder.look().voices
+        found = found or look_up(name, {voice: voice for voice in own})
+        if found in own:
+            return found, own[found]
+        raise unknown_voice(found or name, [*known, *own], listing)
+
+    def told(self, name: str, own: bool) -> str:
+        """The name, or for who may not know it another that means the same."""
+        return name if own or name in self.presets else "default"
+
+    def listed(self, own: bool = True) -> list[dict[str, Any]]:
         """Every voice a request may name, with what is known of it; aliases first."""
         aliases = [told_voice(alias, target, description=VOICE_ALIASES[alias][1], alias_of=target)
                    for alias, target in self.aliases.items()]
-        return aliases + [
+        voices = [
             told_voice(name, name, aliases=[a for a, of in self.aliases.items() if of == name])
             for name in sorted(self.presets)]
+        return aliases + voices + [
+            told_voice(name, name, own=True, description="a preset of your own", aliases=[])
+            for name in (self.folder.look().voices if own else ())]
 
-    def listed_for_openai(self) -> list[dict[str, Any]]:
+    def listed_for_openai(self, own: bool = True) -> list[dict[str, Any]]:
         """OpenAI's names first, alloy at their head, then all others."""
-        return [told_voice(name, target, alias_of=target)
-                for name, target in self.openais().items()] + self.listed()
+        return [told_voice(name, target, alias_of=self.told(target, own))
+                for name, target in self.openais().items()] + self.listed(own)
 
     def openais(self) -> dict[str, str]:
         """OpenAI's names and what stands for them: the default voice where there is no other, or
@@ -5387,14 +5598,15 @@ class Voices:
 class Narrator:
     """Turns text, voice and seed into segments for one model. Any thread may call it."""
 
-    def __init__(self, facts: ModelFacts, default_voice: str, quality: bool = False):
+    def __init__(self, facts: ModelFacts, default_voice: str, quality: bool = False,
+                 voices_dir: str | None = None):
         self.facts, self.quality = facts, quality
         self.sampling, self.min_eos_p = facts.semantic_sampling, facts.semantic.min_eos_p
         if quality:
             cooler = min(self.sampling.temperature, SEMANTIC_TEMPERATURE)
             self.sampling = replace(self.sampling, temperature=cooler)
             self.min_eos_p = min(self.min_eos_p or MIN_EOS_P, MIN_EOS_P)
-        self.voices = Voices(facts.voices, default_voice)
+        self.voices = Voices(facts, default_voice, voices_dir)
         # A short text window means that the model learnt short texts: the built-in voice, with 48
         # tokens, none above 64 characters.
         window = facts.semantic.max_input_semantic_length
@@ -5412,7 +5624,7 @@ class Narrator:
 
         Raises NothingToSpeak, and InvalidRequest for a voice or a segment that is not there.
         """
-        voice = self.voices.find(voice) if voice is not None else self.voices.default
+        voice, preset = self.voices.choose("default" if voice is None else voice)
         seed = derived_seed(voice, text) if seed is None else settled_seed(seed)
         script, pieces = self._pieces(text, voice_language(voice), manner.expressive)
         if not pieces:
@@ -5422,7 +5634,7 @@ class Narrator:
         seeds = {index: settled_seed(own) for index, own in seeds.items()}
         options = self._options(manner)
         segments = [
-            self._segment(piece.ids, voice, derived_seed(seeds.get(index, seed), index), options)
+            self._segment(piece.ids, preset, derived_seed(seeds.get(index, seed), index), options)
             for index, piece in enumerate(pieces)]
         spoken = [piece.spoken for piece in pieces]
         wanted = [Wanted(estimate_seconds(piece), piece, voice_language(voice))
@@ -5473,10 +5685,9 @@ class Narrator:
         return {"semantic_sampling": semantic, "coarse_sampling": coarse,
                 "min_eos_p": self.min_eos_p if manner.min_eos_p is None else manner.min_eos_p}
 
-    def _segment(self, ids: list[int], voice: str, seed: int,
+    def _segment(self, ids: list[int], voice: Voice, seed: int,
                  options: Mapping[str, Any]) -> Segment:
-        return Segment(ids, self.voices.presets[voice], seed,
-                       fine_sampling=self.facts.fine_sampling, **options)
+        return Segment(ids, voice, seed, fine_sampling=self.facts.fine_sampling, **options)
 
 
 def with_something_to_speak(pieces: Iterable[Piece]) -> list[Piece]:
@@ -5515,6 +5726,14 @@ def nothing_to_speak() -> NothingToSpeak:
 def unknown_segment(index: int, count: int) -> InvalidRequest:
     return InvalidRequest(f'seeds has "{index}"; segments of this text: {count}, counted from "0"',
                           param="seeds", code="invalid_value")
+
+
+def look_up(name: str, known: Mapping[str, str]) -> str | None:
+    """What a name stands for, as it is or with blanks around it and in other letters."""
+    if name in known:
+        return known[name]
+    folded = {other.lower(): target for other, target in known.items()}
+    return folded.get(unicodedata.normalize("NFC", name).strip().lower())
 
 
 def voice_language(name: str) -> str:
@@ -7010,13 +7229,16 @@ class HttpHandler(HttpAnswers):
                             {"Allow": allow})
         return route.answer
 
-    def check_key(self) -> None:
+    def has_key(self) -> bool:
+        """Whether the key is there, or none is wanted."""
         key = self.server.config.api_key
-        given = self.headers.get("Authorization", "")
-        scheme, _, token = given.partition(" ")
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         sent = token.strip().encode("utf-8", "surrogateescape")
-        if key and not (hmac.compare_digest(sent, key.encode()) and scheme.lower() == "bearer"):
-            what = "is wrong" if given else "is missing"
+        return not key or (hmac.compare_digest(sent, key.encode()) and scheme.lower() == "bearer")
+
+    def check_key(self) -> None:
+        if not self.has_key():
+            what = "is wrong" if self.headers.get("Authorization") else "is missing"
             raise HttpError(HTTPStatus.UNAUTHORIZED, "invalid_api_key", f"the API key {what}; send"
                             " the header 'Authorization: Bearer KEY'",
                             {"WWW-Authenticate": "Bearer"})
@@ -7529,6 +7751,9 @@ class RequestHandler(HttpHandler):
                 body[ear] = without_folders(getattr(scheduler.judge, ear))
         if memory := scheduler.memory:
             body["gpu_memory"] = memory
+        if config.voices_dir and not self.has_key():
+            body["voice"] = (state.narrator.voices.told(body["voice"], own=False)
+                             if state.narrator else "default")
         if progress := state.progress:
             body["progress"] = progress()
         if state.error:
@@ -7542,8 +7767,12 @@ class RequestHandler(HttpHandler):
         self.send_json({"ready": True})
 
     def get_voices(self) -> None:
-        voices = self.narrator().voices
-        self.send_json({"voices": voices.listed(), "default": voices.default})
+        voices, own = self.narrator().voices, self.has_key()
+        body = {"voices": voices.listed(own), "default": voices.told(voices.default, own)}
+        if own and self.server.config.voices_dir:
+            body["refused"] = [{"file": file, "reason": reason}
+                               for file, reason in voices.folder.look().refused.items()]
+        self.send_json(body)
 
     def narrator(self) -> Narrator:
         if self.server.state.narrator is None:
@@ -7561,7 +7790,7 @@ class RequestHandler(HttpHandler):
             raise HttpError(HTTPStatus.NOT_FOUND, "model_not_found", f"there is no model"
                             f" {shown(name)}; there are {', '.join(self.models())}, which are one")
         voices = [{"name": voice["name"], "language": voice["language"]}
-                  for voice in self.narrator().voices.listed_for_openai()]
+                  for voice in self.narrator().voices.listed_for_openai(self.has_key())]
         self.send_json({**self.model(name), "voices": voices})
 
     def models(self) -> list[str]:
@@ -7572,7 +7801,8 @@ class RequestHandler(HttpHandler):
                 "owned_by": "bark-worker"}
 
     def get_audio_voices(self) -> None:
-        self.send_json({"voices": self.narrator().voices.listed_for_openai()})
+        own = self.has_key()
+        self.send_json({"voices": self.narrator().voices.listed_for_openai(own)})
 
     def post_synthesize(self) -> None:
         payload = parse_json(self.read_body())
@@ -7743,7 +7973,7 @@ def load_engine(config: Config, state: State, judge: Judge, model_id: str,
 
     def check_voices(names: Iterable[str]) -> None:
         voice, _ = VOICE_ALIASES.get(config.voice, (config.voice, ""))
-        if voice not in (known := list(names)):
+        if voice not in (known := list(names)) and not has_preset(config.voices_dir, voice):
             few = f"; this model has {', '.join(known)}" if len(known) < 10 else ""
             raise ConfigError(f"BARK_VOICE: {unknown_voice(voice, known)}{few}")
 
@@ -7758,7 +7988,12 @@ def load_engine(config: Config, state: State, judge: Judge, model_id: str,
     state.enter("loading")
     facts = ModelFacts(folder)
     check_voices(facts.voices)
-    narrator = Narrator(facts, config.voice, config.quality)
+    try:
+        narrator = Narrator(facts, config.voice, config.quality, config.voices_dir)
+    except InvalidRequest:  # /health tells this to all, and so no names
+        raise ConfigError("BARK_VOICE is a preset of BARK_VOICES_DIR that is refused; the log says"
+                          " why") from None
+    narrator.voices.folder.look()  # for the log's sake
     dtype = config.dtype or best_dtype(device, facts.hidden_size)
     state.enter("loading", dtype=dtype)
     try:
@@ -7777,6 +8012,14 @@ def load_engine(config: Config, state: State, judge: Judge, model_id: str,
     gc.freeze()  # libraries and model stay: else a long text's planning is half looking at them
     state.narrator = narrator
     return engine
+
+
+def has_preset(folder: str | None, voice: str) -> bool:
+    """Whether there is a file of that name, good or not, as that shows when the model is known."""
+    try:
+        return bool(folder) and f"{voice}.npz" in os.listdir(Path(folder).expanduser())
+    except OSError:
+        return False
 
 
 def prepare_listener(judge: Judge, name: str, on_download: Callable[[int, Path], None]) -> None:

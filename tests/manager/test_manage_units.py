@@ -317,9 +317,10 @@ def test_values_that_the_cli_would_mangle_are_refused(name: str, value: str,
 
 
 def test_the_workers_settings_are_passed_on_and_no_others(bark: ModuleType) -> None:
-    """The others are the manager's own choice: address, device, key; or options have them, too."""
+    """The others are the manager's own choice: address, device, key; or options have them, too; or
+    folders of this machine."""
     own = {"PORT", "HOST", "BARK_DEVICE", "BARK_API_KEY", "BARK_MODEL", "BARK_VOICE",
-           "BARK_LISTEN", "BARK_IDLE_STOP", "BARK_START_LIMIT", "BARK_MAX_HOURS"}
+           "BARK_VOICES_DIR", "BARK_LISTEN", "BARK_IDLE_STOP", "BARK_START_LIMIT", "BARK_MAX_HOURS"}
     passed = answer('printf "%s\\n" "$PASSED_ON"').split()
     assert sorted(passed) == sorted({v.name for v in bark.VARIABLES} - own)
 

@@ -13,7 +13,8 @@ import pytest
 from conftest import WORKER, clean_environment
 
 DOCUMENTED = {
-    "BARK_VOICE", "TTS_MAX_LENGTH", "PORT", "HOST", "HF_HOME", "BARK_MODEL", "BARK_DEVICE",
+    "BARK_VOICE", "BARK_VOICES_DIR", "TTS_MAX_LENGTH", "PORT", "HOST", "HF_HOME", "BARK_MODEL",
+    "BARK_DEVICE",
     "BARK_DTYPE", "BARK_API_KEY", "BARK_MAX_BATCH", "BARK_MAX_QUEUE", "BARK_TIMEOUT",
     "BARK_DETERMINISTIC", "BARK_EXPRESSION", "BARK_CACHE_MB", "BARK_CORS_ORIGINS",
     "BARK_QUALITY", "BARK_RETRIES", "BARK_LISTEN", "BARK_WORD_ERRORS", "BARK_IDLE_STOP",
@@ -23,6 +24,7 @@ DOCUMENTED = {
 GOOD = [
     ("BARK_VOICE", "male", "voice", "male"),
     ("BARK_VOICE", "v2/de_speaker_3", "voice", "v2/de_speaker_3"),
+    ("BARK_VOICES_DIR", "/my voices", "voices_dir", "/my voices"),
     ("TTS_MAX_LENGTH", "1", "max_text_length", 1),
     ("TTS_MAX_LENGTH", "1000000", "max_text_length", 1_000_000),
     ("PORT", "0", "port", 0),
