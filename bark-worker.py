@@ -6777,7 +6777,8 @@ HEADER_DEFECTS = (
     email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
     email.errors.MisplacedEnvelopeHeaderDefect, email.errors.InvalidHeaderDefect)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
-EXPOSED = "X-Request-Id, X-Bark-Seed, X-Bark-Duration, Retry-After"  # to pages of other origins
+EXPOSED = (  # to pages of other origins
+    "X-Request-Id, X-Bark-Seed, X-Bark-Duration, Retry-After, ETag, Content-Range")
 
 
 class HttpError(InvalidRequest):
@@ -6813,6 +6814,30 @@ def status_and_headers(error: WorkerError) -> tuple[HTTPStatus, dict[str, str]]:
 def error_body(error: WorkerError) -> dict[str, Any]:
     return {"status": "error", "error": {"message": str(error), "type": error.kind,
                                          "param": error.param, "code": error.code}}
+
+
+def names_tag(tags: str, tag: str) -> bool:
+    """Whether an If-None-Match names this ETag, or any."""
+    return tags.strip() == "*" or tag in re.findall('"[^"]*"', tags)
+
+
+def wanted_part(asked: str, length: int) -> range | None:
+    """The bytes of so many that a Range header asks for. None is all: where it asks for several
+    parts, or is none that RFC 9110 knows. Raises HttpError: 416.
+    """
+    match = re.fullmatch(r"\s*bytes\s*=\s*([0-9]{0,18})-([0-9]{0,18})\s*", asked, re.IGNORECASE)
+    first, last = match.groups() if match else ("", "")
+    if not (first or last) or (first and last and int(first) > int(last)):
+        return None
+    if not first:  # the last so many
+        part = range(max(0, length - int(last)), length)
+    else:
+        part = range(int(first), min(int(last or length - 1) + 1, length))
+    if not part:
+        raise HttpError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "range_not_satisfiable",
+                        f"Range is {shown(asked)}, but there are {length} bytes",
+                        {"Content-Range": f"bytes */{length}", "Accept-Ranges": "bytes"})
+    return part
 
 
 def has_left(connection: socket.socket) -> bool:
@@ -7080,6 +7105,26 @@ class HttpAnswers(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             for piece in blocks(body):
                 self.wfile.write(piece)
+
+    def send_kept(self, kind: str, body: bytes, headers: Mapping[str, str]) -> None:
+        """A body that has an ETag: not to who has it already, and in part to who wants a part.
+
+        HEAD tells of a part what GET would, as Apache and nginx do.
+        """
+        tag = headers["ETag"]
+        headers = {"Accept-Ranges": "bytes", **headers}
+        if names_tag(self.headers.get("If-None-Match", ""), tag):
+            self.send_head(HTTPStatus.NOT_MODIFIED, headers)
+            return
+        if self.headers.get("If-Range", tag).strip() == tag:
+            part = wanted_part(self.headers.get("Range", ""), len(body))
+        else:
+            part = None
+        if part is None:
+            self.send_body(HTTPStatus.OK, kind, body, headers)
+        else:
+            self.send_body(HTTPStatus.PARTIAL_CONTENT, kind, body[part.start : part.stop], {
+                **headers, "Content-Range": f"bytes {part.start}-{part.stop - 1}/{len(body)}"})
 
     def send_chunks(self, kind: str, chunks: Iterator[bytes], headers: Mapping[str, str]) -> None:
         """Sends chunks as they come. Nothing goes out before the first, so that an error up to
@@ -7546,8 +7591,13 @@ def read_page(path: Path) -> Page | None:
     body = text.encode()
     return Page(body, {
         "Content-Security-Policy": "; ".join(f"{what} {who}" for what, who in allowed.items()),
-        "Cache-Control": "no-cache", "ETag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
+        "Cache-Control": "no-cache", "ETag": tag_of(body),
         "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"})
+
+
+def tag_of(body: bytes) -> str:
+    """A strong ETag."""
+    return f'"{hashlib.sha256(body).hexdigest()[:32]}"'
 
 
 def hashes(page: str, element: str) -> str:
@@ -7722,11 +7772,8 @@ class RequestHandler(HttpHandler):
             url = self.server.url.replace("0.0.0.0", "127.0.0.1")
             text = INDEX.format(version=VERSION, url=url)
             self.send_body(HTTPStatus.OK, "text/plain; charset=utf-8", text.encode(), vary)
-        elif page.headers["ETag"] in self.headers.get("If-None-Match", ""):
-            self.send_head(HTTPStatus.NOT_MODIFIED, page.headers | vary)
         else:
-            self.send_body(HTTPStatus.OK, "text/html; charset=utf-8", page.body,
-                           page.headers | vary)
+            self.send_kept("text/html; charset=utf-8", page.body, page.headers | vary)
 
     def get_health(self) -> None:
         self.send_json(self.health())
