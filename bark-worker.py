@@ -6124,9 +6124,14 @@ class SegmentCache:
 
 
 class Request:
-    """A speech on its way. Each of `parts` gets its segment's take, or the error."""
+    """A speech on its way. Each of `parts` gets its segment's take, or the error.
 
-    def __init__(self, speech: Speech, deadline: float, is_abandoned: Callable[[], bool]):
+    One that is `patient` stands behind all that are not, whenever they come.
+    """
+
+    def __init__(self, speech: Speech, deadline: float, is_abandoned: Callable[[], bool],
+                 patient: bool = False):
+        self.patient = patient
         self.began, self.deadline, self.is_abandoned = time.monotonic(), deadline, is_abandoned
         self.parts: list[Future[Take]] = [Future() for _ in speech.segments]
         wanted = speech.wanted or [None] * len(speech.segments)
@@ -6179,7 +6184,8 @@ class Request:
 
 
 class Scheduler:
-    """Feeds segments to the engine in turns: one of every request a round, in order of arrival.
+    """Feeds segments to the engine in turns: one of every request a round, in order of arrival;
+    patient ones when no other waits.
 
     So a long text waits for nobody's whole length, and nobody for its. `load` runs in the
     scheduler's own thread, the only one that touches the engine.
@@ -6241,14 +6247,20 @@ class Scheduler:
                 self.metrics.segment("cache", seconds)
 
     def _queue(self, request: Request) -> None:
-        room = self.max_queue + self._engine.slots - len(self._owner)
-        if (waiting := self.stats()["waiting"]) >= room:
+        waiting, room = self._ahead_of(request)
+        if waiting >= room:
             raise Unavailable(f"{waiting} requests are waiting already and at most"
                               f" {self.max_queue} may; try again soon",
                               code="queue_full", retry_after=RETRY_FULL)
         request.turn = self._turn + 1
         self._requests.append(request)
         self._changed.notify_all()
+
+    def _ahead_of(self, request: Request) -> tuple[int, int]:
+        """How many requests wait before this one does, and how many may, free slots included."""
+        ahead = [r for r in self._requests if request.patient or not r.patient]
+        busy = sum(1 for owner, _ in self._owner.values() if request.patient or not owner.patient)
+        return sum(not r.started for r in ahead), self.max_queue + self._engine.slots - busy
 
     def stats(self) -> dict[str, int]:
         """Requests running and waiting, and how many may wait."""
@@ -6332,20 +6344,31 @@ class Scheduler:
                     f"not done after {now - request.began:.1f} s, all that BARK_TIMEOUT allows;"
                     " send a shorter text", code="timeout"))
 
+    def _make_way(self) -> None:
+        """Takes patient work out of the engine again where other work waits for its slot."""
+        waiting = sum(len(r.todo) for r in self._requests if not r.patient)
+        for segment, (request, index) in list(self._owner.items()):
+            if request.patient and waiting > self._engine.free_slots:
+                del self._owner[segment]
+                self._engine.abort(segment)
+                request.todo.appendleft(index)
+                request.started = 0.0
+
     def _admit(self) -> None:
         """Fills free slots. Turns make it fair; within a turn, who came first goes first."""
+        self._make_way()
         while self._engine.free_slots > 0:
             open_requests = [r for r in self._requests if r.todo]
             if not open_requests:
                 return
-            request = min(open_requests, key=lambda r: r.turn)
+            request = min(open_requests, key=lambda r: (r.patient, r.turn))
             index = request.todo.popleft()
             segment = request.trials[index].next_segment()
             self._owner[segment] = (request, index)
             self._turn = max(self._turn, request.turn)
             request.turn += 1
             again = request.trials[index].count > 0  # its place in the audio is waited for
-            self._engine.add(segment, urgent=again or not request.started)
+            self._engine.add(segment, urgent=not request.patient and (again or not request.started))
             if not request.started:
                 request.started = time.monotonic()
                 self.metrics.started(request.wait)

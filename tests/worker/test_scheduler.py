@@ -110,10 +110,11 @@ class Bench:
     scheduler: Any
 
     def request(self, name: str, segments: int = 1, *, steps: int = 1, error: str = "",
-                deadline: float = SECONDS, left: Callable[[], bool] = lambda: False) -> Any:
+                deadline: float = SECONDS, left: Callable[[], bool] = lambda: False,
+                patient: bool = False) -> Any:
         pieces = [Piece(f"{name}{index}", steps, error) for index in range(segments)]
         speech = self.bark.Speech("", "", 0, [], pieces, [])
-        return self.bark.Request(speech, time.monotonic() + deadline, left)
+        return self.bark.Request(speech, time.monotonic() + deadline, left, patient)
 
     def submit(self, name: str, segments: int = 1, **options: Any) -> Any:
         request = self.request(name, segments, **options)
@@ -215,6 +216,55 @@ def test_two_long_texts_share_the_engine(make_bench: Callable[..., Bench]) -> No
     assert (len(names(first)), len(names(second))) == (6, 6)
     added = bench.engine.added()
     assert {name[0] for name in added[3:7]} == {"a", "b"}
+
+
+def test_a_patient_request_waits_for_all_others_also_for_later_ones(
+        make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench()
+    first = bench.submit("a", 2)
+    bench.engine.wait_for_step()
+    patient, later = bench.submit("p", patient=True), bench.submit("b", 2)
+    bench.engine.run_free()
+    assert names(patient) == ["p0"] and names(first) and names(later)
+    assert bench.engine.added() == ["a0", "a1", "b0", "b1", "p0"]
+
+
+def test_a_patient_request_makes_way_for_others_and_is_taken_up_again(
+        make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench()
+    patient = bench.submit("p", 2, steps=3, patient=True)
+    bench.engine.wait_for_step()
+    bench.submit("a", 1)
+    bench.engine.advance()
+    assert bench.engine.events[-2:] == ["abort p0", "add a0"]
+    assert bench.scheduler.stats() == {"running": 1, "waiting": 1, "capacity": 32}
+    bench.engine.run_free()
+    assert names(patient) == ["p0", "p1"]
+    assert bench.engine.added() == ["p0", "a0", "p0", "p1"]
+
+
+def test_a_patient_request_stays_where_there_is_a_slot_for_all(
+        make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(slots=2)
+    patient = bench.submit("p", steps=2, patient=True)
+    bench.engine.wait_for_step()
+    other = bench.submit("a")
+    bench.engine.run_free()
+    assert names(patient) == ["p0"] and names(other) == ["a0"]
+    assert not [event for event in bench.engine.events if event.startswith("abort")]
+
+
+def test_patient_requests_take_no_place_in_the_queue_from_others(
+        make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_queue=1)
+    patient = [bench.submit("p", patient=True), bench.submit("q", patient=True)]
+    bench.engine.wait_for_step()
+    with pytest.raises(bench.bark.Unavailable, match="1 requests are waiting"):
+        bench.submit("r", patient=True)
+    others = [bench.submit("a"), bench.submit("b")]
+    assert refusal(bench).code == "queue_full"
+    bench.engine.run_free()
+    assert [names(each) for each in others + patient] == [["a0"], ["b0"], ["p0"], ["q0"]]
 
 
 def test_every_free_slot_is_used(make_bench: Callable[..., Bench]) -> None:
