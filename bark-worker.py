@@ -35,6 +35,7 @@ The map: sections in order. Each uses what stands above it, and of the world wha
   Metrics        what Prometheus is told                    prometheus            test_metrics
   Hearing        takes heard and judged, beside the device  tensors, threads      test_hearing
   Scheduler      whose turn it is; the engine's one thread  threads               test_scheduler
+  Samples        a line in each voice, made once and kept   threads               test_voices
   Guard          an idle instance of Vast's stops itself    threads, net          test_guard
   HTTP           connections, limits, framing, errors       threads, net          test_server
   Endpoints      what clients may ask for, how it is sent   threads, net          test_openai
@@ -3956,6 +3957,8 @@ class ModelFacts:
         # A model cannot have learnt cues that its tokenizer has no way to write.
         self.knows_cues = not self.unknown(" ".join(CUES))
         self.voices = self._read_voices(folder)
+        weights = weight_files(path.name for path in folder.iterdir() if path.exists())
+        self.origin = origin_of(folder / name for name in (*weights, *NEEDED_FILES))
 
     @property
     def semantic_to_coarse(self) -> float:
@@ -4243,6 +4246,20 @@ def looks_whole(path: Path) -> bool:
     return 8 + size + max(ends, default=0) == path.stat().st_size
 
 
+def origin_of(paths: Iterable[Path]) -> str:
+    """What is known of a model's files without reading them; other files, another origin."""
+    origin = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+              for path in paths]
+    return hashlib.sha256(repr((transformers.__version__, origin)).encode()).hexdigest()[:32]
+
+
+def own_folder() -> Path:
+    """The folder of ours beside the models."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME).absolute() / "bark-worker"
+
+
 def copy_of_weights(folder: Path, dtype: torch.dtype, cache: Path) -> Path | None:
     """Where `cache` keeps these weights in half precision; None where a copy gains nothing.
 
@@ -4252,10 +4269,8 @@ def copy_of_weights(folder: Path, dtype: torch.dtype, cache: Path) -> Path | Non
     files = [folder / name for name in weight_files(path.name for path in folder.iterdir())]
     if dtype == torch.float32 or any(path.suffix == ".safetensors" for path in files):
         return None
-    origin = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-              for path in [*files, folder / "config.json"]]
-    digest = hashlib.sha256(repr((transformers.__version__, origin)).encode()).hexdigest()
-    return cache / f"{digest[:32]}-{str(dtype).removeprefix('torch.')}"
+    origin = origin_of([*files, folder / "config.json"])
+    return cache / f"{origin}-{str(dtype).removeprefix('torch.')}"
 
 
 def read_copy(copy: Path, dtype: torch.dtype) -> BarkModel | None:
@@ -5642,6 +5657,14 @@ class Narrator:
         return Speech(text, voice, seed, placed(script, [piece.span for piece in pieces]), segments,
                       spoken, self.facts.sample_rate, wanted, [p.warnings for p in pieces], seeds)
 
+    def plan_sample(self, voice: str) -> Speech:
+        """A line to hear the voice by: in its own language, if the model can write that."""
+        voice = self.voices.find(voice)
+        line = LANGUAGES.get(voice_language(voice), LANGUAGES["en"]).line
+        if self.facts.unknown(line):
+            line = LANGUAGES["en"].line
+        return self.plan(line, voice, None, Manner(expressive=False))
+
     def _pieces(self, text: str, language: str, expressive: bool) -> tuple[Script, list[Piece]]:
         script = read(text, language, self.facts.knows_cues)
         spans = split_text(script.text, language, self.limits)
@@ -6462,6 +6485,146 @@ def not_ready(state: State) -> Unavailable:
     error = Unavailable(f"the model {what}", code="not_ready", retry_after=RETRY_LOADING)
     error.permanent = bool(state.error)
     return error
+
+
+# -----------------------------------------------------------------------------
+# Samples: a line in each voice, made at the first asking and kept
+#
+# A sample is spoken as any text is, but behind all others, and once for all who ask meanwhile. It
+# is kept on disk under everything that decides how it sounds, so that a restart has it at once. No
+# file of that folder is believed: each begins with a seal over its name and content.
+
+SAMPLE_FORMAT = "mp3"  # which every browser plays
+MAX_SAMPLE = 1_000_000  # bytes; a line takes some 50,000
+SAMPLES_IN_MEMORY = 16_000_000  # bytes, where the disk takes none
+
+
+class Sample(NamedTuple):
+    """A line in a voice, planned, and the name of all that decides its sound."""
+
+    key: str
+    speech: Speech
+
+
+class SampleFiles:
+    """Samples by key, each a file, whole or not there; in memory where the disk takes none.
+
+    Not for several threads at once, but for several workers.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._memory: dict[str, bytes] = {}
+        self._is_told = False
+
+    def get(self, key: str) -> bytes | None:
+        try:
+            content = read_regular(self.folder / key, MAX_SAMPLE)
+        except (OSError, PresetError):
+            content = b""
+        seal, audio = content[:32], content[32:]
+        return audio if seal == self._seal(key, audio) else self._memory.get(key)
+
+    def put(self, key: str, audio: bytes) -> None:
+        try:
+            self._write(self.folder / key, self._seal(key, audio) + audio)
+        except OSError as error:
+            self._memory[key] = audio
+            while sum(map(len, self._memory.values())) > SAMPLES_IN_MEMORY:
+                del self._memory[next(iter(self._memory))]  # the oldest
+            if not self._is_told:
+                self._is_told = True
+                log.warning("samples of voices cannot be kept in %s (%s): they stay in memory, and"
+                            " the next start makes them anew", self.folder, error.strerror)
+
+    def _seal(self, key: str, audio: bytes) -> bytes:
+        return hashlib.sha256(key.encode() + audio).digest()
+
+    def _write(self, path: Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{secrets.token_hex(4)}")
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+class Making(NamedTuple):
+    """A sample on its way, and for each who asked whether they have left."""
+
+    request: Request
+    askers: list[Callable[[], bool]]
+
+
+class Samples:
+    """Every voice's sample: planned, found or made. Any thread may ask.
+
+    `manner` is what else decides how takes come out: how they are judged, say.
+    """
+
+    def __init__(self, scheduler: Scheduler, folder: Path, manner: object):
+        self.scheduler, self.files, self.manner = scheduler, SampleFiles(folder), manner
+        self._lock = threading.Lock()
+        self._making: dict[str, Making] = {}
+
+    def plan(self, narrator: Narrator, voice: str) -> Sample:
+        """Raises InvalidRequest for an unknown voice."""
+        speech, details = narrator.plan_sample(voice), self.scheduler.state.details
+        decides = (VERSION, SAMPLE_FORMAT, self.manner, details.get("device"), details.get("dtype"),
+                   narrator.facts.origin, speech.rate, speech.spans, speech.wanted, speech.segments)
+        return Sample(hashlib.sha256(repr(decides).encode()).hexdigest(), speech)
+
+    def find(self, sample: Sample) -> bytes | None:
+        with self._lock:
+            return self.files.get(sample.key)
+
+    def make(self, sample: Sample, deadline: float, has_left: Callable[[], bool]) -> bytes:
+        """The sample, once for all who ask meanwhile. Raises what a request's end may be."""
+        while True:
+            with self._lock:
+                if sample.key not in self._making:
+                    if audio := self.files.get(sample.key):  # made since it was looked for
+                        return audio
+                    self._making[sample.key] = self._ask(sample.speech, deadline, has_left)
+                making = self._making[sample.key]
+                making.askers.append(has_left)
+            try:
+                audio = joined_takes(sample.speech, list(making.request.results()))
+            except (Abandoned, RequestTimeout):  # of who asked first: others ask anew
+                self._end(sample.key, making)
+                if has_left() or time.monotonic() >= deadline:
+                    raise
+            except WorkerError:
+                self._end(sample.key, making)
+                raise
+            else:
+                self._end(sample.key, making, audio)
+                return audio
+
+    def _ask(self, speech: Speech, deadline: float, has_left: Callable[[], bool]) -> Making:
+        askers = [has_left]
+        request = Request(speech, deadline, lambda: all(left() for left in askers), patient=True)
+        self.scheduler.submit(request)
+        return Making(request, askers)
+
+    def _end(self, key: str, making: Making, audio: bytes = b"") -> None:
+        with self._lock:
+            if self._making.get(key) is making:
+                del self._making[key]
+                if audio:
+                    self.files.put(key, audio)
+
+
+def joined_takes(speech: Speech, takes: list[Take]) -> bytes:
+    """A speech's audio as a file."""
+    sound = [samples for span, take in zip(speech.spans, takes, strict=True) for samples in (
+        take.samples, np.zeros(round(span.pause * speech.rate), np.int16))]
+    return encode(np.concatenate(sound), speech.rate, SAMPLE_FORMAT)
 
 
 # -----------------------------------------------------------------------------
@@ -7286,8 +7449,7 @@ class HttpHandler(HttpAnswers):
         if not (route and route.is_open) and self.command != "OPTIONS":
             self.check_key()
         if not route:
-            raise HttpError(HTTPStatus.NOT_FOUND, "not_found", f"there is no {shown(path)};"
-                            f" there are {', '.join(self.routes)}")
+            raise self.unknown_path(path)
         allow = "GET, HEAD, OPTIONS" if route.method == "GET" else f"{route.method}, OPTIONS"
         if self.command == "OPTIONS":
             return lambda handler: handler.send_options(allow)
@@ -7296,6 +7458,10 @@ class HttpHandler(HttpAnswers):
                             f"{self.known_path} takes {allow}, not {shown(self.command, 16)}",
                             {"Allow": allow})
         return route.answer
+
+    def unknown_path(self, path: str) -> HttpError:
+        return HttpError(HTTPStatus.NOT_FOUND, "not_found", f"there is no {shown(path)};"
+                         f" there are {', '.join(self.routes)}")
 
     def has_key(self) -> bool:
         """Whether the key is there, or none is wanted."""
@@ -7413,7 +7579,7 @@ MAX_INPUT = 4096            # characters of OpenAI's `input`
 SILENCE_SECONDS = 0.25      # that OpenAI's endpoint gives for a text without a word
 WHOLE_FORMATS = ("flac",)   # as a stream it has no length in its head, which libsndfile refuses
 MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")  # that clients ask for; all are the one here
-MODELS_PATH = "/v1/models/"
+MODELS_PATH, SAMPLES_PATH = "/v1/models/", "/voices/"
 PAGE = Path(__file__).resolve().with_name("page.html")
 MEDIA_TYPES = {form.mime: name for name, form in FORMATS.items()} | {
     "audio/x-wav": "wav", "audio/wave": "wav", "audio/vnd.wave": "wav", "audio/mp3": "mp3",
@@ -7428,7 +7594,7 @@ bark-worker {version}: text to speech with Bark
 GET  /health      what the worker is doing
 GET  /ready       200 when it can speak, else 503
 GET  /metrics     numbers for Prometheus
-GET  /voices      the voices a request may name
+GET  /voices      the voices a request may name; /voices/ID/sample is one to hear
 POST /synthesize  {{"text": ..., "voice": ..., "seed": ...}}; only text is required
 
 and OpenAI's, for a client whose base URL is {url}/v1
@@ -7781,6 +7947,9 @@ class WorkerServer(HttpServer):
         self.state, self.scheduler, self.guard = state, scheduler, guard
         self.started, self.created = time.monotonic(), int(time.time())
         self.page = read_page(PAGE)
+        self.samples = Samples(scheduler, own_folder() / "samples", (
+            config.deterministic,
+            config.quality and (config.retries, config.listen, config.word_errors)))
         super().__init__(config, RequestHandler, connections, metrics)
 
 
@@ -7843,6 +8012,31 @@ class RequestHandler(HttpHandler):
             body["refused"] = [{"file": file, "reason": reason}
                                for file, reason in voices.folder.look().refused.items()]
         self.send_json(body)
+
+    def get_sample(self) -> None:
+        """A voice's own line. HEAD never has it made: of one that is not, it tells the kind alone.
+        """
+        path = urlsplit(self.path).path
+        name, _, what = re.sub("/{2,}", "/", path).rstrip("/").removeprefix(
+            SAMPLES_PATH).rpartition("/")
+        if what != "sample":
+            raise self.unknown_path(path)
+        narrator, samples = self.narrator(), self.server.samples
+        try:
+            sample = samples.plan(narrator, unquote(name))
+        except InvalidRequest as error:
+            raise HttpError(HTTPStatus.NOT_FOUND, error.code, str(error)) from None
+        audio, kind = samples.find(sample), FORMATS[SAMPLE_FORMAT].mime
+        if not audio and self.command == "HEAD":
+            self.send_head(HTTPStatus.OK, {"Content-Type": kind, "Accept-Ranges": "bytes"})
+            return
+        if not audio:
+            with self.server.guard.work():
+                audio = samples.make(sample, self.began + self.server.config.timeout,
+                                     lambda: has_left(self.connection))
+        is_own = sample.speech.voice not in narrator.facts.voices
+        self.send_kept(kind, audio, {"ETag": tag_of(audio), "Cache-Control": (
+            "private, no-cache" if is_own else "private, max-age=3600")})  # own ones may change
 
     def narrator(self) -> Narrator:
         if self.server.state.narrator is None:
@@ -7988,6 +8182,7 @@ ROUTES = {
     "/ready": Route("GET", RequestHandler.get_ready, is_open=True, is_probe=True),
     "/metrics": Route("GET", RequestHandler.get_metrics, is_open=True, is_probe=True),
     "/voices": Route("GET", RequestHandler.get_voices, is_open=True),
+    SAMPLES_PATH: Route("GET", RequestHandler.get_sample),  # and all below it
     "/synthesize": Route("POST", RequestHandler.post_synthesize),
     "/v1/audio/speech": Route("POST", RequestHandler.post_speech),
     "/v1/audio/voices": Route("GET", RequestHandler.get_audio_voices, is_open=True),
@@ -8039,8 +8234,6 @@ def public_name(model_id: str) -> str:
 def load_engine(config: Config, state: State, judge: Judge, model_id: str,
                 device: torch.device) -> Engine:
     """Finds, reads and warms up the model, telling `state` how far it is. Raises WorkerError."""
-    from huggingface_hub import constants
-
     def check_voices(names: Iterable[str]) -> None:
         voice, _ = VOICE_ALIASES.get(config.voice, (config.voice, ""))
         if voice not in (known := list(names)) and not has_preset(config.voices_dir, voice):
@@ -8067,7 +8260,7 @@ def load_engine(config: Config, state: State, judge: Judge, model_id: str,
     dtype = config.dtype or best_dtype(device, facts.hidden_size)
     state.enter("loading", dtype=dtype)
     try:
-        model = load_weights(folder, device, DTYPES[dtype], Path(constants.HF_HOME) / "bark-worker")
+        model = load_weights(folder, device, DTYPES[dtype], own_folder())
         engine = build_engine(config, facts, model)
         log.info("%d segments at once in %s", engine.slots, dtype)
         state.enter("warming", sample_rate=facts.sample_rate, voice=narrator.voices.default)
@@ -8206,12 +8399,10 @@ def open_server(config: Config, state: State, scheduler: Scheduler,
 
 def lasting_folders() -> list[Path]:
     """What outlasts a restart: the folder beside the models, and one for whom that is closed to."""
-    from huggingface_hub import constants
-
     temporary = "/tmp"
     with contextlib.suppress(OSError):  # of a disk that is full
         temporary = tempfile.gettempdir()
-    return [Path(constants.HF_HOME).absolute() / "bark-worker", Path(temporary)]
+    return [own_folder(), Path(temporary)]
 
 
 def wait_for_end(state: State, signals: Signals) -> None:

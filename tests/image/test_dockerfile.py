@@ -65,6 +65,15 @@ def test_the_worker_comes_last_of_what_fills_layers() -> None:
     assert filling[-1].endswith("bark-worker.py /app/")
 
 
+def test_the_folder_of_presets_that_docs_mount_is_there_and_is_looked_into() -> None:
+    """Empty, so that nobody who mounts none is warned; its user reads it and writes nothing."""
+    docs = (ROOT / "docs/docker.md").read_text(encoding="utf-8")
+    (mounted,) = re.findall(r"`-v \./voices:(\S+)`", docs)
+    assert f"BARK_VOICES_DIR={mounted}" in instructions("ENV")[0].split()
+    (made,) = [line for line in instructions("RUN") if "useradd" in line]
+    assert made.endswith(f"&& mkdir {mounted}")
+
+
 def test_no_version_of_a_package_stands_in_the_dockerfile_too() -> None:
     names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
     assert "torch" in names and not re.findall(r"\d==|==\d|[<>]=", TEXT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import re
@@ -11,13 +13,17 @@ import threading
 import tracemalloc
 import unicodedata
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import BUILTIN, WORKER, Answer, Worker, running_worker, wait_until
+from decoding import decode
 
 Prompts = dict[str, np.ndarray]
 
@@ -239,7 +245,7 @@ def test_a_zip_bomb_takes_no_memory(voices: Any, folder: Path, method: int) -> N
                 np.save(member, prompts()[name])
         with out.open("fine_prompt.npy", "w") as member:
             member.write(npy(head("(8, 62500000)", "<i2")))
-            for _ in range(300):
+            for _ in range(60):
                 member.write(bytes(1_000_000))
     assert (folder / "bomb.npz").stat().st_size < 1_000_000
     tracemalloc.start()
@@ -373,3 +379,413 @@ def test_many_threads_that_look_at_once_get_the_same_voice(voices: Any, folder: 
     for thread in threads:
         thread.join(10)
     assert len(seen) == 8 and len(set(map(id, seen))) == 1
+
+
+# A worker that has them
+
+KEY = "sesame-9f2c"
+HAS_KEY = {"Authorization": f"Bearer {KEY}"}
+OPEN = ("/voices", "/health", "/v1/audio/voices", "/v1/models/tts-1", "/v1/models", "/")
+LAUNCHER = """\
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("bark_worker", {worker!r})
+worker = importlib.util.module_from_spec(spec)
+sys.modules["bark_worker"] = worker
+spec.loader.exec_module(worker)
+worker.own_folder = lambda: pathlib.Path({own!r})
+sys.exit(worker.main())
+"""
+
+
+@contextlib.contextmanager
+def started(own: Path, model: Path, **settings: str) -> Iterator[Worker]:
+    """A ready worker that keeps what is its own in the folder `own`. It judges each take once."""
+    own.parent.mkdir(exist_ok=True)
+    script = own.parent / "launch.py"
+    script.write_text(LAUNCHER.format(worker=str(WORKER), own=str(own)))
+    with running_worker(script, **{"BARK_MODEL": str(model), "BARK_QUALITY": "on",
+                                   "BARK_RETRIES": "0", **settings}) as worker:
+        worker.wait_for("ready")
+        yield worker
+
+
+def made(worker: Worker) -> int:
+    """Segments that it has made so far."""
+    return worker.health()["quality"]["segments"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the worker of these tests keeps its own, beside a folder of presets."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "voices").mkdir()
+    np.savez(home / "voices" / "Zuleika.npz", **prompts(1))
+    np.savez(home / "voices" / "de_Quirin Süß.npz", **prompts(2))
+    (home / "voices" / "Xanthippe.npz").write_bytes(b"no")
+    return home
+
+
+@pytest.fixture(scope="module")
+def keyed(home: Path, toy: Path) -> Iterator[Worker]:
+    """With a key, presets of one's own, one of them by default, and a single slot."""
+    with started(home / "own", toy, BARK_API_KEY=KEY, BARK_VOICES_DIR=str(home / "voices"),
+                 BARK_VOICE="Zuleika", BARK_MAX_BATCH="1", BARK_CORS_ORIGINS="*",
+                 TTS_MAX_LENGTH="5000") as worker:
+        yield worker
+
+
+def get(worker: Worker, path: str, method: str = "GET", **headers: str) -> Answer:
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return worker.call(path, method=method, headers={**HAS_KEY, **headers})
+
+
+# Presets of one's own, for who has the key
+
+def test_who_has_the_key_sees_ones_own_voices_and_what_is_refused(keyed: Worker) -> None:
+    listing = get(keyed, "/voices").json
+    own = [voice for voice in listing["voices"] if voice.get("own")]
+    assert [(voice["id"], voice["language"]) for voice in own] == [
+        ("Zuleika", "en"), ("de_Quirin Süß", "de")]
+    assert listing["default"] == get(keyed, "/health").json["voice"] == "Zuleika"
+    (refused,) = listing["refused"]
+    assert refused["file"] == "Xanthippe.npz" and "is no .npz" in refused["reason"]
+    openais = {voice["id"]: voice for voice in get(keyed, "/v1/audio/voices").json["voices"]}
+    assert openais["alloy"]["alias_of"] == "Zuleika" and "de_Quirin Süß" in openais
+    named = get(keyed, "/v1/models/tts-1").json["voices"]
+    assert {"name": "de_Quirin Süß", "language": "de"} in named
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
+@pytest.mark.parametrize("path", [*OPEN, "/voices/Zuleika/sample", "/voices/zulei/sample"])
+def test_who_lacks_the_key_learns_no_name_and_no_file(
+        keyed: Worker, path: str, headers: dict[str, str]) -> None:
+    answer = keyed.call(path, headers=headers)
+    assert answer.status == (401 if path.endswith("sample") else 200)
+    told = answer.body.decode() + str(answer.headers)
+    for secret in ("uleika", "uirin", "anthippe", "refused", "voices_dir", '"own"'):
+        assert secret not in told
+    if path == "/voices":
+        assert answer.json["default"] == "default" and len(answer.json["voices"]) == 133
+    if path == "/health":
+        assert answer.json["voice"] == "default"
+
+
+def test_a_voice_of_ones_own_speaks_on_every_endpoint_and_its_preset_may_change(
+        keyed: Worker, home: Path) -> None:
+    def spoken(**fields: object) -> bytes:
+        answer = keyed.call("/synthesize", {"text": "Hi.", "seed": 5, **fields},
+                            headers={**HAS_KEY, "Accept": "audio/pcm"})
+        assert answer.status == 200
+        return answer.body
+
+    first = spoken(voice="Zuleika")
+    assert spoken() == spoken(voice=" ZULEIKA ") == first != spoken(voice="male")
+    openai = keyed.call("/v1/audio/speech", {"input": "Hi.", "voice": "alloy", "seed": 5,
+                                             "response_format": "pcm"}, headers=HAS_KEY)
+    assert openai.body == first
+    np.savez(home / "new.npz", **prompts(3))
+    (home / "new.npz").replace(home / "voices" / "Zuleika.npz")
+    assert spoken(voice="Zuleika") != first, "nothing of the old one is kept"
+    np.savez(home / "voices" / "Late.npz", **prompts(4))
+    assert spoken(voice="late")
+    (home / "voices" / "Late.npz").unlink()
+    wrong = keyed.call("/synthesize", {"text": "Hi.", "voice": "Zuleka"}, headers=HAS_KEY)
+    assert wrong.status == 400 and "did you mean Zuleika" in wrong.json["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["../voices/Zuleika", "/etc/passwd", "voices/Zuleika",
+                                  "Zuleika.npz", "Zuleika\0", "..", "Xanthippe"])
+def test_a_name_is_never_a_path(keyed: Worker, name: str) -> None:
+    answer = keyed.call("/synthesize", {"text": "Hi.", "voice": name}, headers=HAS_KEY)
+    assert (answer.status, answer.json["error"]["code"]) == (400, "unknown_voice")
+
+
+def test_a_default_voice_that_is_refused_stops_the_start_and_is_named_in_the_log_alone(
+        toy: Path, folder: Path) -> None:
+    (folder / "Ottilie.npz").write_bytes(b"no")
+    np.savez(folder / "Ottilia.npz", **prompts())
+    with running_worker(BARK_MODEL=str(toy), BARK_VOICES_DIR=str(folder), BARK_API_KEY=KEY,
+                        BARK_VOICE="Ottilie") as worker:
+        told = worker.wait_for("failed")
+        assert "the log says why" in told["error"] and told["exit_status"] == 2
+        assert "Ottili" not in str(told)
+    assert any("Ottilie.npz" in line and "is no .npz" in line for line in worker.log)
+
+
+# Samples
+
+def test_a_sample_is_made_once_and_then_kept(keyed: Worker) -> None:
+    before, path = made(keyed), "/voices/v2/de_speaker_3/sample"
+    first = get(keyed, path)
+    assert first.status == 200 and first.headers["Content-Type"] == "audio/mpeg"
+    assert np.abs(decode(first.body, "mp3")).max() > 0
+    segments = made(keyed) - before
+    assert segments >= 1
+    again = get(keyed, path)
+    assert again.body == first.body and again.headers["ETag"] == first.headers["ETag"]
+    assert first.headers["Cache-Control"] == "private, max-age=3600"
+    for other in ("/voices/v2%2Fde_speaker_3/sample", "//voices/v2%2fde_speaker_3/sample/",
+                  "/voices/V2/DE_Speaker_3/sample?x=1"):
+        assert get(keyed, other).headers["ETag"] == first.headers["ETag"]
+    assert made(keyed) == before + segments
+
+
+def test_an_alias_sounds_as_what_it_stands_for(keyed: Worker) -> None:
+    assert get(keyed, "/voices/female/sample").body == (
+        get(keyed, "/voices/v2/en_speaker_9/sample").body)
+
+
+def test_a_voice_of_ones_own_has_a_sample_that_changes_with_its_preset(
+        keyed: Worker, home: Path) -> None:
+    first = get(keyed, "/voices/de_Quirin%20S%C3%BC%C3%9F/sample")
+    assert first.status == 200 and first.headers["Cache-Control"] == "private, no-cache"
+    np.savez(home / "voices" / "de_Quirin Süß.npz", **prompts(9))
+    later = get(keyed, "/voices/de_Quirin%20S%C3%BC%C3%9F/sample",
+                If_None_Match=first.headers["ETag"])
+    assert later.status == 200 and later.body != first.body
+
+
+@pytest.mark.parametrize("name", ["anna", "", "..", "../health", "%2e%2e%2fx", "%00", "%ff",
+                                  "v2/en_speaker_66"])
+def test_a_sample_of_nobody_is_404(keyed: Worker, name: str) -> None:
+    answer = get(keyed, f"/voices/{name}/sample")
+    assert answer.status == 404
+    if name == "v2/en_speaker_66":
+        assert "did you mean v2/en_speaker_6" in answer.json["error"]["message"]
+
+
+def test_what_is_asked_of_a_sample_otherwise_is_refused(keyed: Worker) -> None:
+    assert get(keyed, "/voices/male").status == 404
+    answer = get(keyed, "/voices/male/sample", "POST")
+    assert answer.status == 405 and answer.headers["Allow"] == "GET, HEAD, OPTIONS"
+    assert keyed.call("/voices/male/sample").status == 401
+    assert keyed.call("/voices/male/sample", method="HEAD").status == 401
+    asked = keyed.call("/voices/male/sample", method="OPTIONS", headers={"Origin": "https://a.b"})
+    assert asked.status == 204 and asked.headers["Access-Control-Allow-Origin"] == "*"
+
+
+def test_head_of_a_sample_that_is_not_made_costs_no_work_and_promises_nothing(
+        keyed: Worker) -> None:
+    before, path = made(keyed), "/voices/v2/fr_speaker_1/sample"
+    head = get(keyed, path, "HEAD")
+    assert head.status == 200 and head.headers["Content-Type"] == "audio/mpeg"
+    assert not {"ETag", "Content-Length"} & set(head.headers) and made(keyed) == before
+    assert head.headers["Cache-Control"] == "no-store"
+    whole = get(keyed, path)
+    same = ("ETag", "Content-Length", "Content-Type", "Cache-Control", "Accept-Ranges")
+    later = get(keyed, path, "HEAD")
+    assert [later.headers[n] for n in same] == [whole.headers[n] for n in same] and not later.body
+    assert get(keyed, "/voices/nobody/sample", "HEAD").status == 404
+
+
+@pytest.fixture(scope="module")
+def male(keyed: Worker) -> Answer:
+    return get(keyed, "/voices/male/sample")
+
+
+@pytest.mark.parametrize("tags", ["{}", "W/{}", '"x", {}', "*", ' "x" , W/{} '])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_who_has_a_sample_is_not_sent_it_again(
+        keyed: Worker, male: Answer, tags: str, method: str) -> None:
+    tag = male.headers["ETag"]
+    answer = get(keyed, "/voices/male/sample", method, If_None_Match=tags.format(tag),
+                 Range="bytes=0-9")
+    assert (answer.status, answer.body, answer.headers["ETag"]) == (304, b"", tag)
+    assert answer.headers["Cache-Control"] == male.headers["Cache-Control"]
+
+
+@pytest.mark.parametrize("tags", ['"x"', "x", "", 'W/"x"', "{tag}"])
+def test_who_has_another_one_is_sent_it(keyed: Worker, male: Answer, tags: str) -> None:
+    bare = tags.format(tag=male.headers["ETag"].strip('"'))
+    assert get(keyed, "/voices/male/sample", If_None_Match=bare).body == male.body
+
+
+@pytest.mark.parametrize(("asked", "part"), [
+    ("bytes=0-99", slice(0, 100)), ("bytes=100-", slice(100, None)), ("bytes=-7", slice(-7, None)),
+    ("bytes=0-0", slice(0, 1)), ("bytes=5-99999999", slice(5, None)), ("Bytes = 1-2", slice(1, 3)),
+    ("bytes=-99999999", slice(0, None))])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_part_is_sent_to_who_wants_a_part(
+        keyed: Worker, male: Answer, asked: str, part: slice, method: str) -> None:
+    answer = get(keyed, "/voices/male/sample", method, Range=asked)
+    start, stop, _ = part.indices(len(male.body))
+    assert answer.status == 206
+    assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{len(male.body)}"
+    assert answer.headers["Content-Length"] == str(stop - start)
+    assert answer.body == (male.body[part] if method == "GET" else b"")
+
+
+@pytest.mark.parametrize("asked", ["bytes=0-1,5-6", "bytes=9-5", "bytes=-", "bytes=a-b", "0-5",
+                                   "lines=0-5", "bytes=0x1-5", "bytes=1-2-3", "", "bytes=+1-5"])
+def test_what_is_no_single_part_brings_the_whole(keyed: Worker, male: Answer, asked: str) -> None:
+    answer = get(keyed, "/voices/male/sample", Range=asked)
+    assert (answer.status, answer.body) == (200, male.body)
+
+
+@pytest.mark.parametrize("asked", ["bytes={}-", "bytes=99999999-", "bytes=-0"])
+def test_a_part_that_is_not_there_is_416(keyed: Worker, male: Answer, asked: str) -> None:
+    answer = get(keyed, "/voices/male/sample", Range=asked.format(len(male.body)))
+    assert (answer.status, answer.json["error"]["code"]) == (416, "range_not_satisfiable")
+    assert answer.headers["Content-Range"] == f"bytes */{len(male.body)}"
+
+
+@pytest.mark.parametrize(("since", "status"), [
+    ("{}", 206), ("W/{}", 200), ('"x"', 200), ("Wed, 21 Oct 2026 07:28:00 GMT", 200)])
+def test_a_part_of_another_sample_than_one_has_is_the_whole(
+        keyed: Worker, male: Answer, since: str, status: int) -> None:
+    answer = get(keyed, "/voices/male/sample", Range="bytes=0-9",
+                 If_Range=since.format(male.headers["ETag"]))
+    assert answer.status == status
+
+
+def test_two_who_ask_at_once_have_it_made_once_and_behind_real_requests(keyed: Worker) -> None:
+    before, ended = made(keyed), []
+
+    def run(what: str, work: Callable[[], Answer]) -> Answer:
+        answer = work()
+        ended.append(what)
+        return answer
+
+    def speak(voice: str) -> Answer:
+        return keyed.call("/synthesize", {"text": "One.\n\nTwo.\n\nThree.", "voice": voice},
+                          headers=HAS_KEY)
+
+    with ThreadPoolExecutor(6) as pool:
+        real = [pool.submit(run, "real", partial(speak, "v2/en_speaker_2"))]
+        wait_until(lambda: keyed.health()["queue"]["running"], "running request")
+        samples = [pool.submit(run, "sample", partial(get, keyed, "/voices/v2/en_speaker_7/sample"))
+                   for _ in range(3)]
+        wait_until(lambda: keyed.health()["queue"]["waiting"] or "sample" in ended, "its place")
+        real.append(pool.submit(run, "real", partial(speak, "v2/en_speaker_4")))
+        assert {each.result().status for each in real + samples} == {200}
+    assert len({each.result().body for each in samples}) == 1
+    assert ended[:2] == ["real", "real"]
+    assert made(keyed) == before + 6 + len(sample_segments(keyed, "v2/en_speaker_7"))
+
+
+def sample_segments(worker: Worker, voice: str) -> list[Any]:
+    """Segments of a sample's line, by the toy's rule: a sentence each."""
+    return worker.call("/synthesize", {"text": "Hello! This is my voice when I read you a story.",
+                                       "voice": voice, "expressive": False},
+                       headers=HAS_KEY).json["segments"]
+
+
+def test_who_asks_for_a_sample_and_leaves_frees_its_place_and_others_get_it(
+        keyed: Worker) -> None:
+    path = "/voices/v2/en_speaker_5/sample"
+    with ThreadPoolExecutor(2) as pool, socket.create_connection(
+            ("127.0.0.1", keyed.port), 20) as leaving:
+        text = "The old miller walked down to the river and looked at the brown water. " * 6
+        long = pool.submit(keyed.call, "/synthesize", {"text": text}, headers=HAS_KEY)
+        wait_until(lambda: keyed.health()["queue"]["running"], "running request")
+        leaving.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n"
+                        .encode())
+        wait_until(lambda: keyed.health()["queue"]["waiting"], "waiting sample")
+        staying = pool.submit(get, keyed, path)
+        leaving.close()
+        assert staying.result().status == long.result().status == 200
+    assert keyed.health()["queue"] == {"running": 0, "waiting": 0, "capacity": 32}
+
+
+def test_a_restart_has_its_samples_at_once_and_believes_no_file(toy: Path, tmp_path: Path) -> None:
+    """One start for what is kept, what was damaged and what belongs to another voice."""
+    own, names = tmp_path / "own", ("male", "female", "narrator", "v2/en_speaker_0")
+    with started(own, toy) as worker:
+        first = {name: worker.call(f"/voices/{name}/sample") for name in names}
+        assert not {answer.status for answer in first.values()} - {200}
+    files = sorted((own / "samples").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    kept, damaged, foreign, odd = files
+    assert damaged.read_bytes()[32:] == first["female"].body
+    damaged.write_bytes(flipped(damaged.read_bytes()))
+    foreign.write_bytes(kept.read_bytes())
+    odd.unlink()
+    os.mkfifo(odd)
+    with started(own, toy) as worker:
+        for name in names:
+            before = made(worker)
+            answer = worker.call(f"/voices/{name}/sample")
+            assert answer.body == first[name].body
+            assert (made(worker) == before) == (name == "male"), name
+    assert damaged.read_bytes()[32:] == first["female"].body, "made good"
+    with started(own, toy, BARK_QUALITY="off") as worker:
+        assert worker.call("/voices/male/sample").body != first["male"].body, "made otherwise"
+
+
+@pytest.mark.parametrize("why", ["a file in its place", "no place for files"])
+def test_a_disk_that_takes_none_costs_a_warning_and_the_sample_stays_in_memory(
+        toy: Path, tmp_path: Path, why: str) -> None:
+    own = tmp_path / "own"
+    if why == "a file in its place":
+        own.write_text("x")
+    else:
+        own.symlink_to("/proc")
+    with started(own, toy) as worker:
+        first = [worker.call(f"/voices/{name}/sample") for name in ("male", "female")]
+        before = made(worker)
+        again = [worker.call(f"/voices/{name}/sample") for name in ("male", "female")]
+        assert [a.body for a in again] == [a.body for a in first] and made(worker) == before
+    told = [line for line in worker.log if "cannot be kept" in line]
+    assert len(told) == 1 and "WARNING" in told[0]
+
+
+def test_samples_in_memory_are_no_more_than_they_may_be(
+        bark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    files = bark.SampleFiles(tmp_path)
+    monkeypatch.setattr(files, "_write", full)
+    monkeypatch.setattr(bark, "SAMPLES_IN_MEMORY", 25)
+    for key in "abc":
+        files.put(key, key.encode() * 10)
+    assert [files.get(key) for key in "abc"] == [None, b"b" * 10, b"c" * 10]
+
+
+def test_a_disk_that_fills_up_leaves_no_rest(
+        bark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    files = bark.SampleFiles(tmp_path / "samples")
+    monkeypatch.setattr(bark.os, "fsync", full)
+    files.put("a", b"x")
+    assert files.get("a") == b"x" and list((tmp_path / "samples").iterdir()) == []
+
+
+def test_a_worker_that_cannot_speak_makes_no_samples() -> None:
+    with running_worker(BARK_MODEL="/nothing") as worker:
+        worker.wait_for("failed")
+        answer = worker.call("/voices/male/sample")
+        assert (answer.status, answer.json["error"]["code"]) == (503, "not_ready")
+        assert worker.call("/voices/male/sample", method="HEAD").status == 503
+
+
+def test_a_sample_behind_too_much_is_504_as_speech_is(toy: Path, tmp_path: Path) -> None:
+    with started(tmp_path / "own", toy, BARK_MAX_BATCH="1", BARK_TIMEOUT="2",
+                 TTS_MAX_LENGTH="100000") as worker, ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(worker.speak, "Nobody waved, and the boat left at noon. " * 400)
+        wait_until(lambda: worker.health()["queue"]["running"], "running request")
+        assert worker.call("/voices/male/sample").status == 504
+        assert busy.result().status == 504
+        assert worker.call("/voices/male/sample").status == 200
+
+
+LINES = {"de", "en", "es", "fr", "hi", "it", "ja", "ko", "pl", "pt", "ru", "tr", "zh"}
+
+
+def test_every_language_of_sunos_has_a_line_that_it_can_write(bark: ModuleType, facts: Any) -> None:
+    narrator = bark.Narrator(facts, "male")
+    assert set(bark.LANGUAGES) == LINES == {bark.voice_language(v) for v in facts.voices}
+    for code, language in bark.LANGUAGES.items():
+        speech = narrator.plan_sample(f"v2/{code}_speaker_0")
+        assert speech.text == language.line and not any(speech.warnings)
+
+
+def test_a_model_without_the_letters_of_a_language_says_it_in_english(
+        bark: ModuleType, folder: Path) -> None:
+    builtin = bark.ModelFacts(BUILTIN)
+    own = builtin.voices["v2/en_speaker_6"]
+    np.savez(folder / "zh_mei.npz", semantic_prompt=own.semantic, coarse_prompt=own.coarse,
+             fine_prompt=own.fine)
+    narrator = bark.Narrator(builtin, "male", voices_dir=str(folder))
+    assert narrator.plan_sample("zh_mei").text == bark.LANGUAGES["en"].line
