@@ -5592,9 +5592,8 @@ class Voices:
         voices = [
             told_voice(name, name, aliases=[a for a, of in self.aliases.items() if of == name])
             for name in sorted(self.presets)]
-        return aliases + voices + [
-            told_voice(name, name, own=True, description="a preset of your own", aliases=[])
-            for name in (self.folder.look().voices if own else ())]
+        return aliases + [told_voice(name, name, own=True, aliases=[]) for name in (
+            self.folder.look().voices if own else ())] + voices
 
     def listed_for_openai(self, own: bool = True) -> list[dict[str, Any]]:
         """OpenAI's names first, alloy at their head, then all others."""
@@ -5639,7 +5638,7 @@ class Narrator:
 
         Raises NothingToSpeak, and InvalidRequest for a voice or a segment that is not there.
         """
-        voice, preset = self.voices.choose("default" if voice is None else voice)
+        voice, preset = self.voices.choose(self.voices.default if voice is None else voice)
         seed = derived_seed(voice, text) if seed is None else settled_seed(seed)
         script, pieces = self._pieces(text, voice_language(voice), manner.expressive)
         if not pieces:
@@ -5768,10 +5767,12 @@ def voice_language(name: str) -> str:
 def told_voice(name: str, voice: str, **more: Any) -> dict[str, Any]:
     """What a listing has of `voice` under a name, which is its id; the gender where it is known."""
     code = voice_language(voice)
-    told = {"id": name, "name": name, "language": code}
-    if (match := re.fullmatch(r"v2/[a-z]{2}_speaker_([0-9])", voice)) and code in LANGUAGES:
-        told["gender"] = "female" if match[1] in LANGUAGES[code].women else "male"
-        told["description"] = f"{LANGUAGES[code].name}, {told['gender']}"
+    language = LANGUAGES.get(code)
+    told = {"id": name, "name": name, "language": code,
+            "description": language.name if language else code}
+    if language and (match := re.fullmatch(r"v2/.._speaker_([0-9])", voice)):
+        told["gender"] = "female" if match[1] in language.women else "male"
+        told["description"] += f", {told['gender']}"
     return told | more
 
 
@@ -6593,18 +6594,15 @@ class Samples:
                     self._making[sample.key] = self._ask(sample.speech, deadline, has_left)
                 making = self._making[sample.key]
                 making.askers.append(has_left)
+            audio = b""
             try:
                 audio = joined_takes(sample.speech, list(making.request.results()))
+                return audio
             except (Abandoned, RequestTimeout):  # of who asked first: others ask anew
-                self._end(sample.key, making)
                 if has_left() or time.monotonic() >= deadline:
                     raise
-            except WorkerError:
-                self._end(sample.key, making)
-                raise
-            else:
+            finally:
                 self._end(sample.key, making, audio)
-                return audio
 
     def _ask(self, speech: Speech, deadline: float, has_left: Callable[[], bool]) -> Making:
         askers = [has_left]
@@ -6612,7 +6610,7 @@ class Samples:
         self.scheduler.submit(request)
         return Making(request, askers)
 
-    def _end(self, key: str, making: Making, audio: bytes = b"") -> None:
+    def _end(self, key: str, making: Making, audio: bytes) -> None:
         with self._lock:
             if self._making.get(key) is making:
                 del self._making[key]
@@ -8280,9 +8278,11 @@ def load_engine(config: Config, state: State, judge: Judge, model_id: str,
 def has_preset(folder: str | None, voice: str) -> bool:
     """Whether there is a file of that name, good or not, as that shows when the model is known."""
     try:
-        return bool(folder) and f"{voice}.npz" in os.listdir(Path(folder).expanduser())
+        files = os.listdir(Path(folder).expanduser()) if folder else []
     except OSError:
         return False
+    known = {unicodedata.normalize("NFC", file): file for file in files}
+    return look_up(f"{voice.strip()}.npz", known) is not None
 
 
 def prepare_listener(judge: Judge, name: str, on_download: Callable[[int, Path], None]) -> None:
