@@ -291,6 +291,76 @@ def test_the_key_is_asked_for_only_where_it_is_wanted_and_stays_in_the_tab(
         assert len(download(page, "wav")) > 8000, "with the key, too"
 
 
+@pytest.fixture(scope="module")
+def own_voices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """A worker with a key and presets of one's own, which keeps its samples in a folder of ours."""
+    home = tmp_path_factory.mktemp("home")
+    table = json.loads((BUILTIN / "speaker_embeddings_path.json").read_text())["v2/en_speaker_9"]
+    np.savez(home / "Zuleika.npz", **{name: np.load(BUILTIN / at) for name, at in table.items()})
+    with running_worker(BARK_MODEL=str(BUILTIN), BARK_API_KEY="right-key", HF_HOME=str(home),
+                        BARK_VOICES_DIR=str(home)) as worker:
+        worker.wait_for("ready")
+        yield worker
+
+
+def groups(page: Browser) -> dict[str, list[str]]:
+    """What can be chosen, by the groups' labels."""
+    return dict(page.run("return [...$('voice').children].map(group => [group.label, "
+                         "[...group.children].map(option => option.text)])"))
+
+
+@pytest.mark.long
+@in_browser
+def test_a_voice_is_heard_before_it_is_chosen_and_ones_own_show_with_the_key(
+        page: Browser, own_voices: Worker) -> None:
+    visit(page, own_voices, SHORT)
+    assert "Your own" not in groups(page)
+    page.run("$('voice').value = 'female'; $('hear').focus()")
+    page.press("enter")
+    page.until("document.activeElement === $('key')")
+    page.type("right-key")
+    page.press("enter")
+    page.until("$('hear').textContent === 'Stop'")
+    assert page.run("return [document.activeElement.id, $('voice').value, mode]") == [
+        "hear", "female", "edit"], "back where the person was"
+    page.until("$('hear').textContent === 'Hear it'")
+    [(_, sample)] = heard(page)
+    assert np.abs(sample).max() > 1000 and len(sample) > RATE
+    assert groups(page)["Your own"] == ["Zuleika: English"]
+    page.run("$('voice').value = 'Zuleika'; $('voice').onchange(); heard.length = 0")
+    page.click("#hear")
+    page.until("$('hear').textContent === 'Stop'")
+    page.press("escape")
+    assert page.run("return $('hear').textContent") == "Hear it"
+    page.click("#go")
+    page.until("heard.length > 1")
+    assert page.run("return run.fields.voice") == "Zuleika"
+    page.click("#hear")
+    page.until("$('hear').textContent === 'Stop'")
+    assert page.run("return [mode, player.pieces.length]") == ["stop", 0], "one sound at a time"
+    page.click("#hear")
+    assert page.run("return [$('hear').textContent, $('notice').textContent]") == ["Hear it", ""]
+    where = page.run("return performance.getEntries().map(e => e.name).join()")
+    assert "/sample" in where and "right-key" not in where
+    page.run("sessionStorage.clear()")
+
+
+@pytest.mark.long
+@in_browser
+def test_a_sample_that_nobody_waits_for_is_given_up(page: Browser, own_voices: Worker) -> None:
+    page.open(own_voices.url)
+    page.run("sessionStorage.setItem('bark-key', 'right-key')")
+    visit(page, own_voices, LONG)
+    page.run("$('voice').value = 'v2/en_speaker_1'; $('voice').onchange()")
+    page.click("#hear")
+    assert page.run("return $('hear').textContent") == "Coming …"
+    page.click("#hear")
+    assert page.run("return $('hear').textContent") == "Hear it"
+    wait_until(lambda: sum(own_voices.health()["queue"].values()) == 32, "idle worker")
+    assert page.run("return heard.length") == 0
+    page.run("sessionStorage.clear()")
+
+
 # What Firefox leaves in a page that is loaded again, before its script runs.
 OLD_FIELDS = """
 new MutationObserver((changes, observer) => {
@@ -357,7 +427,7 @@ def test_it_waits_for_a_worker_that_still_fetches_its_model(
             page.until("/^Downloading the model: .* GB/.test($('state').textContent)")
             assert page.run("return [$('loaded').hidden, $('loaded').max > 1e6]") == [False, True]
             page.click("#go")
-            page.until("/Then your text is spoken/.test($('notice').textContent)")
+            page.until("/Then it is spoken/.test($('notice').textContent)")
             go_on.set()
             page.until("heard.length > 0", seconds=60)
             assert page.run("return $('notice').textContent") == ""
