@@ -4,8 +4,7 @@
 # functions.
 #
 # Sections: constants; help; messages; loading; time; options; adapters; facts; instances; giving
-#   back; offers; waiting for a worker; start; status, test, logs; stop, destroy; ssh, tunnel, env;
-#   help, main
+#   back; offers; waiting for a worker; start; status, logs; stop, destroy; help, main
 # Call vastai: run_vast (all go through vast)
 # Call curl: call_url health_of known_gpus
 # Change what is billed: order_instance ask_to_start destroy_once give_back_woken stop_one
@@ -65,7 +64,6 @@ readonly LOST_LOOKS=3             # so many say offline or unknown, LOST_APART s
 readonly LOST_APART=4
 readonly DRAIN_SECONDS=60         # that `stop` gives running requests
 readonly STOP_SECONDS=120         # that Vast may take to stop an instance
-readonly AUDIBLE=300              # of 32768; a sound whose largest sample is below is silence
 readonly LOG_SECONDS=30           # between looks at the log of a worker that is silent
 readonly IDLE_STOP=30 START_LIMIT=60    # minutes; by these an instance stops itself
 readonly MOST_MINUTES=10080 MOST_HOURS=8760    # that the worker takes for them
@@ -284,15 +282,6 @@ Prints what is rented under the label '$LABEL'. Exit status 0 only if a worker i
   --json    one object: {\"label\", \"instances\": [...]}, and \"unreadable\": [ids] of rows
             that cannot be read, if Vast has any"
 
-readonly USAGE_TEST="usage: $PROGRAM test [TEXT] [OPTIONS]
-
-Speaks TEXT, writes a WAV file, checks it and prints how long it took. A TEXT that begins with a
-dash comes after --.
-
-  --voice NAME    (the worker's own)
-  --out FILE      (bark-test.wav)
-  --play          play it here"
-
 readonly USAGE_LOGS="usage: $PROGRAM logs [OPTIONS]
 
   -f, --follow    go on printing new lines until Ctrl-C
@@ -313,23 +302,6 @@ Destroys the instance with its disk, after asking. Nothing is billed any more.
 
   --yes    do not ask
   ID       one of several instances (all that are labelled '$LABEL')"
-
-readonly USAGE_SSH="usage: $PROGRAM ssh [COMMAND...]
-
-Opens a shell on the instance, or runs COMMAND there. Your key must have been in your Vast account
-(https://cloud.vast.ai/manage-keys/) when the instance was rented."
-
-readonly USAGE_TUNNEL="usage: $PROGRAM tunnel [--port PORT]
-
-Forwards a port of this machine to the worker through SSH until Ctrl-C, so that neither text nor key
-crosses the net in clear.
-
-  --port PORT    on this machine ($WORKER_PORT)"
-
-readonly USAGE_ENV="usage: $PROGRAM env
-
-Prints BARK_URL and BARK_API_KEY of the instance for an application's .env, and VASTAI_ENDPOINT_ID
-as it is set here: the number of an endpoint, which \`endpoint up\` prints."
 
 readonly USAGE_HELP="usage: $PROGRAM help [COMMAND]"
 
@@ -395,19 +367,21 @@ usage_error() {
 # -----------------------------------------------------------------------------
 # Loading: what has nothing to do with renting one machine lies in manage/, in a file a command
 
-loaded=''    # the commands whose file is loaded, by blanks; each file adds its own at its end
+loaded=''    # the files that are loaded, by blanks; each adds its own name at its end
 
-# usage: load COMMAND    (if it has a file in manage/; ends where that is missing)
+# usage: load COMMAND    (if it lies in a file of manage/; ends where that is missing)
 load() {
+  local part="$1"
   case "$1" in
-    endpoint | local | open | completion) ;;
+    endpoint | local | test | completion) ;;
+    reach | ssh | tunnel | open | env) part=reach ;;
     *) return 0 ;;
   esac
-  if is_loaded "$1"; then return 0; fi
-  [[ -r "$ROOT/manage/$1.sh" ]] || die "$EX_MISSING" "manage/$1.sh is missing: the folder manage/ \
-must lie beside this script, in $ROOT"
+  if is_loaded "$part"; then return 0; fi
+  [[ -r "$ROOT/manage/$part.sh" ]] || die "$EX_MISSING" "manage/$part.sh is missing: the folder \
+manage/ must lie beside this script, in $ROOT"
   # shellcheck source=/dev/null    # each of them follows this file instead
-  source "$ROOT/manage/$1.sh"
+  source "$ROOT/manage/$part.sh"
 }
 
 is_loaded() { [[ " $loaded " == *" $1 "* ]]; }
@@ -1022,18 +996,6 @@ def widenings: . as $offer
      if .reliability <= (env.min_reliability | tonumber)
      then "--min-reliability \((.reliability - 0.0001) * 1000 | floor / 1000)" else empty end];
 
-# The seconds of a WAV file, from the bytes of its header; else what is wrong with it.
-def number($at): .[$at] + 256 * .[$at + 1] + 65536 * .[$at + 2] + 16777216 * .[$at + 3];
-def wav_seconds($size):
-  if length < 44 or .[0:4] != [82, 73, 70, 70] or .[8:12] != [87, 65, 86, 69] then
-    "it is no WAV file"
-  elif number(4) != $size - 8 or number(40) != $size - 44 then "its header tells another size"
-  elif .[20] != 1 or .[22] != 1 or .[34] != 16 then "it is not 16-bit mono PCM"
-  elif number(40) == 0 then "it is empty"
-  else number(40) / number(28) end;
-def speed($took; $seconds): "\($seconds | fixed(2)) s of speech in \($took | fixed(2)) s,"
-  + " real-time factor \($took / $seconds | fixed(2))";
-
 # How Vast, which knows these names, spells those that a person typed, by commas; and the first
 # that it does not know, with what comes nearest. Case, blanks, the family and how "super" is
 # written make no difference.
@@ -1249,7 +1211,7 @@ finish() {
   ending=yes
   set +e    # nothing that fails here may keep the rest from being done
   if is_loaded local; then finish_child; fi
-  if is_loaded open; then close_tunnel; fi
+  if is_loaded reach; then close_tunnel; fi
   give_back || if_cut="${replaced_id:+instance $replaced_id is kept as it was, its storage billed}"
   say_at_stake
   if [[ -n "$scratch" ]]; then rm -rf "$scratch"; fi
@@ -2287,7 +2249,7 @@ Vast documents that it may stop itself; we have not tried it live yet, so look: 
 }
 
 # -----------------------------------------------------------------------------
-# status, test, logs
+# status, logs
 
 # usage: with_health ROW    (prints it for others to see: without keys, with the worker's health)
 with_health() {
@@ -2339,112 +2301,6 @@ no_instance_but_perhaps_an_endpoint() {
     what="$what: $complaint"
   fi
   no_instance "$what"
-}
-
-readonly SENTENCE='If you can hear this, everything is working.'    # is understood in every voice
-# A seed drawn anew, as a worker answers what it was asked before from memory.
-readonly JQ_SPOKEN='def spoken: {text: ., seed: -1}
-  + if env.VOICE != "" then {voice: env.VOICE} else {} end;'
-
-# usage: parse_test COMMAND SPEC ARGUMENTS...    (COMMAND is test or `endpoint test`)
-# Sets text, spoken_voice and out of its caller.
-parse_test() {
-  local command="$1" help="${1%% *}" spec="$2"
-  shift 2
-  spoken_voice='' out=bark-test.wav
-  read_options "$command" "WORD --voice=spoken_voice --out=out $spec" "$@"
-  if ((${#operands[@]} > 1)); then
-    usage_error "$command takes one TEXT; put it in quotes" "$help"
-  fi
-  text="${operands[0]-$SENTENCE}"
-  [[ "$text" == *[![:space:]]* ]] ||
-    usage_error "TEXT is '$text'; there is nothing to speak in it" "$help"
-  check_out "$help"
-}
-
-# usage: check_out COMMAND    (before anything costs money)
-check_out() {
-  local folder=./ written why=''
-  if [[ "$out" == */* ]]; then folder="${out%/*}/"; fi
-  written="$folder"
-  if [[ -e "$out" ]]; then written="$out"; fi
-  if [[ -d "$out" ]]; then why='it is a folder; name a file in it'
-  elif [[ ! -d "$folder" ]]; then why="there is no folder $folder; make it, or name another file"
-  elif [[ ! -w "$written" ]]; then why='you may not write there; name another file'
-  fi
-  if [[ -n "$why" ]]; then usage_error "--out $out cannot be written: $why" "$1"; fi
-}
-
-cmd_test() {
-  local text spoken_voice out play='' took
-  parse_test test --play:play "$@"
-  find_running
-  make_scratch
-  took="$(speak)" || leave "$?"
-  keep_sound "$took"
-  if [[ -n "$play" ]]; then play_sound "$out"; fi
-}
-
-# usage: keep_sound SECONDS [REMARK]    (checks what was spoken, copies it to --out and tells the
-# speed; some locales write the seconds with a comma)
-keep_sound() {
-  local seconds
-  seconds="$(check_sound "$scratch/sound")" || die "$EX_UNHEALTHY" "the sound is no good: $seconds"
-  cp -- "$scratch/sound" "$out" || die "$EX_MISSING" "$out cannot be written; cp says why above"
-  tell "$out: $(feed null facts "speed(${1/,/.}; $seconds)")${2:-}"
-}
-
-# Has the worker at address say text; leaves the answer in $scratch/sound and prints the seconds.
-speak() {
-  local status body took
-  body="$(printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc "$JQ_SPOKEN"' spoken')"
-  took="$(call_url "$(fact "$row" .key)" "$address/synthesize" "$body" --max-time 660 \
-    -o "$scratch/sound" -w '%{http_code} %{time_total}' -H 'Accept: audio/wav' \
-    2>"$scratch/err")" ||
-    die "$EX_UNHEALTHY" "$address does not speak: $(tail -n 1 "$scratch/err")"
-  status="${took%% *}" took="${took#* }"
-  [[ "$status" == 200 ]] || die "$EX_UNHEALTHY" "$address refuses (HTTP $status): $(jq -r \
-    '.error.message' "$scratch/sound" 2>/dev/null || head -c 200 "$scratch/sound")"
-  printf '%s\n' "$took"
-}
-
-# Prints the seconds of a WAV file; fails, and prints what is wrong, unless it is whole and audible.
-check_sound() {
-  local size seconds
-  size="$(wc -c <"$1")"
-  seconds="$(od -An -v -N 44 -t u1 "$1" | facts "wav_seconds($size)" -s)"
-  printf '%s\n' "$seconds"
-  [[ "$seconds" =~ ^[0-9.]+$ ]] || return 1
-  if (($(peak_of "$1") < AUDIBLE)); then
-    printf 'and silent\n'
-    return 1
-  fi
-}
-
-# Prints the largest sample of a 16-bit WAV file, 0 to 32768.
-peak_of() {
-  tail -c +45 "$1" | od -An -v -t d2 |
-    jq -n 'reduce inputs as $sample (0; [., $sample, -$sample] | max)'
-}
-
-# Prints the name of a program that plays WAV files; fails if there is none.
-find_player() {
-  local player
-  for player in aplay afplay paplay ffplay; do
-    if has_tool "$player"; then
-      printf '%s\n' "$player"
-      return 0
-    fi
-  done
-  return 1
-}
-
-play_sound() {
-  local player
-  player="$(find_player)" || die "$EX_MISSING" "no player found (aplay, afplay, paplay or ffplay);\
- the sound is in $1"
-  if [[ "$player" == ffplay ]]; then player='ffplay -nodisp -autoexit'; fi
-  $player "$1" >&2
 }
 
 cmd_logs() {
@@ -2657,60 +2513,6 @@ destroy_confirmed() {
     pause "$attempt"
   done
   return 1
-}
-
-# -----------------------------------------------------------------------------
-# ssh, tunnel, env
-
-# usage: find_ssh    (sets ssh_host and ssh_port of its caller)
-find_ssh() {
-  local state
-  need_instance
-  unpack "$(fact "$row" '"\(.state)|\(.ssh_host)|\(.ssh_port)"')" state ssh_host ssh_port
-  [[ "$state" == running && -n "$ssh_host" && -n "$ssh_port" ]] ||
-    die "$EX_UNHEALTHY" "the instance is $state, and Vast tells no SSH address of it (yet)"
-  has_tool ssh ||
-    die "$EX_MISSING" 'ssh is missing: sudo apt install openssh-client'
-}
-
-cmd_ssh() {
-  local ssh_host ssh_port
-  find_ssh
-  trap - PIPE
-  exec ssh -p "$ssh_port" "root@$ssh_host" "$@"
-}
-
-# usage: plan_tunnel PORT    (sets ssh_words of its caller, besides those of find_ssh)
-# The local command runs when the tunnel is open.
-plan_tunnel() {
-  find_ssh
-  ssh_words=(ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15
-    -o PermitLocalCommand=yes -o "LocalCommand=echo http://127.0.0.1:$1"
-    -L "127.0.0.1:$1:127.0.0.1:$WORKER_PORT" -p "$ssh_port" "root@$ssh_host")
-  say 'open until Ctrl-C once the address shows: your SSH key must have been in the Vast account' \
-    'when the instance was rented, and a new instance may need a minute'
-}
-
-cmd_tunnel() {
-  local port="$WORKER_PORT" ssh_host ssh_port ssh_words
-  read_options tunnel --port=port "$@"
-  need_whole tunnel --port "$port" 1 65535
-  plan_tunnel "$((10#$port))"
-  trap - PIPE
-  exec "${ssh_words[@]}"
-}
-
-cmd_env() {
-  read_options env '' "$@"
-  find_running
-  tell "$(endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '"
-# instance \(.id) on Vast; its address changes when it is stopped and started
-BARK_URL=\(.address | quoted)
-BARK_API_KEY=\(.key | quoted)
-# from this environment: the number of an endpoint, as printed by: endpoint up
-VASTAI_ENDPOINT_ID=\(env.endpoint_number | quoted)
-# VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"
-    | .[1:]')"
 }
 
 # -----------------------------------------------------------------------------

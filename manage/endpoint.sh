@@ -625,9 +625,12 @@ endpoint_logs() {
 # test: one request along Vast's route. Vast names a worker and signs for it; the worker checks that
 
 endpoint_test() {
-  local text spoken_voice out took cold='no cold start: a worker was ready' ready_before=''
+  # shellcheck disable=SC2034    # keep_sound reads it
+  local out
+  local text spoken_voice took cold='no cold start: a worker was ready' ready_before=''
   local endpoint_key    # opens the way to its workers
   local route_reply request_index=0 queued_seconds
+  load test
   timeout=1800
   parse_test 'endpoint test' --timeout=timeout "$@"
   need_whole endpoint --timeout "$timeout" 1 86400

@@ -24,7 +24,8 @@ from manager import BASH, PARTS, SCRIPT, executable, folder_of, sourcing
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
 TOOLS = ("sed", "tr")  # all that reading the options takes
-APART = tuple(part.stem for part in PARTS)  # commands that lie in manage/
+APART = {"test": "test", "ssh": "reach", "tunnel": "reach", "open": "reach", "env": "reach",
+         "endpoint": "endpoint", "local": "local", "completion": "completion"}  # lie in manage/
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "open",
             "env", "endpoint", "local", "completion", "help")
 ENDPOINT_COMMANDS = {"--json": "status", "--out": "test", "--timeout": "test", "--tail": "logs"}
@@ -1060,14 +1061,15 @@ def test_every_command_has_help_that_calls_nothing(name: str, tmp_path: Path) ->
         assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
 
 
-@pytest.mark.parametrize("words", [["endpoint"], ["local"], ["open"], ["completion"]])
-def test_a_script_alone_says_what_its_other_commands_lack(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", APART)
+def test_a_script_alone_says_what_its_other_commands_lack(name: str, tmp_path: Path) -> None:
+    assert {part.stem for part in PARTS} == set(APART.values())
     script = Path(shutil.copy(SCRIPT, tmp_path))
-    for called in (words, [*words, "--help"], ["help", *words]):
+    for called in ([name], [name, "--help"], ["help", name]):
         done = command(*called, path=tmp_path, script=script)
         assert (done.returncode, done.stdout) == (3, "")
-        assert f"manage/{words[0]}.sh is missing: the folder manage/ must lie beside this script," \
-            f" in {tmp_path}\n" in done.stderr
+        assert f"manage/{APART[name]}.sh is missing: the folder manage/ must lie beside this" \
+            f" script, in {tmp_path}\n" in done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in APART])

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The rented worker's page in a browser. Sourced by manage-bark-worker.sh when `open` is called.
+# Ways to a rented worker: a shell on its machine, a tunnel, its page in a browser, its address and
+# key. Sourced by manage-bark-worker.sh when one of these commands is called.
 #
-# Sections: constants and help; the page; open
+# Sections: constants and help; ssh, tunnel; the page; open; env
 # Call vastai: none
 # Call curl: none
 # Change what is billed: none
@@ -11,6 +12,18 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 
 # -----------------------------------------------------------------------------
 # Constants and help
+
+readonly USAGE_SSH="usage: $PROGRAM ssh [COMMAND...]
+
+Opens a shell on the instance, or runs COMMAND there. Your key must have been in your Vast account
+(https://cloud.vast.ai/manage-keys/) when the instance was rented."
+
+readonly USAGE_TUNNEL="usage: $PROGRAM tunnel [--port PORT]
+
+Forwards a port of this machine to the worker through SSH until Ctrl-C, so that neither text nor key
+crosses the net in clear.
+
+  --port PORT    on this machine ($WORKER_PORT)"
 
 readonly USAGE_OPEN="usage: $PROGRAM open [--port PORT | --direct]
 
@@ -22,7 +35,53 @@ no address, list of processes, history or log.
   --direct       over the open net instead, in plain HTTP: whoever is on the way can read the texts
                  and the key"
 
+readonly USAGE_ENV="usage: $PROGRAM env
+
+Prints BARK_URL and BARK_API_KEY of the instance for an application's .env, and VASTAI_ENDPOINT_ID
+as it is set here: the number of an endpoint, which \`endpoint up\` prints."
+
 tunnel_pid=''    # of the ssh that this run started
+
+# -----------------------------------------------------------------------------
+# ssh, tunnel
+
+# usage: find_ssh    (sets ssh_host and ssh_port of its caller)
+find_ssh() {
+  local state
+  need_instance
+  unpack "$(fact "$row" '"\(.state)|\(.ssh_host)|\(.ssh_port)"')" state ssh_host ssh_port
+  [[ "$state" == running && -n "$ssh_host" && -n "$ssh_port" ]] ||
+    die "$EX_UNHEALTHY" "the instance is $state, and Vast tells no SSH address of it (yet)"
+  has_tool ssh ||
+    die "$EX_MISSING" 'ssh is missing: sudo apt install openssh-client'
+}
+
+cmd_ssh() {
+  local ssh_host ssh_port
+  find_ssh
+  trap - PIPE
+  exec ssh -p "$ssh_port" "root@$ssh_host" "$@"
+}
+
+# usage: plan_tunnel PORT    (sets ssh_words of its caller, besides those of find_ssh)
+# The local command runs when the tunnel is open.
+plan_tunnel() {
+  find_ssh
+  ssh_words=(ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15
+    -o PermitLocalCommand=yes -o "LocalCommand=echo http://127.0.0.1:$1"
+    -L "127.0.0.1:$1:127.0.0.1:$WORKER_PORT" -p "$ssh_port" "root@$ssh_host")
+  say 'open until Ctrl-C once the address shows: your SSH key must have been in the Vast account' \
+    'when the instance was rented, and a new instance may need a minute'
+}
+
+cmd_tunnel() {
+  local port="$WORKER_PORT" ssh_host ssh_port ssh_words
+  read_options tunnel --port=port "$@"
+  need_whole tunnel --port "$port" 1 65535
+  plan_tunnel "$((10#$port))"
+  trap - PIPE
+  exec "${ssh_words[@]}"
+}
 
 # -----------------------------------------------------------------------------
 # The page
@@ -136,4 +195,20 @@ cmd_open() {
   fi
 }
 
-loaded="$loaded open"
+# -----------------------------------------------------------------------------
+# env
+
+cmd_env() {
+  read_options env '' "$@"
+  find_running
+  tell "$(endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '"
+# instance \(.id) on Vast; its address changes when it is stopped and started
+BARK_URL=\(.address | quoted)
+BARK_API_KEY=\(.key | quoted)
+# from this environment: the number of an endpoint, as printed by: endpoint up
+VASTAI_ENDPOINT_ID=\(env.endpoint_number | quoted)
+# VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"
+    | .[1:]')"
+}
+
+loaded="$loaded reach"
