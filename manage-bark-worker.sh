@@ -1079,8 +1079,10 @@ list_rows() {
 look() {
   local rows
   list_instances --label "$LABEL" || return 1
-  if ! rows="$(listed_rows '(map(select(oddity == "" and .label == env.our_label) | instance)
-      | unique_by(.id)), map(select(oddity != "" and may_be_ours) | odd_row)')"; then
+  if ! rows="$(listed_rows 'map(if oddity == "" then select(.label == env.our_label) | instance
+        else select(may_be_ours) | odd_row end)
+      | (map(select(.state != "unreadable")) | unique_by(.id)), map(select(.state == "unreadable"))'
+    )"; then
     no_answer
     return 1
   fi

@@ -162,24 +162,17 @@ finish_child() {
 }
 
 # usage: run_child COMMAND...    (returns its exit status)
-run_child() {
-  guard
-  start_child "$@"
-  end_of_child
-}
+run_child() { run_child_within '' "$@"; }
 
-# usage: run_child_within SECONDS COMMAND...    (fails if it takes longer)
+# usage: run_child_within SECONDS COMMAND...    (fails if it takes longer; without SECONDS it may)
 run_child_within() {
+  local status=0
   guard
   start_child "${@:2}"
-  until_true "$1" 0 child_is_gone || true
-  signal_child KILL
-  end_of_child
-}
-
-# Waits for the child, and returns its exit status.
-end_of_child() {
-  local status=0
+  if [[ -n "$1" ]]; then
+    until_true "$1" 0 child_is_gone || true
+    signal_child KILL
+  fi
   wait "$child_pid" 2>/dev/null || status=$?
   child_pid=''
   trap - EXIT HUP INT TERM
