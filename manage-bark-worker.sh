@@ -36,6 +36,7 @@ if [[ "$ROOT" != */* ]]; then ROOT="./$ROOT"; fi
 ROOT="$(cd "${ROOT%/*}" && pwd -P)"
 readonly ROOT
 readonly PROGRAM='manage-bark-worker.sh'
+readonly VERSION=0.1.0    # of the worker beside it, too
 readonly VENV="$ROOT/.venv"
 readonly EX_UNHEALTHY=1 EX_USAGE=2 EX_MISSING=3 EX_REFUSED=4 EX_NO_INSTANCE=5 EX_LATE=6
 
@@ -219,6 +220,8 @@ exit status: 0 ok, 1 unhealthy or answered with no, 2 wrong usage or configurati
 is missing (the message says how to get it), 4 Vast refused or has nothing that fits, 5 no instance,
 6 time ran out, 129/130/143 ended by a signal
 
+every command takes --help; --version alone tells the version
+
 environment: VASTAI_API_KEY (or a key that \`vastai set api-key\` stored), BARK_LABEL (bark-worker),
 BARK_IMAGE ($DEFAULT_IMAGE), BARK_POLL (seconds between looks, 5)"
 
@@ -235,7 +238,7 @@ readonly USAGE_SEARCH_OPTIONS="  --gpu NAMES            such as '3060,RTX 4060 T
   --bid DOLLARS          per hour, with --interruptible (a quarter above the lowest that wins)
   --image IMAGE          ($DEFAULT_IMAGE)"
 
-readonly USAGE_START="usage: $PROGRAM start [OPTIONS]
+readonly USAGE_START="usage: $PROGRAM start [ID] [OPTIONS]
 
 Prints the address of a healthy worker. Where an instance labelled '$LABEL' runs, waits for it;
 where one is stopped, starts it again; else rents the cheapest offer that fits, after asking. What
@@ -253,7 +256,8 @@ $USAGE_SEARCH_OPTIONS
   --replace              if the stopped instance's GPU is taken or it fails, rent another, then
                          destroy it
   --dry-run              show the offer and its cost, rent nothing
-  --yes                  do not ask, for scripts
+  --yes                  do not ask, for scripts; needed to rent where no terminal is
+  ID                     wait for, or wake, this one of several instances
 
 So that nothing bills for nothing, an instance stops itself by these two, and also when no worker
 is ready within $START_LIMIT minutes (BARK_START_LIMIT; 0: never), though whoever started it may be
@@ -275,18 +279,19 @@ Prints the offers that start would consider, the cheapest first.
 
 $USAGE_SEARCH_OPTIONS"
 
-readonly USAGE_STATUS="usage: $PROGRAM status [--json]
+readonly USAGE_STATUS="usage: $PROGRAM status [ID] [--json]
 
 Prints what is rented under the label '$LABEL'. Exit status 0 only if a worker is ready.
 
   --json    one object: {\"label\", \"instances\": [...]}, and \"unreadable\": [ids] of rows
             that cannot be read, if Vast has any"
 
-readonly USAGE_LOGS="usage: $PROGRAM logs [OPTIONS]
+readonly USAGE_LOGS="usage: $PROGRAM logs [ID] [OPTIONS]
 
   -f, --follow    go on printing new lines until Ctrl-C
-  --tail N        the last N lines (1000)
-  --daemon        what Vast's daemon says of the container instead"
+  -n, --tail N    the last N lines (1000)
+  --daemon        what Vast's daemon says of the container instead
+  ID              one of several instances"
 
 readonly USAGE_STOP="usage: $PROGRAM stop [ID] [--now]
 
@@ -358,10 +363,13 @@ die() {
   leave "$1"
 }
 
-# usage: usage_error MESSAGE COMMAND
+# usage: usage_error MESSAGE COMMAND    (of an option that it begins with, also the line of help)
 usage_error() {
-  say "$(usage_of "$2")"
-  die "$EX_USAGE" "$1"
+  local usage line
+  usage="$(usage_of "$2")"
+  line="${usage#*$'\n'"  ${1%% *} "}"
+  if [[ "$line" == "$usage" ]]; then line=''; else line=$'\n'"  ${1%% *} ${line%%$'\n'*}"; fi
+  die "$EX_USAGE" "$1$line"$'\n'"its help: $CALLED help $2"
 }
 
 # -----------------------------------------------------------------------------
@@ -434,21 +442,22 @@ until_true() {
 
 operands=()         # the words beside options that the command was given
 said_options=' '    # the names of the options, between blanks
+target_id=''        # the instance that was named; without one, `chosen_row` or all are meant
 
 # usage: read_options COMMAND SPEC WORDS...    (sets both of these, and the variables in SPEC)
 # SPEC has --name:variable for an option that sets the variable to yes, --name=variable for one that
 # gives it a value, and WORD if other words may stand among them. As two words counts --name=value.
 # After -- come other words alone.
 read_options() {
-  local command="$1" spec=" ${2//$'\n'/} " word plain='' variable
+  local command="$1" spec=" ${2//$'\n'/} " word plain='' joined variable
   shift 2
   operands=() said_options=' '
   while (($#)); do
-    word="$1"
+    word="$1" joined=''
     shift
     if [[ -z "$plain" && "$word" == --*=* ]]; then
       set -- "${word#*=}" "$@"
-      word="${word%%=*}"
+      word="${word%%=*}" joined=yes
     fi
     if [[ "$plain$word" == -- ]]; then
       plain=yes
@@ -460,6 +469,7 @@ read_options() {
       variable="${spec#*" $word"[:=]}"
       variable="${variable%% *}"
       if [[ "$spec" == *" $word:"* ]]; then
+        if [[ -n "$joined" ]]; then usage_error "$word takes no value" "${command%% *}"; fi
         printf -v "$variable" yes
       else
         if [[ -z "${1:-}" || "$1" == --* ]]; then
@@ -469,19 +479,60 @@ read_options() {
         shift
       fi
     else
-      refuse_word "$command" "$word"
+      refuse_word "$command" "$word" "$(near_option "$word" "$spec")"
     fi
   done
 }
 
-# usage: refuse_word COMMAND WORD
+# usage: refuse_word COMMAND WORD [HINT]
 refuse_word() {
-  local hint=''
-  case "$1" in
-    *test) hint='; a TEXT that begins so comes after --' ;;
-    stop | destroy) hint='; an ID is a number' ;;
-  esac
+  local hint="${3:-}"
+  case "$1$hint" in test | 'endpoint test') hint='; a TEXT that begins so comes after --' ;; esac
   usage_error "$1 knows no '$2'$hint" "${1%% *}"
+}
+
+# usage: near_option WORD SPEC    (prints what `did_you_mean` does, of the options in SPEC)
+near_option() {
+  local one
+  local names=()
+  for one in $2; do
+    if [[ "$one" == --* ]]; then names+=("${one%%[:=]*}"); fi
+  done
+  did_you_mean "$1" ${names[@]+"${names[@]}"}
+}
+
+# usage: did_you_mean WORD CANDIDATES...    (prints the one that is few slips away, as a question)
+# A slip is a letter too many, too few, another, or swapped with the next; or a part left out.
+did_you_mean() {
+  printf '%s\n' "$@" | awk 'NR == 1 {
+      word = bare = $0; sub(/^-+/, "", bare); n = length(word); least = 1 + int((n + 2) / 4); next
+    } {
+      m = length($0)
+      for (i = 0; i <= n; i++) for (j = 0; j <= m; j++) {
+        if (i == 0 || j == 0) { slips[i, j] = i + j; continue }
+        a = substr(word, i, 1); b = substr($0, j, 1)
+        s = slips[i - 1, j - 1] + (a != b)
+        if (slips[i - 1, j] + 1 < s) s = slips[i - 1, j] + 1
+        if (slips[i, j - 1] + 1 < s) s = slips[i, j - 1] + 1
+        if (i > 1 && j > 1 && a == substr($0, j - 1, 1) && b == substr(word, i - 1, 1) &&
+          slips[i - 2, j - 2] + 1 < s) s = slips[i - 2, j - 2] + 1
+        slips[i, j] = s
+      }
+      s = slips[n, m]
+      if (s > 1 && length(bare) > 2 && index($0, bare)) s = 1
+      if (s < least) { least = s; near = $0 }
+    } END { if (near != "") print " (did you mean " near "?)" }' 2>/dev/null || true
+}
+
+# usage: read_target COMMAND SPEC WORDS...    (read_options, with an ID among the words)
+read_target() {
+  local word
+  read_options "$1" "WORD $2" "${@:3}"
+  for word in ${operands[@]+"${operands[@]}"}; do
+    [[ "$word" =~ ^[0-9]{1,15}$ && -z "$target_id" ]] ||
+      refuse_word "$1" "$word" '; an ID is a number'
+    target_id="$((10#$word))"
+  done
 }
 
 is_said() { [[ "$said_options" == *" $1 "* ]]; }
@@ -516,11 +567,21 @@ says_yes() {
   [[ "$answer" == [yY] || "$answer" == [yY]es ]]
 }
 
+# usage: need_yes DOING    (ends where nobody can be asked, unless --yes was said)
+need_yes() {
+  [[ -n "$agreed" || -t 0 ]] ||
+    die "$EX_USAGE" "not $1 without being told to: this is no terminal, so say --yes"
+}
+
+# usage: foretell_yes WHAT_IS_NOT_DONE    (where it may turn out that nobody can be asked)
+foretell_yes() {
+  if [[ -z "$agreed" && ! -t 0 ]]; then say "this is no terminal: without --yes $1"; fi
+}
+
 # usage: agree QUESTION DOING DONE    (ends unless --yes was said or a person says yes)
 agree() {
+  need_yes "$2"
   if [[ -n "$agreed" ]]; then return 0; fi
-  [[ -t 0 ]] ||
-    die "$EX_USAGE" "not $2 without being told to: this is no terminal, so say --yes"
   says_yes "$1" || die "$EX_UNHEALTHY" "nothing is $3"
 }
 
@@ -540,14 +601,14 @@ need_plain() {
 
 # Prints GPU names as Vast spells them, joined by commas; one in mixed case is taken as it is.
 gpu_names() {
-  local name names=''
+  local name all=''
   while IFS= read -r name; do
     if [[ ! ("$name" =~ [[:lower:]] && "$name" =~ [[:upper:]]) || "$name" == [RA][tn][xy]* ]]; then
       name="$(gpu_name "$name")"
     fi
-    names="$names,$name"
+    all="$all,$name"
   done < <(feed "$1" tr ',_' '\n ' | sed -E 's/^ +//; s/ +$//')
-  printf '%s\n' "${names#,}"
+  printf '%s\n' "${all#,}"
 }
 
 # usage: gpu_name NAME    (rtx 3060 ti, 3060ti and RTX 3060 TI give RTX 3060 Ti)
@@ -1117,11 +1178,25 @@ say_odd_rows() {
       + " \(.why); this ends it: \(env.destroy) \(.id // "ID") -y"')"
 }
 
-# Prints the row that start and the others mean: one that runs before one that sleeps.
+# Sets targets of its caller to the rows, a line each, that target_id means, or without it all that
+# can be read. They may be none only if it was not given.
+find_targets() {
+  open_account
+  look_or_die
+  targets="$(feed "$instances" facts '.[] | tojson')"
+  if [[ -z "$target_id" ]]; then return 0; fi
+  targets="$(all_rows | facts ".[] | select(.id == $target_id) | tojson")"
+  if [[ -n "$targets" ]]; then return 0; fi
+  if [[ "$instances" == '[]' ]]; then no_instance; fi
+  die "$EX_NO_INSTANCE" "no instance $target_id is labelled '$LABEL'; those that are: $(all_rows |
+    facts 'map(.id // empty | tostring) | join(", ")')"
+}
+
+# usage: chosen_row TARGETS    (prints the one to use: one that runs before one that sleeps)
 chosen_row() {
-  feed "$instances" facts 'def rank: {running: 0, loading: 1, provisioning: 1,
+  feed "$1" facts 'def rank: {running: 0, loading: 1, provisioning: 1,
       rebooting: 1, scheduling: 2, stopped: 3, stopping: 3, outbid: 4}[.state] // 5;
-    if length == 0 then empty else min_by([rank, .id]) | tojson end'
+    if length == 0 then empty else min_by([rank, .id]) | tojson end' -s
 }
 
 # usage: no_instance [WHAT_ELSE]    (ends; `status` has looked what else may have that name)
@@ -1134,9 +1209,9 @@ To rent one: $AGAIN start; whatever else the account has: $(by_hand show instanc
 
 # Sets row to the one that is meant; ends if there is none.
 need_instance() {
-  open_account
-  look_or_die
-  row="$(chosen_row)"
+  local targets
+  find_targets
+  row="$(chosen_row "$targets")"
   [[ -n "$row" ]] || no_instance
 }
 
@@ -1146,16 +1221,7 @@ find_running() {
   address="$(fact "$row" .address)"
   if [[ -n "$address" ]]; then return 0; fi
   die "$EX_UNHEALTHY" "$(fact "$row" '"instance \(.id) cannot be called: it is \(.state)"
-    + if .message == "" then "" else " (\(.message))" end'); run: $AGAIN start"
-}
-
-# usage: target_rows [ID]    (one row a line: the one with that id, else all that can be read)
-target_rows() {
-  if [[ -n "${1:-}" ]]; then
-    all_rows | facts ".[] | select(.id == $1) | tojson"
-  else
-    feed "$instances" facts '.[] | tojson'
-  fi
+    + if .message then " (\(.message))" else "" end'); run: $AGAIN start"
 }
 
 # -----------------------------------------------------------------------------
@@ -1841,7 +1907,7 @@ replace='' dry_run=''    # yes or nothing
 replaced_id=''           # the old instance that goes when the new one is healthy
 
 parse_start() {
-  read_options start "$SEARCH_OPTIONS --model=model --voice=voice --listen=listen --timeout=timeout
+  read_target start "$SEARCH_OPTIONS --model=model --voice=voice --listen=listen --timeout=timeout
  --idle-stop=idle_stop --max-hours=max_hours --replace:replace --dry-run:dry_run -y:agreed
  --yes:agreed" "$@"
   check_search start
@@ -1913,13 +1979,13 @@ folder of this machine is not on the rented one" "$1" ;;
 }
 
 cmd_start() {
-  local chosen state id
+  local targets chosen state id
   parse_start "$@"
   if_cut='nothing is rented'
+  if [[ -z "$dry_run" ]]; then foretell_yes 'nothing new is rented'; fi
   offer_vastai
-  open_account
-  look_or_die
-  chosen="$(chosen_row)"
+  find_targets
+  chosen="$(chosen_row "$targets")"
   if [[ -z "$chosen" ]]; then
     rent
     return 0
@@ -2271,12 +2337,11 @@ describe() {
 }
 
 cmd_status() {
-  local json='' id one found='' ready=''
-  read_options status --json:json "$@"
-  open_account
-  look_or_die
-  if [[ "$instances" == '[]' && -z "$json" ]]; then no_instance_but_perhaps_an_endpoint; fi
-  for id in $(feed "$instances" facts '.[].id'); do
+  local json='' targets id one found='' ready=''
+  read_target status --json:json "$@"
+  find_targets
+  if [[ -z "$targets$json" ]]; then no_instance_but_perhaps_an_endpoint; fi
+  for id in $(feed "$targets" facts 'select(.state != "unreadable").id'); do
     one="$(with_health "$(row_of "$id")")"
     if [[ "$(fact "$one" .health.ready)" == true ]]; then ready=yes; fi
     if [[ -n "$json" ]]; then found="$found$one"$'\n'; else tell "$(describe "$one")"; fi
@@ -2307,7 +2372,7 @@ no_instance_but_perhaps_an_endpoint() {
 
 cmd_logs() {
   local follow='' tail=1000 daemon=''
-  read_options logs '-f:follow --follow:follow --tail=tail --daemon:daemon' "$@"
+  read_target logs '-f:follow --follow:follow -n=tail --tail=tail --daemon:daemon' "$@"
   need_whole logs --tail "$tail" 1 100000
   need_instance
   show_log "$(fact "$row" .id)" "$((10#$tail))" "$daemon" "$follow"
@@ -2355,33 +2420,11 @@ new_lines() {
 # -----------------------------------------------------------------------------
 # stop, destroy
 
-# usage: parse_target COMMAND SPEC [ARGUMENTS...]    (sets target_id of its caller)
-parse_target() {
-  local command="$1" spec="WORD $2" word
-  shift 2
-  target_id=''
-  read_options "$command" "$spec" "$@"
-  for word in ${operands[@]+"${operands[@]}"}; do
-    [[ "$word" =~ ^[0-9]+$ && -z "$target_id" ]] || refuse_word "$command" "$word"
-    target_id="$word"
-  done
-}
-
-# usage: find_targets [ID]    (sets targets of its caller to what is meant, a row a line)
-find_targets() {
-  open_account
-  look_or_die
-  targets="$(target_rows "${1:-}")"
-  if [[ -n "$targets" ]]; then return 0; fi
-  if [[ "$instances" == '[]' ]]; then no_instance; fi
-  die "$EX_NO_INSTANCE" "no instance $1 is labelled '$LABEL'; those that are: $(all_rows |
-    facts 'map(.id // empty | tostring) | join(", ")')"
-}
-
 cmd_stop() {
-  local target_id targets id failed=''
-  parse_target stop --now:agreed "$@"
-  find_targets "$target_id"
+  local targets id failed=''
+  read_target stop --now:agreed "$@"
+  find_targets
+  [[ -n "$targets" ]] || no_instance
   if [[ "$(fact "$targets" .state)" == unreadable ]]; then
     say_odd_rows
     leave "$EX_REFUSED"
@@ -2488,9 +2531,11 @@ has_stopped() {
 }
 
 cmd_destroy() {
-  local target_id targets id failed=''
-  parse_target destroy '-y:agreed --yes:agreed' "$@"
-  find_targets "$target_id"
+  local targets id failed=''
+  read_target destroy '-y:agreed --yes:agreed' "$@"
+  need_yes destroying
+  find_targets
+  [[ -n "$targets" ]] || no_instance
   say "$(feed "$targets" facts '"instance \(.id): \(.state), \(.gpu), "
     + (.why // "\(.price | fixed(4)) $/h")')"
   agree 'Destroy it, with its disk?' destroying destroyed
@@ -2525,15 +2570,26 @@ cmd_help() {
   (($# <= 1)) || usage_error 'help takes one command' help
   if [[ -n "${1:-}" ]]; then
     load "$1"
-    usage="$(usage_of "$1")" || misused "unknown command '$1'"
+    usage="$(usage_of "$1")" || unknown_command "$1"
   fi
   tell "$usage"
 }
 
-# usage: misused MESSAGE    (the message last, where a terminal shows it)
-misused() {
-  say "$USAGE"
-  die "$EX_USAGE" "$1"
+# Prints the names of all commands, by blanks.
+commands() {
+  local line commands=''
+  while IFS= read -r line; do
+    if [[ "$line" =~ ^\ \ ([a-z]+)\  ]]; then commands="$commands ${BASH_REMATCH[1]}"; fi
+  done <<<"$USAGE"
+  printf '%s\n' "${commands# }"
+}
+
+# usage: unknown_command WORD
+unknown_command() {
+  local hint
+  # shellcheck disable=SC2046    # a word each
+  hint="$(did_you_mean "$1" $(commands))"
+  die "$EX_USAGE" "unknown command '$1'$hint"$'\n'"all commands: $CALLED help"
 }
 
 main() {
@@ -2541,10 +2597,13 @@ main() {
   trap '' PIPE    # a reader that leaves ends nothing that costs money
   case "$command" in
     -h | --help) tell "$USAGE"; return 0 ;;
-    '') misused 'a command is needed' ;;
+    --version) tell "$PROGRAM $VERSION"; return 0 ;;
+    '')
+      say "$USAGE"
+      die "$EX_USAGE" 'a command is needed' ;;
   esac
   load "$command"
-  usage_of "$command" >/dev/null || misused "unknown command '$command'"
+  usage_of "$command" >/dev/null || unknown_command "$command"
   for word in "${@:2}"; do
     case "$word" in -h | --help) cmd_help "$command"; return 0 ;; esac
     if [[ "$command" == ssh || "$word" == -- ]]; then break; fi    # ssh's are for the instance

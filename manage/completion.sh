@@ -19,22 +19,14 @@ Prints what makes the shell complete commands and options:
 
 # Prints the options of a command, by blanks: they are those that its help tells.
 options_of() {
-  local word options=''
-  while read -r word _; do
+  local word second options=''
+  while read -r word second _; do
     case "$word" in
-      -f,) options="$options -f --follow" ;;
+      -?,) options="$options ${word%,} $second" ;;
       --*) options="$options $word" ;;
     esac
   done <<<"$(usage_of "$1")"
   printf '%s\n' "${options# }"
-}
-
-commands() {
-  local line commands=''
-  while IFS= read -r line; do
-    if [[ "$line" =~ ^\ \ ([a-z]+)\  ]]; then commands="$commands ${BASH_REMATCH[1]}"; fi
-  done <<<"$USAGE"
-  printf '%s\n' "${commands# }"
 }
 
 cmd_completion() {

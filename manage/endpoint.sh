@@ -272,6 +272,7 @@ endpoint_up() {
   local id
   parse_up "$@"
   if_cut='no endpoint was made'
+  foretell_yes 'no endpoint is made'
   offer_vastai
   open_account
   find_endpoint
@@ -524,6 +525,7 @@ remove_templates() {
 endpoint_down() {
   local ids hashes marker="$LABEL"
   read_options 'endpoint down' '-y:agreed --yes:agreed' "$@"
+  need_yes 'deleting an endpoint'
   open_account
   find_endpoint
   ids="$(feed "$endpoints" endpoint_facts 'map(select(is_meant) | "\(.id)") | join(" ")')"
@@ -737,7 +739,8 @@ cmd_endpoint() {
   case "${1:-}" in
     up | status | test | logs | down) "endpoint_$1" "${@:2}" ;;
     '') usage_error 'endpoint needs one of: up, status, test, logs, down' endpoint ;;
-    *) usage_error "endpoint knows no '$1'; it knows up, status, test, logs and down" endpoint ;;
+    *) usage_error "endpoint knows no '$1'$(did_you_mean "$1" up status test logs down); it knows \
+up, status, test, logs and down" endpoint ;;
   esac
 }
 

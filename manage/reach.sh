@@ -13,19 +13,20 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 # -----------------------------------------------------------------------------
 # Constants and help
 
-readonly USAGE_SSH="usage: $PROGRAM ssh [COMMAND...]
+readonly USAGE_SSH="usage: $PROGRAM ssh [ID] [COMMAND...]
 
-Opens a shell on the instance, or runs COMMAND there. Your key must have been in your Vast account
-(https://cloud.vast.ai/manage-keys/) when the instance was rented."
+Opens a shell on the instance, or runs COMMAND there; ID is one of several instances. Your key must
+have been in your Vast account (https://cloud.vast.ai/manage-keys/) when the instance was rented."
 
-readonly USAGE_TUNNEL="usage: $PROGRAM tunnel [--port PORT]
+readonly USAGE_TUNNEL="usage: $PROGRAM tunnel [ID] [--port PORT]
 
 Forwards a port of this machine to the worker through SSH until Ctrl-C, so that neither text nor key
 crosses the net in clear.
 
-  --port PORT    on this machine ($WORKER_PORT)"
+  --port PORT    on this machine ($WORKER_PORT)
+  ID             one of several instances"
 
-readonly USAGE_OPEN="usage: $PROGRAM open [--port PORT | --direct]
+readonly USAGE_OPEN="usage: $PROGRAM open [ID] [--port PORT | --direct]
 
 Opens the worker's page in a browser of this machine, through SSH as tunnel does, until Ctrl-C. The
 browser gets the key from a file that only this user can read and that goes at the end: it shows in
@@ -33,12 +34,15 @@ no address, list of processes, history or log.
 
   --port PORT    on this machine ($WORKER_PORT)
   --direct       over the open net instead, in plain HTTP: whoever is on the way can read the texts
-                 and the key"
+                 and the key
+  ID             one of several instances"
 
-readonly USAGE_ENV="usage: $PROGRAM env
+readonly USAGE_ENV="usage: $PROGRAM env [ID]
 
 Prints BARK_URL and BARK_API_KEY of the instance for an application's .env, and VASTAI_ENDPOINT_ID
-as it is set here: the number of an endpoint, which \`endpoint up\` prints."
+as it is set here: the number of an endpoint, which \`endpoint up\` prints.
+
+  ID    one of several instances"
 
 tunnel_pid=''    # of the ssh that this run started
 
@@ -58,6 +62,10 @@ find_ssh() {
 
 cmd_ssh() {
   local ssh_host ssh_port
+  if [[ "${1:-}" =~ ^[0-9]{1,15}$ ]]; then
+    target_id="$((10#$1))"
+    shift
+  fi
   find_ssh
   trap - PIPE
   exec ssh -p "$ssh_port" "root@$ssh_host" "$@"
@@ -76,7 +84,7 @@ plan_tunnel() {
 
 cmd_tunnel() {
   local port="$WORKER_PORT" ssh_host ssh_port ssh_words
-  read_options tunnel --port=port "$@"
+  read_target tunnel --port=port "$@"
   need_whole tunnel --port "$port" 1 65535
   plan_tunnel "$((10#$port))"
   trap - PIPE
@@ -185,7 +193,7 @@ open_directly() {
 
 cmd_open() {
   local port="$WORKER_PORT" direct=''
-  read_options open '--port=port --direct:direct' "$@"
+  read_target open '--port=port --direct:direct' "$@"
   need_whole open --port "$port" 1 65535
   if [[ -z "$direct" ]]; then
     open_through_ssh "$((10#$port))"
@@ -199,7 +207,7 @@ cmd_open() {
 # env
 
 cmd_env() {
-  read_options env '' "$@"
+  read_target env '' "$@"
   find_running
   tell "$(endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '"
 # instance \(.id) on Vast; its address changes when it is stopped and started

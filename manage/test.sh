@@ -21,7 +21,8 @@ dash comes after --.
 
   --voice NAME    (the worker's own)
   --out FILE      (bark-test.wav)
-  --play          play it here"
+  --play          play it here
+  --id ID         of one of several instances"
 
 readonly AUDIBLE=300              # of 32768; a sound whose largest sample is below is silence
 
@@ -78,7 +79,9 @@ check_out() {
 
 cmd_test() {
   local text spoken_voice out play='' took
-  parse_test test --play:play "$@"
+  parse_test test '--play:play --id=target_id' "$@"
+  [[ "$target_id" =~ ^[0-9]{0,15}$ ]] ||
+    usage_error "--id is '$target_id'; it must be the number of an instance" test
   find_running
   make_scratch
   took="$(speak)" || leave "$?"

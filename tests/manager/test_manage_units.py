@@ -23,7 +23,7 @@ from manager import BASH, PARTS, SCRIPT, executable, folder_of, sourcing
 
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
-TOOLS = ("sed", "tr")  # all that reading the options takes
+TOOLS = ("awk", "sed", "tr")  # all that reading the options takes
 APART = {"test": "test", "ssh": "reach", "tunnel": "reach", "open": "reach", "env": "reach",
          "endpoint": "endpoint", "local": "local", "completion": "completion"}  # lie in manage/
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "open",
@@ -207,7 +207,7 @@ def test_other_numbers_are_refused_with_what_is_allowed(function: str, given: st
     done = shell(f'{function} start --some "$1" 1 10', given)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"--some is '{given}'; it must be a" in done.stderr and "from 1 to 10" in done.stderr
-    assert "usage: manage-bark-worker.sh start" in done.stderr
+    assert done.stderr.endswith("manage-bark-worker.sh help start\n")
 
 
 # Time
@@ -439,7 +439,7 @@ def test_a_wrong_call_of_endpoint_is_told_what_is_right(words: list[str], compla
                                                         bare_path: Path) -> None:
     done = command("endpoint", *words, path=bare_path)
     assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
-    assert done.stderr.startswith("usage: manage-bark-worker.sh endpoint ")
+    assert done.stderr.endswith("manage-bark-worker.sh help endpoint\n")
 
 
 # The image
@@ -504,20 +504,20 @@ SHARED_FAULTS = [
 
 @pytest.mark.parametrize(("called", "words"), [(called, words) for words, commands in SHARED_FAULTS
                                                for called in commands])
-def test_the_usage_shown_is_that_of_the_command_which_was_called(
+def test_the_help_named_is_that_of_the_command_which_was_called(
         called: str, words: list[str], bare_path: Path) -> None:
     name = called.split()[0]
     done = command(*called.split(), *words, path=bare_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.findall(r"usage: manage-bark-worker.sh (\w+)", done.stderr) == [name]
+    assert re.findall(r"manage-bark-worker.sh help (\w+)", done.stderr) == [name]
 
 
 @pytest.mark.parametrize("called", ["start", "endpoint up"])
-def test_the_usage_shown_for_a_wrong_setting_is_that_of_the_command_too(
+def test_the_help_named_for_a_wrong_setting_is_that_of_the_command_too(
         called: str, bare_path: Path) -> None:
     done = command(*called.split(), path=bare_path, BARK_TIMEOUT="5 s")
     assert done.returncode == 2 and "BARK_TIMEOUT is '5 s'" in done.stderr
-    assert done.stderr.startswith(f"usage: manage-bark-worker.sh {called.split()[0]} ")
+    assert done.stderr.endswith(f"manage-bark-worker.sh help {called.split()[0]}\n")
 
 
 @pytest.mark.parametrize("console", ["console", "absent/console"])
@@ -729,8 +729,8 @@ CHOICES = [
 @pytest.mark.parametrize(("states", "chosen"), CHOICES)
 def test_what_runs_is_meant_before_what_sleeps_and_what_sleeps_before_what_failed(
         states: list[str], chosen: int | None) -> None:
-    rows = [{"id": number, "state": state} for number, state in enumerate(states)]
-    told = answer('instances="$1"; chosen_row', json.dumps(rows))
+    rows = [json.dumps({"id": i, "state": state}) for i, state in enumerate(states)]
+    told = answer('chosen_row "$1"', "\n".join(rows))
     assert (json.loads(told)["id"] if told else None) == chosen
 
 
@@ -1025,7 +1025,7 @@ def test_the_vastai_beside_the_script_serves_too(tmp_path: Path) -> None:
 
 
 def test_a_missing_ssh_is_named_with_how_to_get_it(bare_path: Path) -> None:
-    code = ("open_account() { :; }; look_or_die() { :; }; chosen_row() { echo x; };"
+    code = ("find_targets() { targets=x; }; chosen_row() { echo x; };"
             " fact() { echo 'running|host|22'; }; PATH=\"$1\"; cmd_ssh")
     done = shell(code, str(bare_path))
     assert (done.returncode, done.stdout) == (3, "")
@@ -1094,8 +1094,8 @@ def test_help_is_no_wider_than_a_terminal_of_100_columns(tmp_path: Path) -> None
 
 def listed_options(text: str) -> list[tuple[str, str]]:
     """The options in a help text, each with what stands for its value, if it takes one."""
-    found = re.findall(r"^  (?:-\w, )?(--[a-z-]+)(?: ([A-Z]+)\b)?", text, re.M)
-    return found + [(short, "") for short in re.findall(r"^  (-\w), ", text, re.M)]
+    found = re.findall(r"^  (?:(-\w), )?(--[a-z-]+)(?: ([A-Z]+)\b)?", text, re.M)
+    return [(name, value) for short, long, value in found for name in (short, long) if name]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -1120,7 +1120,8 @@ MISUSE = [
       for name in ("start", "search", "status", "test", "logs", "stop", "destroy", "tunnel",
                    "open", "env", "local")],
     (["start", "now"], "start knows no 'now'"),
-    (["start", "--yes=1"], "start knows no '1'"),
+    (["start", "--yes=1"], "--yes takes no value"),
+    (["start", "--yes="], "--yes takes no value"),
     (["start", "--yes --dry-run"], "start knows no '--yes --dry-run'"),
     (["start", "--yes:agreed"], "start knows no '--yes:agreed'"),
     (["start", "--", "--yes"], "start knows no '--yes'"),
@@ -1152,7 +1153,7 @@ MISUSE = [
     (["search", "--yes"], "search knows no '--yes'"),
     (["search", "--model", "suno/bark"], "search knows no '--model'"),
     (["search", "--bid", "0.1"], "--bid needs --interruptible"),
-    (["status", "7"], "status knows no '7'"),
+    (["status", "seven"], "status knows no 'seven'; an ID is a number"),
     (["test", "one", "two"], "test takes one TEXT; put it in quotes"),
     (["test", "-x"], "test knows no '-x'; a TEXT that begins so comes after --"),
     (["test", "--timeout", "9"], "test knows no '--timeout'"),
@@ -1160,7 +1161,8 @@ MISUSE = [
     (["test", "--out", "--play"], "--out needs a value"),
     (["logs", "--tail", "0"], "--tail is '0'; it must be a whole number from 1 to 100000"),
     (["logs", "--tail"], "--tail needs a value"),
-    (["logs", "7"], "logs knows no '7'"),
+    (["logs", "-n", "0"], "--tail is '0'; it must be a whole number from 1 to 100000"),
+    (["logs", "7", "8"], "logs knows no '8'"),
     (["stop", "bark-worker"], "stop knows no 'bark-worker'"),
     (["stop", "7", "8"], "stop knows no '8'"),
     (["stop", "--yes"], "stop knows no '--yes'"),
@@ -1169,10 +1171,11 @@ MISUSE = [
     (["destroy", "-7"], "destroy knows no '-7'"),
     (["tunnel", "--port", "65536"], "--port is '65536'; it must be a whole number from 1 to 65535"),
     (["tunnel", "--port"], "--port needs a value"),
-    (["tunnel", "8080"], "tunnel knows no '8080'"),
+    (["tunnel", "127.0.0.1:8080"], "tunnel knows no '127.0.0.1:8080'"),
     (["open", "--port", "0"], "--port is '0'; it must be a whole number from 1 to 65535"),
     (["open", "--direct", "--port", "81"], "--port goes without --direct"),
-    (["open", "8080"], "open knows no '8080'"),
+    (["open", "http"], "open knows no 'http'"),
+    (["test", "--id", "x"], "--id is 'x'; it must be the number of an instance"),
     (["env", "--json"], "env knows no '--json'"),
     (["completion"], "completion is for bash or zsh"),
     (["completion", "fish"], "completion is for bash or zsh, not 'fish'"),
@@ -1186,10 +1189,51 @@ def test_misuse_says_what_and_how_on_stderr_and_calls_nothing(
         arguments: list[str], complaint: str, bare_path: Path) -> None:
     done = command(*arguments, path=bare_path, VASTAI_API_KEY="", VAST_API_KEY="")
     assert (done.returncode, done.stdout) == (2, "")
-    usage, _, message = done.stderr.rpartition("\nmanage-bark-worker.sh: ")
+    message, _, rest = done.stderr.partition("manage-bark-worker.sh: ")[2].partition("\n")
     assert complaint in message
-    known = arguments and arguments[0] in COMMANDS and arguments[1:] != ["fly"]
-    assert usage.startswith(f"usage: manage-bark-worker.sh {arguments[0] if known else 'COMMAND'}")
+    assert not arguments or (len(rest.splitlines()) <= 3 and f"{SCRIPT} help" in rest)
+
+
+@pytest.mark.parametrize(("words", "near"), [
+    (["strat"], "start"), (["log"], "logs"), (["serach"], "search"),
+    (["help", "destory"], "destroy"),
+    (["start", "--gup", "3060"], "--gpu"), (["start", "--price", "1"], "--max-price"),
+    (["search", "--min-reliabilty=1"], "--min-reliability"), (["test", "--oput", "a"], "--out"),
+    (["endpoint", "staus"], "status"), (["endpoint", "up", "--lisen"], "--listen"),
+    (["fly"], None), (["start", "--nonsense"], None), (["start", "gpu"], None),
+])
+def test_what_is_few_slips_away_is_asked_for(words: list[str], near: str | None,
+                                             bare_path: Path) -> None:
+    done = command(*words, path=bare_path)
+    assert done.returncode == 2
+    assert re.findall(r"did you mean (\S+)\?", done.stderr) == ([near] if near else [])
+
+
+def test_a_wrong_value_is_told_with_the_line_of_help_that_is_about_it(bare_path: Path) -> None:
+    done = command("start", "--min-vram", "lots", path=bare_path)
+    assert done.stderr.splitlines()[1:] == ["  --min-vram GB          (8)",
+                                            f"its help: {SCRIPT} help start"]
+    assert done.stderr.startswith("manage-bark-worker.sh: --min-vram is 'lots'; it must be")
+
+
+@pytest.mark.parametrize("words", [["destroy"], ["endpoint", "down"]])
+def test_that_yes_is_needed_is_said_before_anything_is_called(words: list[str],
+                                                              bare_path: Path) -> None:
+    done = command(*words, path=bare_path)
+    assert (done.returncode, done.stdout) == (2, "") and "so say --yes" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["start"], ["endpoint", "up"]])
+def test_that_yes_may_be_needed_is_said_before_anything_is_called(words: list[str],
+                                                                  bare_path: Path) -> None:
+    done = command(*words, path=bare_path)
+    assert done.returncode == 3 and "without --yes no" in done.stderr.splitlines()[0]
+
+
+def test_the_version_is_the_workers(bark: ModuleType, tmp_path: Path) -> None:
+    script = shutil.copy(SCRIPT, tmp_path)  # alone, it has to know by itself
+    done = command("--version", path=tmp_path, script=Path(script))
+    assert (done.returncode, done.stdout) == (0, f"manage-bark-worker.sh {bark.VERSION}\n")
 
 
 @pytest.mark.parametrize(("settings", "complaint"), [
@@ -1317,10 +1361,10 @@ def completion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
                          "--min-reliability", "--model"]),
     (["start", "--yes", "--dr"], ["--dry-run"]),
     (["start", "--l"], ["--listen"]),
-    (["logs", "-"], ["-f", "--follow", "--tail", "--daemon"]),
+    (["logs", "-"], ["-f", "--follow", "-n", "--tail", "--daemon"]),
     (["stop", "--"], ["--now"]),
     (["destroy", "--"], ["--yes"]),
-    (["test", "--"], ["--voice", "--out", "--play"]),
+    (["test", "--"], ["--voice", "--out", "--play", "--id"]),
     (["local", "--"], ["--model", "--listen", "--verbose", "--clean", "--yes"]),
     (["endpoint", ""], ["up", "status", "test", "logs", "down"]),
     (["endpoint", "up", "--max"], ["--max-workers", "--max-price", "--max-traffic"]),

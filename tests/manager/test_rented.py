@@ -497,7 +497,8 @@ def foreign_instance(stage: Scene) -> None:
     """It is there, but not ours; end() asserts that nobody touched it."""
     instance = stage.vast.add_instance(fate="silent")
     stranger = str(stage.vast.strangers[0].id)
-    for words in (("stop", stranger), ("destroy", stranger, "--yes")):
+    for words in (("stop", stranger), ("destroy", stranger, "--yes"), ("start", stranger),
+                  ("logs", stranger), ("ssh", stranger, "ls"), ("test", "--id", stranger)):
         ended(run(stage, *words), 5, "is labelled 'bark-worker'", str(instance.id))
     assert stage.changes() == []
 
@@ -507,7 +508,7 @@ def foreign_instance(stage: Scene) -> None:
 
 def destroy_asks(stage: Scene) -> None:
     instance = stage.vast.add_instance(state="stopped")
-    ended(run(stage, "destroy"), 2, "say --yes", f"instance {instance.id}: stopped, RTX 3060")
+    ended(run(stage, "destroy"), 2, "say --yes")
     for text in ("n\n", "\x04"):
         done = stage.typed(text, command="destroy")
         ended(done, 1, "nothing is destroyed", f"instance {instance.id}: stopped")
@@ -600,6 +601,31 @@ def vast_out_of_order(stage: Scene) -> None:
 @plays(destroy_never, stop_never, stop_waits_a_minute, vast_out_of_order)
 def test_patience_has_an_end_and_what_stays_billed_is_named(act: Act, acts: Acts) -> None:
     acts.end_of(act)
+
+
+def one_that_is_named(stage: Scene) -> None:
+    """And not the first of two; every command that means one instance takes its id."""
+    first, second = stage.vast.add_instance(), stage.vast.add_instance()
+    wait_until(lambda: first.port and second.port, "workers")
+    assert says(stage, "logs", str(second.id), "-n", "1") == f"{second.log.splitlines()[-1]}\n"
+    told = says(stage, "env", str(second.id))
+    assert f"BARK_URL={second.worker_url}\n" in told
+    stage.manager.runs[-1].stdout = ""
+    assert f"instance {first.id}" not in says(stage, "status", str(second.id))
+    port = str(second.container.ports["22/tcp"].getsockname()[1])
+    for words in (("ssh", str(second.id), "ls", "7"), ("tunnel", str(second.id))):
+        run(stage, *words, PATH=stub_ssh(stage, 0))
+        assert port in ssh_words(stage)
+    assert run(stage, "start", str(second.id)).stdout == f"{second.worker_url}\n"
+    assert stage.changes() == []
+
+
+def start_of_one_that_sleeps(stage: Scene) -> None:
+    """Though another one runs."""
+    running, asleep = stage.vast.add_instance(), stage.vast.add_instance(state="stopped")
+    assert run(stage, "start", str(asleep.id)).stdout == f"{asleep.worker_url}\n"
+    assert stage.billed() == {running.id: "running", asleep.id: "running"}
+    assert (running.touched, asleep.touched) == ([], ["running"])
 
 
 # ssh, tunnel, open, env
@@ -741,6 +767,11 @@ def env_for_a_shell(stage: Scene) -> None:
                 text=True, timeout=10)
             assert (done.returncode, done.stderr) == (0, "")
             assert done.stdout.splitlines() == [instance.worker_url, NASTY_KEY, number]
+
+
+@plays(one_that_is_named, start_of_one_that_sleeps)
+def test_an_id_names_one_of_several(act: Act, acts: Acts) -> None:
+    acts.end_of(act)
 
 
 @plays(follow_few, follow_until_destroyed, daemon_log, short_log, shell_on_it, tunnel_to_it,
