@@ -241,8 +241,9 @@ readonly USAGE_SEARCH_OPTIONS="  --gpu NAMES            such as '3060,RTX 4060 T
 readonly USAGE_START="usage: $PROGRAM start [ID] [OPTIONS]
 
 Prints the address of a healthy worker. Where an instance labelled '$LABEL' runs, waits for it;
-where one is stopped, starts it again; else rents the cheapest offer that fits, after asking. What
-it rented and cannot bring to health it gives back, then tries the next offer, $ATTEMPTS in all.
+where one is stopped, starts it again; else rents the cheapest offer that fits, or of those within
+10 % of its price the most reliable, after asking. What it rented and cannot bring to health it
+gives back, then tries the next offer, $ATTEMPTS in all.
 
 $USAGE_SEARCH_OPTIONS
   --model ID             suno/bark-small, builtin-voice, ... (suno/bark)
@@ -275,7 +276,8 @@ who use it, as Vast's CLI takes it no other way; the account's key never shows."
 
 readonly USAGE_SEARCH="usage: $PROGRAM search [OPTIONS]
 
-Prints the offers that start would consider, the cheapest first.
+Prints the offers that start would consider, in its order: the cheapest first, but of those within
+10 % of its price the most reliable.
 
 $USAGE_SEARCH_OPTIONS"
 
@@ -924,8 +926,8 @@ def is_one_of($list): . as $one | any($list[]; . == $one);
 # extra_env is a list of pairs, or of nothing while the instance is being made.
 def environment: (.extra_env // []) | if type == "array"
   then map(select(type == "array") | {key: .[0], value: .[1]}) | from_entries else . end;
-def storage: .storage_total_cost //
-  ((.storage_cost // 0) * (.disk_space // 0) / (env.month_hours | tonumber));
+def storage: .storage_total_cost // (if .storage_cost and .disk_space
+  then .storage_cost * .disk_space / (env.month_hours | tonumber) else null end);
 
 # What Vast or Docker says, without the name and tag of the image, in which any word may stand.
 def image_names: (.image_uuid | strings | split("@")[0]) as $image
@@ -956,7 +958,7 @@ def instance: (environment.BARK_API_KEY // "") as $key
     said: said,
     gpu: ("\(.num_gpus // 1)x \(.gpu_name | clean)" | ltrimstr("1x ")),
     region: (.geolocation | clean),
-    price: (.dph_total // 0), storage: storage, interruptible: (.is_bid // false),
+    price: .dph_total, storage: storage, interruptible: (.is_bid // false), machine: .machine_id,
     started: .start_date, wanted: (.intended_status // ""),
     known: (.extra_env != null), key: $key}
   + {armed: (environment | {idle_stop: (.BARK_IDLE_STOP | tonumber? // 0),
@@ -982,30 +984,37 @@ def oddity: if type != "object" then "it is no object" else . as $row
      if .extra_env | is_environment then empty else "its extra_env is no environment" end,
      try (instance | empty) catch "it is of another shape"] | .[0] // "" end;
 def odd_row: {id: ([objects | .id | numbers][0]), why: oddity, state: "unreadable", known: false,
-  key: "", gpu: "unknown GPU", region: "", price: 0, storage: 0};
+  key: "", gpu: "unknown GPU", region: "", price: null, storage: null};
 def may_be_ours: (objects | .label | strings) // env.our_label | . == env.our_label;
 def is_before: "\(.id)" | is_one_of(env.before | split(" "));
 def state_is_live: .state | is_one_of(["running", "loading", "provisioning", "rebooting"]);
 # The instance of another start that came first.
 def is_rival: .known and .key != env.key and .id < (env.rented | tonumber) and (is_before | not)
   and (state_is_live or .state == "scheduling");
-def hours: if .started then (now - .started) / 3600 else 0 end;
+def hours: if .started then (now - .started) / 3600 else null end;
+# What it costs now: its storage alone while it sleeps. Of what is not known nothing is said.
+def sleeps: .state | is_one_of(["stopped", "outbid"]);
+def costs_now: if sleeps then .storage else .price end;
+def known($before): if . then "\($before)\(fixed(4)) $/h" else "" end;
 def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
 
 # Of a row and the health of its worker.
 def visible: .[1] as $health | .[0] | {id, state, gpu, region, address, interruptible,
-  price_per_hour: .price, storage_per_hour: .storage, hours: hours, cost_at_most: (hours * .price),
+  price_per_hour: .price, storage_per_hour: .storage, hours: hours,
+  cost_at_most: (if hours and .price then hours * .price else null end),
   message, armed, health: $health};
 
 def span: if . < 1 then "\(. * 60 | floor) min" else "\(fixed(1)) h" end;
-def costs: (.price_per_hour | fixed(4) + " $/h") as $price
-  | (.storage_per_hour | fixed(4) + " $/h") as $storage
-  | (if .state | is_one_of(["stopped", "outbid"])
-     then "now \($storage) for storage (\(.storage_per_hour * 24 | fixed(2)) $ a day), "
-       + "\($price) when it runs"
-     else "\($price), of it \($storage) for storage, which goes on when stopped" end)
-  + (if .interruptible then "; interruptible" else "" end)
-  + "; rented \(.hours | span) ago, at most \(.cost_at_most | fixed(4)) $ since";
+def costs: .storage_per_hour as $storage
+  | [(if sleeps then
+       ($storage | known("now ") + if . then " for storage (\(. * 24 | fixed(2)) $ a day)" else "" end)
+         + (.price_per_hour | known(", ") + if . then " when it runs" else "" end)
+     else (.price_per_hour | known("")) + ($storage | known(", of it ")
+       + if . then " for storage, which goes on when stopped" else "" end) end),
+     (if .interruptible then "interruptible" else "" end),
+     (if .hours then "rented \(.hours | span) ago" else "" end)
+       + (if .cost_at_most then ", at most \(.cost_at_most | fixed(4)) $ since" else "" end)]
+  | map(select(. != "")) | join("; ");
 
 # By what it stops itself, with the time left if the worker tells it.
 def by_guard($name; $what): .armed[$name] as $limit
@@ -1032,11 +1041,15 @@ def offer: bid as $bid | ($bid == null or $bid >= .min_bid) as $winning | {id,
     bid: $bid, min_bid: (.min_bid // 0), winning: $winning,
     cost: (if $bid and $winning then .dph_total - .min_bid + $bid else .dph_total end),
     storage: ((.storage_cost // 0) * (env.disk | tonumber) / (env.month_hours | tonumber))};
-# A row that is not as Vast has them is no offer. In the choice, the traffic of the first start
-# counts as if spread over a day.
+# The cheapest first, but of those within 10 % of it the most reliable; then the rest likewise. In
+# the choice, the traffic of the first start counts as if spread over a day.
+def ranked: map(.in_all = .cost + .first / 24) | sort_by(.in_all) | if . == [] then [] else
+  (.[0].in_all * 1.1) as $near | (map(select(.in_all <= $near)) | sort_by(-.reliability, .in_all))
+    + (map(select(.in_all > $near)) | ranked) end;
+# A row that is not as Vast has them is no offer.
 def offers: map(select((objects | .dph_total | numbers) and (env.interruptible == "" or .min_bid))
   | (try offer catch empty) | select([.id, .vram, .reliability, .down, .first, .cost, .storage]
-    | all(type == "number"))) | sort_by(.cost + .first / 24);
+    | all(type == "number"))) | ranked;
 def sentence: "\(.gpu), \(.vram | round) GB, \(.region): \(.cost | fixed(4)) $/h"
   + " (\(.cost * 24 | fixed(2)) $ a day)";
 
@@ -1583,7 +1596,7 @@ show_offer() {
     + "reliability \(.reliability * 100 | fixed(1)) %, download \(.down | round) Mb/s"'
 }
 
-offer_line() { printf '%-10s %-16s %4s %8s %7s %-20s %6s %6s %8s\n' "$@"; }
+offer_line() { printf '%-8s %-15.15s %3s %7s %6s %-14s %6s %5s %7s\n' "$@"; }    # 79 columns
 
 cmd_search() {
   read_options search "$SEARCH_OPTIONS" "$@"
@@ -1600,7 +1613,7 @@ offer_table() {
   while IFS='|' read -r -a cells; do
     offer_line "${cells[@]}"
   done < <(feed "$offers" facts '.[] | [.id, .gpu, (.vram | round), (.cost | fixed(4)),
-    (.cost * 24 | fixed(2)), .region[-20:], (.reliability | fixed(3)), (.down | round),
+    (.cost * 24 | fixed(2)), .region[-14:], (.reliability | fixed(3)), (.down | round),
     (.traffic | fixed(3))] | join("|")')
 }
 
@@ -1617,7 +1630,7 @@ phase='' phase_shown=''             # what it did when last seen, and what of th
 rival=''                            # the instance of another start that came first
 wait_began=0                        # this and the next three in `now`
 running_since='' scheduling_since='' silent_since=0
-gpu_price=0 storage_price=0         # millionths of $/h
+gpu_price='' storage_price=0        # millionths of $/h; nothing while Vast does not tell
 traffic_cost=0                      # of the first start, in millionths of $
 old_ends=''                         # how often the worker had ended before
 was_listed='' meant_to_run=''       # yes once Vast has listed it so
@@ -1651,7 +1664,7 @@ has_outcome() {
 # usage: begin_wait ID
 begin_wait() {
   conclude
-  row='' address='' phase='waiting for Vast' rival=''
+  row='' address='' phase='waiting for Vast' rival='' gpu_price=''
   wait_began=$now running_since='' scheduling_since='' silent_since=$now old_ends=''
   was_listed=yes meant_to_run='' absent_looks=0 lost_looks=0 lost_time=-99
   if [[ "$1" == "$rented_id" ]]; then
@@ -1718,8 +1731,9 @@ see_instance() {
     return 0
   fi
   was_listed=yes absent_looks=0
-  unpack "$(fact "$row" '([.price - .storage, .storage] | map([., 0] | max * 1e6 | round))
-    + [.address, .price > (env.max_price | tonumber) * 1.001] | join("|")')" \
+  unpack "$(fact "$row" '(.storage // 0) as $storage
+    | [if .price then [.price - $storage, 0] | max * 1e6 | round else "" end, ($storage * 1e6 | round),
+       .address, (.price // 0) > (env.max_price | tonumber) * 1.001] | join("|")')" \
     gpu_price storage_price address too_dear
   if [[ "$1" == "$rented_id" ]]; then check_rented "$1" "$too_dear"; fi
   if [[ -z "$outcome" || "$outcome" == ready ]]; then judge_state "$1"; fi
@@ -2299,7 +2313,7 @@ show_last_words() {
 # usage: announce ID    (prints the address)
 announce() {
   local facts_line
-  facts_line="$(fact "$(row_of "$1")" '"\(.gpu), \(.price | fixed(4)) $/h"' 2>/dev/null)" || true
+  facts_line="$(fact "$(row_of "$1")" '"\(.gpu)\(.price | known(", "))"' 2>/dev/null)" || true
   say "ready after $((now - wait_began)) s: instance $1${facts_line:+, $facts_line}"
   tell "$address"
   if [[ -n "$reader_left" ]]; then say "nobody reads the answer, which is $address"; fi
@@ -2471,8 +2485,8 @@ say_stopped() {
 }
 
 storage_cost() {
-  fact "$1" '"its storage goes on costing \(.storage | fixed(4)) $/h"
-    + " (\(.storage * 24 | fixed(2)) $ a day)"'
+  fact "$1" '"its storage goes on costing" + (.storage | known(" ")
+    + if . then " (\(. * 24 | fixed(2)) $ a day)" else "" end)'
 }
 
 # Prints how many requests the worker has, running and waiting; fails if it does not tell.
@@ -2536,8 +2550,8 @@ cmd_destroy() {
   need_yes destroying
   find_targets
   [[ -n "$targets" ]] || no_instance
-  say "$(feed "$targets" facts '"instance \(.id): \(.state), \(.gpu), "
-    + (.why // "\(.price | fixed(4)) $/h")')"
+  say "$(feed "$targets" facts '"instance \(.id): \(.state), \(.gpu)"
+    + (if .why then ", " + .why else costs_now | known(", ") end)')"
   agree 'Destroy it, with its disk?' destroying destroyed
   stake destroy "$(feed "$targets" facts .id)"
   for id in $(feed "$targets" facts .id); do

@@ -81,7 +81,6 @@ def limit: (.search_params // .search_query // "") | tostring
 def member: instance + {marker: (environment.BARK_LABEL // ""), plain: ((.label // "") == "")};
 def may_be_anyones: (objects | .label | strings) // "" | . == "";
 def is_member: listed(env.workers) or (.marker != "" and .marker == env.marker);
-def now_costs: if .state == "running" or .state == "frozen" then .price else .storage end;
 # What only the workers of that endpoint have in their environment: its name, unless two share it.
 def marker($id): (map(select("\(.id)" == $id))[0].endpoint_name // env.our_label) as $name
   | if any(.[]; .endpoint_name == $name and "\(.id)" != $id) then "" else $name end;
@@ -98,8 +97,8 @@ def endpoint_status: . as [$endpoint, $groups, $list, $instances]
      worker_groups: ($groups | map({id, max_price: (limit | if . then tonumber else . end)})),
      workers: ($instances | map(worker_status($list) as $told | {id, gpu, region, instance: .state,
        status: ($told.status // "unknown"), characters_per_second: $told.measured_perf,
-       price_per_hour: .price, costs_now: now_costs})),
-     cost_per_hour: ($instances | map(now_costs) | add // 0)};
+       price_per_hour: .price, costs_now: costs_now})),
+     cost_per_hour: ($instances | map(costs_now) | add // 0)};
 '
 
 # usage: endpoint_facts FILTER [JQ_OPTIONS]
@@ -539,7 +538,7 @@ endpoint_down() {
   say "$(feed "$endpoints" endpoint_facts '.[] | select(is_meant)
     | "endpoint \(.id): \(.endpoint_name)"'
     feed "$members" facts '.[] | select(.sure)
-    | "worker \(.id): \(.state), \(.gpu), \(.price | fixed(4)) $/h"')"
+    | "worker \(.id): \(.state), \(.gpu)\(costs_now | known(", "))"')"
   agree 'Delete it, with its workers?' 'deleting an endpoint' deleted
   if_cut="the endpoint and its workers may still be billed; this ends it: $(rescue endpoint down)"
   remove_endpoint "$ids" "$hashes" "$marker" || leave "$EX_REFUSED"
@@ -593,8 +592,8 @@ describe_endpoint() {
          else "" end) end) end)
     + "\n  now \(.cost_per_hour | fixed(4)) $/h"
     + (if .workers == [] then ": no worker" else "" end),
-    (.workers[] | "  worker \(.id): \(.status), instance \(.instance), \(.gpu), \(.region),"
-      + " \(.costs_now | fixed(4)) $/h"
+    (.workers[] | "  worker \(.id): \(.status), instance \(.instance), \(.gpu), \(.region)"
+      + (.costs_now | known(", "))
       + if .characters_per_second then ", \(.characters_per_second | fixed(1)) characters/s"
         else "" end)'
 }

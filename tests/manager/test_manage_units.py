@@ -803,6 +803,46 @@ def test_offers_come_cheapest_first_with_what_they_cost_in_all() -> None:
     assert found[0]["storage"] == pytest.approx(0.15 * 72 / 720)
 
 
+def test_of_offers_nearly_as_cheap_the_more_reliable_comes_first() -> None:
+    """Within 10 % of the cheapest; those behind them are compared with the next that is left."""
+    rows = [offer(id=number, dph_total=price, reliability2=reliability, inet_down_cost=0)
+            for number, price, reliability in (
+                (1, 0.100, 0.96), (2, 0.109, 0.99), (3, 0.105, 0.99), (4, 0.111, 0.999),
+                (5, 0.120, 0.9991), (6, 0.130, 1.0))]
+    assert [one["id"] for one in facts("offers", rows)] == [3, 2, 1, 5, 4, 6]
+
+
+def test_the_table_of_offers_fits_80_columns() -> None:
+    rows = [offer(id=99_999_999, gpu_name="RTX 4070S Ti laptop", geolocation="United Kingdom, GB",
+                  dph_total=9.99, gpu_ram=98_304, inet_down=10_000, inet_down_cost=0.05)]
+    table = answer("offers=\"$(facts 'offers | tojson')\"; offer_table", stdin=json.dumps(rows))
+    header, line = table.splitlines()
+    assert max(len(header), len(line)) < 80
+    assert line.split()[0] == "99999999" and ", GB " in line and line.endswith("0.050")
+
+
+@pytest.mark.parametrize(("fields", "told"), [
+    ({}, "0.0700 $/h, of it 0.0100 $/h for storage, which goes on when stopped; rented 2.0 h ago,"
+     " at most 0.1400 $ since"),
+    ({"state": "stopped"}, "now 0.0100 $/h for storage (0.24 $ a day), 0.0700 $/h when it runs;"
+     " rented 2.0 h ago, at most 0.1400 $ since"),
+    ({"hours": None, "cost_at_most": None, "storage_per_hour": None}, "0.0700 $/h"),
+    ({"state": "outbid", "price_per_hour": None, "cost_at_most": None, "interruptible": True},
+     "now 0.0100 $/h for storage (0.24 $ a day); interruptible; rented 2.0 h ago"),
+    ({"price_per_hour": None, "storage_per_hour": None, "hours": None, "cost_at_most": None}, ""),
+])
+def test_of_the_costs_what_is_not_known_is_left_out(fields: dict[str, object], told: str) -> None:
+    row = {"state": "running", "price_per_hour": 0.07, "storage_per_hour": 0.01, "hours": 2.0,
+           "cost_at_most": 0.14, "interruptible": False, **fields}
+    assert facts("costs", row) == told
+
+
+def test_an_instance_without_prices_has_none() -> None:
+    told = facts("[instance, null] | visible | [.price_per_hour, .storage_per_hour, .hours,"
+                 " .cost_at_most]", row(dph_total=None))
+    assert told == [None] * 4
+
+
 @pytest.mark.parametrize(("bid", "found"), [
     ("", [(1, 0.0375, 0.0775), (2, 0.125, 0.145)]),  # a quarter above the lowest that wins
     ("0.05", [(1, 0.05, 0.09)]),  # too little for the other

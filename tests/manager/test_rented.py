@@ -514,7 +514,8 @@ def destroy_asks(stage: Scene) -> None:
         ended(done, 1, "nothing is destroyed", f"instance {instance.id}: stopped")
         assert done.stderr.count("[y/N]") == 1
     assert stage.changes() == []
-    ended(stage.typed("y\n", command="destroy"), 0, f"instance {instance.id} is destroyed")
+    done = stage.typed("y\n", command="destroy")
+    ended(done, 0, f"instance {instance.id} is destroyed", f"RTX 3060, {GB_AT_50:.4f} $/h\n")
     assert stage.vast.destroyed == [instance.id]
 
 
