@@ -5,8 +5,8 @@
 #
 # Sections: constants; help; messages; loading; time; options; adapters; facts; instances; giving
 #   back; offers; waiting for a worker; start; status, logs; stop, destroy; help, main
-# Call vastai: run_vast (all go through vast)
-# Call curl: call_url health_of known_gpus
+# Call vastai: call_cli (all go through vast)
+# Call curl: send_url health_of known_gpus
 # Change what is billed: order_instance ask_to_start destroy_once give_back_woken stop_one
 #   has_stopped
 #
@@ -220,7 +220,8 @@ exit status: 0 ok, 1 unhealthy or answered with no, 2 wrong usage or configurati
 is missing (the message says how to get it), 4 Vast refused or has nothing that fits, 5 no instance,
 6 time ran out, 129/130/143 ended by a signal
 
-every command takes --help; --version alone tells the version
+every command takes --help, and -v (or BARK_TRACE=1), which tells of each call to Vast or the worker
+how long it took and what kind of answer came; --version tells the version
 
 environment: VASTAI_API_KEY (or a key that \`vastai set api-key\` stored), BARK_LABEL (bark-worker),
 BARK_IMAGE ($DEFAULT_IMAGE), BARK_POLL (seconds between looks, 5)"
@@ -383,7 +384,7 @@ loaded=''    # the files that are loaded, by blanks; each adds its own name at i
 load() {
   local part="$1"
   case "$1" in
-    endpoint | local | test | completion) ;;
+    endpoint | local | test | completion | hints) ;;
     reach | ssh | tunnel | open | env) part=reach ;;
     *) return 0 ;;
   esac
@@ -393,6 +394,9 @@ manage/ must lie beside this script, in $ROOT"
   # shellcheck source=/dev/null    # each of them follows this file instead
   source "$ROOT/manage/$part.sh"
 }
+
+# usage: can_load PART    (loads what the script can do without, if it is there)
+can_load() { [[ -r "$ROOT/manage/$1.sh" ]] && load "$1"; }
 
 is_loaded() { [[ " $loaded " == *" $1 "* ]]; }
 
@@ -451,7 +455,7 @@ target_id=''        # the instance that was named; without one, `chosen_row` or 
 # gives it a value, and WORD if other words may stand among them. As two words counts --name=value.
 # After -- come other words alone.
 read_options() {
-  local command="$1" spec=" ${2//$'\n'/} " word plain='' joined variable
+  local command="$1" spec=" ${2//$'\n'/} " word plain='' joined variable hint
   shift 2
   operands=() said_options=' '
   while (($#)); do
@@ -481,7 +485,9 @@ read_options() {
         shift
       fi
     else
-      refuse_word "$command" "$word" "$(near_option "$word" "$spec")"
+      hint=''
+      if can_load hints; then hint="$(near_option "$word" "$spec")"; fi
+      refuse_word "$command" "$word" "$hint"
     fi
   done
 }
@@ -491,39 +497,6 @@ refuse_word() {
   local hint="${3:-}"
   case "$1$hint" in test | 'endpoint test') hint='; a TEXT that begins so comes after --' ;; esac
   usage_error "$1 knows no '$2'$hint" "${1%% *}"
-}
-
-# usage: near_option WORD SPEC    (prints what `did_you_mean` does, of the options in SPEC)
-near_option() {
-  local one
-  local names=()
-  for one in $2; do
-    if [[ "$one" == --* ]]; then names+=("${one%%[:=]*}"); fi
-  done
-  did_you_mean "$1" ${names[@]+"${names[@]}"}
-}
-
-# usage: did_you_mean WORD CANDIDATES...    (prints the one that is few slips away, as a question)
-# A slip is a letter too many, too few, another, or swapped with the next; or a part left out.
-did_you_mean() {
-  printf '%s\n' "$@" | awk 'NR == 1 {
-      word = bare = $0; sub(/^-+/, "", bare); n = length(word); least = 1 + int((n + 2) / 4); next
-    } {
-      m = length($0)
-      for (i = 0; i <= n; i++) for (j = 0; j <= m; j++) {
-        if (i == 0 || j == 0) { slips[i, j] = i + j; continue }
-        a = substr(word, i, 1); b = substr($0, j, 1)
-        s = slips[i - 1, j - 1] + (a != b)
-        if (slips[i - 1, j] + 1 < s) s = slips[i - 1, j] + 1
-        if (slips[i, j - 1] + 1 < s) s = slips[i, j - 1] + 1
-        if (i > 1 && j > 1 && a == substr($0, j - 1, 1) && b == substr(word, i - 1, 1) &&
-          slips[i - 2, j - 2] + 1 < s) s = slips[i - 2, j - 2] + 1
-        slips[i, j] = s
-      }
-      s = slips[n, m]
-      if (s > 1 && length(bare) > 2 && index($0, bare)) s = 1
-      if (s < least) { least = s; near = $0 }
-    } END { if (near != "") print " (did you mean " near "?)" }' 2>/dev/null || true
 }
 
 # usage: read_target COMMAND SPEC WORDS...    (read_options, with an ID among the words)
@@ -663,15 +636,63 @@ vast() {
 # ordered is not cut in the middle. Prints, when it has ended, two empty lines, one as call_end, and
 # its answer.
 run_vast() {
-  local said errors answer status=0
+  local said errors what="vastai $1 $2"
   trap '' HUP INT TERM
+  if [[ "${3:-}" =~ ^[0-9]+$ ]]; then what="$what $3"; fi    # of other words some are secrets
+  traced "$what" call_cli "$@"
+  printf '\n\n%s %s\n%s\n' "${said%% *}" "${errors//$'\n'/$LINE}" "${said#* }"
+}
+
+# Sets said, to exit status and answer, and errors of its caller.
+call_cli() {
+  local answer status=0
   said="$({
     answer="$("$VASTAI" "$@" --raw --retry 1 </dev/null 2>&4)" || status=$?
     printf '%s%s %s' "$RECORD" "$status" "$answer"
   } 4>&1)"
   errors="${said%%"$RECORD"*}"
   said="${said#*"$RECORD"}"
-  printf '\n\n%s %s\n%s\n' "${said%% *}" "${errors//$'\n'/$LINE}" "${said#* }"
+  if [[ -n "$trace" ]]; then kind="$(kind_of "${said%% *}" "$errors" "${said#* }")"; fi
+}
+
+trace=''    # yes: each call is told on descriptor 5, which is stderr
+
+start_trace() {
+  trace=yes
+  exec 5>&2
+}
+
+# usage: traced WHAT COMMAND...    (runs it; tells how long it took and what kind of answer came)
+# Of the answer COMMAND may set `kind`.
+traced() {
+  local TIMEFORMAT kind='' status=0
+  if [[ -z "$trace" ]]; then
+    "${@:2}" || status=$?
+    return "$status"
+  fi
+  {
+    time {
+      "${@:2}" 2>&6 || status=$?
+      if ((status > 0)); then kind="no answer (status $status)"; fi
+      TIMEFORMAT="$1: %R s, ${kind:-an answer}"
+    }
+  } 6>&2 2>&5
+  return "$status"
+}
+
+# usage: kind_of STATUS ERRORS ANSWER    (prints in words what a call of the CLI brought)
+kind_of() {
+  local pattern='"status_code": *([0-9]+)'
+  if [[ "$2" =~ $pattern ]]; then
+    printf 'HTTP %s\n' "${BASH_REMATCH[1]}"
+  elif [[ "$1" != 0 ]]; then
+    printf 'exit status %s\n' "$1"
+  elif [[ -z "$3" ]]; then
+    printf 'nothing\n'
+  else
+    feed "$3" jq -r '(arrays, (objects | .instances | arrays) | "rows: \(length)") // type' \
+      2>/dev/null || printf 'text, not JSON\n'
+  fi
 }
 
 # Waits for the call to end, or for a signal: then `finish_call` goes on where this stopped. Until
@@ -808,24 +829,36 @@ and user_write for an endpoint' ;;
 
 # usage: call_url KEY URL JSON CURL_OPTIONS...    (KEY and JSON may be empty; JSON is for POST)
 # Neither of the three, each of which may hold a secret, stands in a list of processes or in a file.
+# CURL_OPTIONS have it write the HTTP status at the end, first in its line.
 call_url() {
-  key="$1" url="$2" feed "$3" jq -Rr '"url = \(env.url | tojson)",
+  local sent='' status=0
+  traced "${2%%\?*}" send_url "$@" || status=$?
+  printf '%s\n' "$sent"
+  return "$status"
+}
+
+# usage: send_url AS_CALL_URL...    (sets sent of its caller to what came)
+send_url() {
+  sent="$(key="$1" url="$2" feed "$3" jq -Rr '"url = \(env.url | tojson)",
     (env.key | select(. != "") | "header = \("Authorization: Bearer " + . | tojson)"),
     (select(. != "") | "header = \"Content-Type: application/json\"", "data-binary = \(tojson)")' |
-    curl -sS -K - "${@:4}"
+    curl -sS -K - "${@:4}")" || return "$?"
+  kind="${sent##*$'\n'}"
+  kind="HTTP ${kind%% *}"
 }
 
 # Prints the worker's health as JSON; fails if there is no answer that is one.
 health_of() {
   local health
-  health="$(curl -s --max-time 5 "$1/health")" && [[ -n "$health" ]] || return 1
+  health="$(traced "$1/health" curl -s --max-time 5 "$1/health")" && [[ -n "$health" ]] || return 1
   feed "$health" jq -ce 'objects | select(.status | strings)' 2>/dev/null
 }
 
 # Prints the names of GPUs that Vast knows, as JSON; fails if it does not tell. This needs no key.
 known_gpus() {
   local names
-  names="$(curl -sS --max-time 15 "$CONSOLE_URL/api/v0/gpu_names/unique/" 2>/dev/null)" || return 1
+  local url="$CONSOLE_URL/api/v0/gpu_names/unique/"
+  names="$(traced "$url" curl -sS --max-time 15 "$url" 2>/dev/null)" || return 1
   feed "$names" jq -ce '.gpu_names | arrays | map(strings) | select(. != [])' 2>/dev/null
 }
 
@@ -1007,8 +1040,8 @@ def visible: .[1] as $health | .[0] | {id, state, gpu, region, address, interrup
 def span: if . < 1 then "\(. * 60 | floor) min" else "\(fixed(1)) h" end;
 def costs: .storage_per_hour as $storage
   | [(if sleeps then
-       ($storage | known("now ") + if . then " for storage (\(. * 24 | fixed(2)) $ a day)" else "" end)
-         + (.price_per_hour | known(", ") + if . then " when it runs" else "" end)
+       ($storage | known("now ")
+           + if . then " for storage (\(. * 24 | fixed(2)) $ a day)" else "" end) + (.price_per_hour | known(", ") + if . then " when it runs" else "" end)
      else (.price_per_hour | known("")) + ($storage | known(", of it ")
        + if . then " for storage, which goes on when stopped" else "" end) end),
      (if .interruptible then "interruptible" else "" end),
@@ -1732,7 +1765,8 @@ see_instance() {
   fi
   was_listed=yes absent_looks=0
   unpack "$(fact "$row" '(.storage // 0) as $storage
-    | [if .price then [.price - $storage, 0] | max * 1e6 | round else "" end, ($storage * 1e6 | round),
+    | [if .price then [.price - $storage, 0] | max * 1e6 | round else "" end,
+       ($storage * 1e6 | round),
        .address, (.price // 0) > (env.max_price | tonumber) * 1.001] | join("|")')" \
     gpu_price storage_price address too_dear
   if [[ "$1" == "$rented_id" ]]; then check_rented "$1" "$too_dear"; fi
@@ -2589,28 +2623,21 @@ cmd_help() {
   tell "$usage"
 }
 
-# Prints the names of all commands, by blanks.
-commands() {
-  local line commands=''
-  while IFS= read -r line; do
-    if [[ "$line" =~ ^\ \ ([a-z]+)\  ]]; then commands="$commands ${BASH_REMATCH[1]}"; fi
-  done <<<"$USAGE"
-  printf '%s\n' "${commands# }"
-}
-
 # usage: unknown_command WORD
 unknown_command() {
-  local hint
-  # shellcheck disable=SC2046    # a word each
-  hint="$(did_you_mean "$1" $(commands))"
+  local hint=''
+  if can_load hints; then hint="$(near_command "$1")"; fi
   die "$EX_USAGE" "unknown command '$1'$hint"$'\n'"all commands: $CALLED help"
 }
 
 main() {
-  local command="${1:-}" word
+  local command="${1:-}" word plain=''
+  local words=()
   trap '' PIPE    # a reader that leaves ends nothing that costs money
+  if [[ "${BARK_TRACE:-0}" != 0 ]]; then start_trace; fi
   case "$command" in
     -h | --help) tell "$USAGE"; return 0 ;;
+    -v) start_trace; main "${@:2}"; return 0 ;;
     --version) tell "$PROGRAM $VERSION"; return 0 ;;
     '')
       say "$USAGE"
@@ -2619,10 +2646,14 @@ main() {
   load "$command"
   usage_of "$command" >/dev/null || unknown_command "$command"
   for word in "${@:2}"; do
-    case "$word" in -h | --help) cmd_help "$command"; return 0 ;; esac
-    if [[ "$command" == ssh || "$word" == -- ]]; then break; fi    # ssh's are for the instance
+    case "$plain$word" in
+      -h | --help) cmd_help "$command"; return 0 ;;
+      -v) start_trace; continue ;;
+    esac
+    if [[ "$command" == ssh || "$word" == -- ]]; then plain=yes; fi    # ssh's are for the instance
+    words+=("$word")
   done
-  "cmd_$command" "${@:2}"
+  "cmd_$command" ${words[@]+"${words[@]}"}
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then

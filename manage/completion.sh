@@ -30,7 +30,7 @@ options_of() {
 }
 
 cmd_completion() {
-  local command cases='' text
+  local command commands cases='' text
   read -r -d '' text <<'SH' || true
 _manage_bark_worker() {
   local words=''
@@ -51,11 +51,13 @@ autoload -U +X bashcompinit && bashcompinit
 $text" ;;
     *) usage_error "completion is for bash or zsh, not '${1:-}'" completion ;;
   esac
-  for command in $(commands); do
+  load hints
+  commands="$(commands)"
+  for command in $commands; do
     load "$command"
     cases="$cases"$'\n'"    *\ $command) words='$(options_of "$command")' ;;"
   done
-  text="${text/@COMMANDS@/$(commands)}"
+  text="${text/@COMMANDS@/${commands//$'\n'/ }}"
   tell "${text/@OPTIONS@/${cases#$'\n'}}"
 }
 

@@ -735,11 +735,13 @@ ask_worker() {
 }
 
 cmd_endpoint() {
+  local hint=''
   case "${1:-}" in
     up | status | test | logs | down) "endpoint_$1" "${@:2}" ;;
     '') usage_error 'endpoint needs one of: up, status, test, logs, down' endpoint ;;
-    *) usage_error "endpoint knows no '$1'$(did_you_mean "$1" up status test logs down); it knows \
-up, status, test, logs and down" endpoint ;;
+    *)
+      if can_load hints; then hint="$(did_you_mean "$1" up status test logs down)"; fi
+      usage_error "endpoint knows no '$1'$hint; it knows up, status, test, logs and down" endpoint ;;
   esac
 }
 

@@ -357,6 +357,42 @@ def test_a_call_of_the_cli_brings_a_reply_or_a_complaint(program: str, reply: st
     assert told == f"{complaint}|{reply}"
 
 
+@pytest.mark.parametrize(("program", "kind"), [
+    ("echo '[1, 2]'", "rows: 2"), ("""echo '{"instances": [1]}'""", "rows: 1"),
+    ("echo '{}'", "object"), ("echo null", "null"), (":", "nothing"),
+    ("echo Started.", "text, not JSON"),
+    ("echo oops >&2; exit 1", "exit status 1"), (f"echo '{GONE}' >&2", "HTTP 410"),
+])
+@pytest.mark.parametrize("words", [["show", "instance", "7"], ["create", "instance", "7"]])
+def test_a_traced_call_is_told_with_its_time_and_what_came_but_no_secret(
+        program: str, kind: str, words: list[str], tmp_path: Path) -> None:
+    stub = executable(tmp_path / "vastai", f"#!/bin/sh\n{program}\n")
+    code = 'VASTAI="$1"; start_trace; space_calls() { called="$1"; }; vast "${@:2}" || true'
+    done = shell(code, str(stub), *words, "--env", "-e BARK_API_KEY=secret")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert re.fullmatch(rf"vastai {' '.join(words)}: [0-9.,]+ s, {kind}\n", done.stderr)
+
+
+def test_a_traced_call_by_curl_is_told_without_what_stands_behind_the_address(
+        tmp_path: Path) -> None:
+    executable(tmp_path / "curl", "#!/bin/sh\ncat >/dev/null; printf 'sorry\\n401'\n")
+    code = 'start_trace; PATH="$1:$PATH"; web secret "$2" || true'
+    done = shell(code, str(tmp_path), "http://vast.example/route/?api_key=secret")
+    assert re.fullmatch(r"http://vast.example/route/: [0-9.,]+ s, HTTP 401\n", done.stderr)
+
+
+@pytest.mark.parametrize(("words", "settings", "told"), [
+    (["-v", "logs", "7"], {}, "yes|7"), (["logs", "-v", "7"], {}, "yes|7"),
+    (["logs", "7", "-v"], {}, "yes|7"), (["logs", "7"], {"BARK_TRACE": "1"}, "yes|7"),
+    (["logs", "7"], {}, "|7"), (["logs", "7"], {"BARK_TRACE": "0"}, "|7"),
+    (["ssh", "-v", "7", "ls", "-v"], {}, "yes|7"), (["ssh", "7", "ls", "-v"], {}, "|7"),
+])
+def test_calls_are_traced_wherever_it_is_asked_for(words: list[str], settings: dict[str, str],
+                                                   told: str) -> None:
+    code = 'find_targets() { printf "%s|%s" "$trace" "$target_id"; exit 0; }; main "$@"'
+    assert answer(code, *words, **settings) == told
+
+
 # An order's answer
 
 
@@ -1103,7 +1139,7 @@ def test_every_command_has_help_that_calls_nothing(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", APART)
 def test_a_script_alone_says_what_its_other_commands_lack(name: str, tmp_path: Path) -> None:
-    assert {part.stem for part in PARTS} == set(APART.values())
+    assert {part.stem for part in PARTS} == {*APART.values(), "hints"}
     script = Path(shutil.copy(SCRIPT, tmp_path))
     for called in ([name], [name, "--help"], ["help", name]):
         done = command(*called, path=tmp_path, script=script)
