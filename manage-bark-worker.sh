@@ -3,8 +3,8 @@
 # whatever was rented can be ended. Works under bash 3.2, as macOS has it. `source` it to use its
 # functions.
 #
-# Sections: constants; help; messages; loading; time; options; adapters; facts; instances; giving
-#   back; offers; waiting for a worker; start; status, logs; stop, destroy; help, main
+# Sections: constants; help; messages; loading; time; options; adapters; facts; instances; the
+#   journal; giving back; offers; waiting for a worker; start; status; stop, destroy; help, main
 # Call vastai: call_cli (all go through vast)
 # Call curl: send_url health_of known_gpus
 # Change what is billed: order_instance ask_to_start destroy_once give_back_woken stop_one
@@ -69,6 +69,7 @@ readonly LOG_SECONDS=30           # between looks at the log of a worker that is
 readonly IDLE_STOP=30 START_LIMIT=60    # minutes; by these an instance stops itself
 readonly MOST_MINUTES=10080 MOST_HOURS=8760    # that the worker takes for them
 readonly HOURS_A_MONTH=720        # of Vast's storage price, which is per month
+readonly JOURNAL_BYTES=262144     # of orders.log, which then becomes orders.log.old
 # Settings that pass from this environment to a rented worker.
 readonly PASSED_ON='TTS_MAX_LENGTH BARK_DTYPE BARK_MAX_BATCH BARK_MAX_QUEUE BARK_TIMEOUT
 BARK_DETERMINISTIC BARK_EXPRESSION BARK_QUALITY BARK_RETRIES BARK_WORD_ERRORS BARK_CACHE_MB
@@ -237,6 +238,7 @@ readonly USAGE_SEARCH_OPTIONS="  --gpu NAMES            such as '3060,RTX 4060 T
   --region CODES         countries such as DE,FR, or EU (anywhere)
   --interruptible        cheaper, but whoever bids more takes the GPU away
   --bid DOLLARS          per hour, with --interruptible (a quarter above the lowest that wins)
+  --any-machine          also those that failed here within a day
   --image IMAGE          ($DEFAULT_IMAGE)"
 
 readonly USAGE_START="usage: $PROGRAM start [ID] [OPTIONS]
@@ -288,13 +290,6 @@ Prints what is rented under the label '$LABEL'. Exit status 0 only if a worker i
 
   --json    one object: {\"label\", \"instances\": [...]}, and \"unreadable\": [ids] of rows
             that cannot be read, if Vast has any"
-
-readonly USAGE_LOGS="usage: $PROGRAM logs [ID] [OPTIONS]
-
-  -f, --follow    go on printing new lines until Ctrl-C
-  -n, --tail N    the last N lines (1000)
-  --daemon        what Vast's daemon says of the container instead
-  ID              one of several instances"
 
 readonly USAGE_STOP="usage: $PROGRAM stop [ID] [--now]
 
@@ -384,7 +379,7 @@ loaded=''    # the files that are loaded, by blanks; each adds its own name at i
 load() {
   local part="$1"
   case "$1" in
-    endpoint | local | test | completion | hints) ;;
+    endpoint | local | test | logs | completion | hints | trace) ;;
     reach | ssh | tunnel | open | env) part=reach ;;
     *) return 0 ;;
   esac
@@ -652,46 +647,16 @@ call_cli() {
   } 4>&1)"
   errors="${said%%"$RECORD"*}"
   said="${said#*"$RECORD"}"
-  if [[ -n "$trace" ]]; then kind="$(kind_of "${said%% *}" "$errors" "${said#* }")"; fi
+  if is_loaded trace; then kind="$(kind_of "${said%% *}" "$errors" "${said#* }")"; fi
 }
 
-trace=''    # yes: each call is told on descriptor 5, which is stderr
-
-start_trace() {
-  trace=yes
-  exec 5>&2
-}
-
-# usage: traced WHAT COMMAND...    (runs it; tells how long it took and what kind of answer came)
-# Of the answer COMMAND may set `kind`.
+# usage: traced WHAT COMMAND...    (runs it; under -v tells how long it took and what kind of answer
+# came, of which COMMAND may set `kind`)
 traced() {
-  local TIMEFORMAT kind='' status=0
-  if [[ -z "$trace" ]]; then
-    "${@:2}" || status=$?
-    return "$status"
-  fi
-  {
-    time {
-      "${@:2}" 2>&6 || status=$?
-      if ((status > 0)); then kind="no answer (status $status)"; fi
-      TIMEFORMAT="$1: %R s, ${kind:-an answer}"
-    }
-  } 6>&2 2>&5
-  return "$status"
-}
-
-# usage: kind_of STATUS ERRORS ANSWER    (prints in words what a call of the CLI brought)
-kind_of() {
-  local pattern='"status_code": *([0-9]+)'
-  if [[ "$2" =~ $pattern ]]; then
-    printf 'HTTP %s\n' "${BASH_REMATCH[1]}"
-  elif [[ "$1" != 0 ]]; then
-    printf 'exit status %s\n' "$1"
-  elif [[ -z "$3" ]]; then
-    printf 'nothing\n'
+  if is_loaded trace; then
+    trace_call "$@" || return "$?"
   else
-    feed "$3" jq -r '(arrays, (objects | .instances | arrays) | "rows: \(length)") // type' \
-      2>/dev/null || printf 'text, not JSON\n'
+    "${@:2}" || return "$?"
   fi
 }
 
@@ -843,8 +808,10 @@ send_url() {
     (env.key | select(. != "") | "header = \("Authorization: Bearer " + . | tojson)"),
     (select(. != "") | "header = \"Content-Type: application/json\"", "data-binary = \(tojson)")' |
     curl -sS -K - "${@:4}")" || return "$?"
-  kind="${sent##*$'\n'}"
-  kind="HTTP ${kind%% *}"
+  if is_loaded trace; then
+    kind="${sent##*$'\n'}"
+    kind="HTTP ${kind%% *}"
+  fi
 }
 
 # Prints the worker's health as JSON; fails if there is no answer that is one.
@@ -1031,17 +998,44 @@ def costs_now: if sleeps then .storage else .price end;
 def known($before): if . then "\($before)\(fixed(4)) $/h" else "" end;
 def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
 
+# Of the journal: the time of a line; the orders of which no line tells how they ended, and the row
+# of one; the machines that failed within a day; the seconds that an instance is known to have slept,
+# up to now if it sleeps.
+def at: .time | try fromdateiso8601 catch 0;
+def open_orders: reduce .[] as $line ({}; ($line.order | tostring) as $order
+  | if $line.event | is_one_of(["order", "wake"]) then .[$order] = $line
+    elif $line.event | is_one_of(["rented", "unanswered"]) then
+      if .[$order] then .[$order] += {id: $line.id} else . end
+    elif $line.event
+      | is_one_of(["ready", "refused", "nothing", "destroyed", "stopped", "gone"]) then
+      with_entries(select(.key != $order and (.value.id == null or .value.id != $line.id)))
+    else . end) | [.[] | select(.label == env.our_label)];
+def failed_machines: map(select(.event == "failed" and .machine and now - at < 86400).machine)
+  | unique;
+def slept($id; $sleeps): reduce (.[] | select(.id == $id)) as $line ({seconds: 0, since: null};
+    if $line.event == "stopped" then .since = (.since // ($line | at))
+    elif $line.event == "wake" and .since then
+      {seconds: (.seconds + ($line | at) - .since), since: null}
+    else . end)
+  | .seconds + if .since and $sleeps then now - .since else 0 end;
+def of_the_journal($rows): .id as $id | .machine as $machine | at as $at
+  | [$rows[] | select(.id == $id or ($id == null and $machine and .machine == $machine
+      and (.started // 0) > $at - 60))][0];
+
 # Of a row and the health of its worker.
-def visible: .[1] as $health | .[0] | {id, state, gpu, region, address, interruptible,
+def visible: ((env.slept // "0" | tonumber) / 3600) as $slept | .[1] as $health | .[0]
+  | {id, state, gpu, region, address, interruptible,
   price_per_hour: .price, storage_per_hour: .storage, hours: hours,
-  cost_at_most: (if hours and .price then hours * .price else null end),
+  cost_at_most: (if hours and .price
+    then hours * .price - $slept * (.price - (.storage // .price)) else null end),
   message, armed, health: $health};
 
 def span: if . < 1 then "\(. * 60 | floor) min" else "\(fixed(1)) h" end;
 def costs: .storage_per_hour as $storage
   | [(if sleeps then
        ($storage | known("now ")
-           + if . then " for storage (\(. * 24 | fixed(2)) $ a day)" else "" end) + (.price_per_hour | known(", ") + if . then " when it runs" else "" end)
+           + if . then " for storage (\(. * 24 | fixed(2)) $ a day)" else "" end)
+         + (.price_per_hour | known(", ") + if . then " when it runs" else "" end)
      else (.price_per_hour | known("")) + ($storage | known(", of it ")
        + if . then " for storage, which goes on when stopped" else "" end) end),
      (if .interruptible then "interruptible" else "" end),
@@ -1072,6 +1066,7 @@ def offer: bid as $bid | ($bid == null or $bid >= .min_bid) as $winning | {id,
     traffic: (.inet_down_cost // 0),
     first: ((.inet_down_cost // 0) * (env.first_start | tonumber)),
     bid: $bid, min_bid: (.min_bid // 0), winning: $winning,
+    machine: .machine_id,
     cost: (if $bid and $winning then .dph_total - .min_bid + $bid else .dph_total end),
     storage: ((.storage_cost // 0) * (env.disk | tonumber) / (env.month_hours | tonumber))};
 # The cheapest first, but of those within 10 % of it the most reliable; then the rest likewise. In
@@ -1271,6 +1266,69 @@ find_running() {
 }
 
 # -----------------------------------------------------------------------------
+# The journal: what was ordered and what came of it, a line each. A record, never the authority
+
+order_note='{}'    # what the lines of the order under way have in common
+
+# Prints the folder of what outlives a run.
+state_folder() {
+  local home=~ state="${XDG_STATE_HOME:-}"    # without HOME, the one of this user
+  if [[ "$state" != /* ]]; then state="$home/.local/state"; fi
+  printf '%s/bark-worker\n' "$state"
+}
+
+# usage: note EVENT [ID]    (fails if the line cannot be written; only an order minds)
+note() {
+  local folder file line
+  folder="$(state_folder)" file="$folder/orders.log"
+  line="$(event="$1" id="${2:-}" feed "$order_note" facts '{time: (now | todate), event: env.event}
+    + . + if env.id == "" then {} else {id: (env.id | tonumber)} end | tojson')" || return 1
+  case "$1" in ready | refused | nothing | destroyed | stopped | gone) order_note='{}' ;; esac
+  (
+    umask 077
+    mkdir -p "$folder" && chmod 700 "$folder" || exit 1
+    if [[ -e "$file" || -L "$file" ]]; then
+      [[ -f "$file" && -O "$file" ]] || exit 1    # what is no file of this user's may be a trap
+      if (($(wc -c <"$file") > JOURNAL_BYTES)); then mv "$file" "$file.old" || exit 1; fi
+    fi
+    printf '%s\n' "$line" >>"$file" && chmod 600 "$file"    # one write, so that none mix
+  ) 2>/dev/null
+}
+
+# usage: note_order EVENT ROW FILTER [ID]    (ends if the line cannot be written)
+note_order() {
+  order_note="$(order="$$" fact "$2" "{order: \"\(now | floor).\(env.order)\"} + $3
+    + {label: env.our_label} | tojson")"
+  note "$1" "${4:-}" || die "$EX_MISSING" "nothing is ordered, as the journal \
+$(state_folder)/orders.log cannot be written: it has to be a file in a folder of your own, and the \
+disk must not be full; XDG_STATE_HOME names another place. $(what_is_left)"
+}
+
+# usage: journal FILTER    (of its lines, as one list; what is none is left out)
+journal() {
+  local folder file
+  folder="$(state_folder)"
+  for file in "$folder/orders.log.old" "$folder/orders.log"; do
+    if [[ -f "$file" && -r "$file" ]]; then cat "$file"; fi
+  done | facts "[inputs | fromjson? | objects] | $1" -Rn
+}
+
+# Says of each order of which the journal does not tell the end, unless Vast's list has it as ended.
+say_open_orders() {
+  local open
+  open="$(rows="$(all_rows)" end="$(by_hand destroy instance)" list="$(by_hand show instances)" \
+    journal '(env.rows | fromjson) as $rows | open_orders[] | of_the_journal($rows) as $row
+    | if $row.state == "stopped" then empty
+      elif $row then "instance \($row.id) was ordered at \(.time), and the journal does not tell"
+        + " that this start came to its end; if none waits for it, this ends it: \(env.end)"
+        + " \($row.id) -y"
+      elif .id == null and now - at < 86400 then "of the order of offer \(.offer) at \(.time) the"
+        + " journal tells no answer, and Vast lists nothing of it under this label; look once:"
+        + " \(env.list)" else empty end' 2>/dev/null)" || return 0
+  if [[ -n "$open" ]]; then say "$open"; fi
+}
+
+# -----------------------------------------------------------------------------
 # Giving back: whatever ends this script, nothing that it rented or woke stays billed unnoticed
 
 run_key=''       # drawn by this run; every instance whose worker has it is this run's
@@ -1382,6 +1440,7 @@ give_back_rented() {
     if look; then
       for id in $(own_ids); do destroy_once "$id"; done
       if nothing_is_left "$sent"; then
+        if [[ -n "$rented_id" ]]; then note destroyed "$rented_id"; else note nothing; fi
         say "${rented_id:+instance $rented_id is destroyed: }this run has nothing rented any more"
         rented_id='' open_order=''
         return 0
@@ -1418,6 +1477,7 @@ give_back_woken() {
     vast stop instance "$woken_id" || say "stopping $woken_id: $complaint"
     pause 2
     if look && is_stopped "$woken_id"; then
+      note stopped "$woken_id" || true
       say_stopped "$woken_id"
       woken_id=''
       return 0
@@ -1492,11 +1552,11 @@ say_at_stake() {
 
 # The options of search.
 gpus="$DEFAULT_GPUS" min_vram=8 max_price=0.20 max_traffic=0.05 min_reliability=0.95
-disk=50 region=''
+disk=50 region='' any_machine=''
 interruptible='' bid='' image="${BARK_IMAGE:-$DEFAULT_IMAGE}"
 readonly SEARCH_OPTIONS='--gpu=gpus --min-vram=min_vram --max-price=max_price
  --max-traffic=max_traffic --min-reliability=min_reliability --disk=disk --region=region
- --interruptible:interruptible --bid=bid --image=image'
+ --interruptible:interruptible --bid=bid --any-machine:any_machine --image=image'
 
 # usage: check_search COMMAND    (the options of search, one by one and what one asks of another)
 check_search() {
@@ -1597,7 +1657,10 @@ find_offers() {
   search_offers "$(hard_query) $(soft_query)" 64
   offers="$(feed "$offers" facts 'map(select(.winning and .cost <= (env.max_price | tonumber)
     and .traffic <= (env.max_traffic | tonumber))) | tojson')"
-  [[ "$offers" == '[]' ]] || return 0
+  if [[ "$offers" != '[]' ]]; then
+    leave_out_failed "$@"
+    return 0
+  fi
   pause 1
   search_offers "$(hard_query)" 500
   say "no offer fits; Vast has $(feed "$offers" facts length) with one GPU, $disk GB of disk," \
@@ -1607,6 +1670,22 @@ find_offers() {
   die "$EX_REFUSED" "No suitable GPU found; widen --max-price, --min-vram, --gpu, --region,
 --max-traffic or --min-reliability, or ask for less --disk${bid:+ or a higher --bid}\
 ${1:+; $1}"
+}
+
+# usage: leave_out_failed [LAST_WORD]    (takes the machines that failed within a day from offers)
+leave_out_failed() {
+  local failed all="$offers"
+  if [[ -n "$any_machine" ]]; then return 0; fi
+  failed="$(journal 'failed_machines | tojson' 2>/dev/null)" || return 0
+  offers="$(failed="$failed" feed "$all" facts '(env.failed | fromjson) as $failed
+    | map(select(.machine | is_one_of($failed) | not)) | tojson')"
+  if [[ "$offers" == "$all" ]]; then return 0; fi
+  say "left out, as their machines failed here within a day (--any-machine takes them): offers" \
+    "$(left="$offers" feed "$all" facts '. - (env.left | fromjson) | map(.id | tostring)
+      | join(", ")')"
+  if [[ "$offers" == '[]' ]]; then
+    die "$EX_REFUSED" "no other offer fits; to try these again: --any-machine${1:+; $1}"
+  fi
 }
 
 # Prints, for each option, what widening it alone would bring, then the nearest offer of all.
@@ -1654,8 +1733,8 @@ offer_table() {
 # Waiting for a worker
 
 # What a wait finds out. `conclude` sets how it ended and why, see_instance the rest.
-outcome=''    # ready; failed, no-image, settings, dead, taken, lost, late; by somebody else: gone,
-              # stopped
+outcome=''    # ready; of the machine: failed, dead, late; no-image, settings, dear, taken, lost; by
+              # somebody else: gone, stopped
 reason=''     # what to say of it
 row=''        # the instance as last seen; of a command that waits for none, by need_instance
 address=''    # of its worker
@@ -1801,7 +1880,7 @@ check_rented() {
   if [[ -n "$rival" ]]; then
     conclude lost "another start rented instance $rival at the same time"
   elif [[ "$2" == true ]]; then
-    conclude failed \
+    conclude dear \
       "instance $1 costs $(fact "$row" .price) \$/h, more than --max-price $max_price"
   fi
 }
@@ -1971,7 +2050,7 @@ rent_options() {
   for name in $said_options BARK_IMAGE BARK_MODEL BARK_VOICE BARK_LISTEN BARK_IDLE_STOP \
     BARK_START_LIMIT BARK_MAX_HOURS $PASSED_ON; do
     case "$name" in
-      --timeout | --replace | --dry-run | -y | --yes) ;;
+      --timeout | --replace | --dry-run | --any-machine | -y | --yes) ;;
       --*) names="$names, $name" ;;
       *) if [[ -n "${!name:-}" ]]; then names="$names, $name"; fi ;;
     esac
@@ -2069,7 +2148,11 @@ join() {
   say "instance $1 is there already"
   if_cut="instance $1 is left as it is, and billed"
   say_what_does_not_count
-  if await_worker "$1" "$timeout"; then announce "$1"; return 0; fi
+  if await_worker "$1" "$timeout"; then
+    note ready "$1" || true
+    announce "$1"
+    return 0
+  fi
   if [[ "$outcome" == dead && "${2:-}" =~ ^(offline|unknown)$ ]]; then
     replace_or_die "$1" "$EX_REFUSED" "$reason"
     return 0
@@ -2087,7 +2170,10 @@ join() {
 respect_others() {
   local kept=''
   if [[ -n "$replaced_id" || "$outcome" == gone ]]; then kept="; $(what_is_left)"; fi
-  if [[ "$outcome" =~ ^(gone|stopped)$ ]]; then rented_id='' woken_id='' if_cut=''; fi
+  if [[ "$outcome" =~ ^(gone|stopped)$ ]]; then
+    rented_id='' woken_id='' if_cut=''
+    note "$outcome" "$1" || true
+  fi
   case "$outcome" in
     gone) die "$EX_NO_INSTANCE" "$reason$kept" ;;
     stopped) die "$EX_REFUSED" "$reason: it is left as it is, and $(storage_cost "$row")$kept
@@ -2100,11 +2186,13 @@ wake() {
   local status
   say "instance $1 is stopped: starting it again"
   say_what_does_not_count
+  note_order wake "$(row_of "$1")" '{machine, price}' "$1"
   woken_id="$1" if_cut=''
   conclude
   ask_to_start "$1"
   if [[ -z "$outcome" ]] && await_worker "$1" "$timeout"; then
     woken_id=''
+    note ready "$1" || true
     announce "$1"
     return 0
   fi
@@ -2152,12 +2240,12 @@ While Vast lists it, its storage is billed; to end that: $(rescue destroy "$1")"
 
 # Rents the cheapest offer whose worker gets healthy.
 rent() {
-  local place=0 orders=0 rented=0 offer
+  local orders=0 rented=0 offer
   if say_odd_rows; then
     die "$EX_REFUSED" "nothing is rented beside an instance that may be ours and cannot be read"
   fi
   find_offers "$(what_is_left)"
-  offer="$(offer_at 0)"
+  offer="$(first_offer)"
   if [[ -n "$dry_run" ]]; then
     tell "$(show_offer "$offer")"
     say 'dry run: nothing is rented'
@@ -2168,24 +2256,31 @@ rent() {
   run_key="$(od -An -N 24 -tx1 /dev/urandom | tr -d ' \n')"
   before="$(feed "$instances" facts 'map(.id | tostring) | join(" ")')"
   while ((rented < ATTEMPTS && orders < ORDERS)); do
-    offer="$(offer_at "$place")"
+    offer="$(first_offer)"
     if [[ -z "$offer" ]]; then break; fi
     if ((orders > 0)); then say "$(show_offer "$offer")"; fi
     orders=$((orders + 1))
     if order_instance "$offer"; then
       rented=$((rented + 1))
       if try_rented; then return 0; fi
+      drop_offer ' and (.machine == null or .machine != $first.machine)'
     elif [[ "$refused" == 429 ]]; then
       pause 15
-      continue
+    else
+      drop_offer
     fi
-    place=$((place + 1))
   done
   rent_failed "$rented"
 }
 
-# usage: offer_at PLACE    (prints the offer; nothing after the last)
-offer_at() { feed "$offers" facts ".[$1] | select(.) | tojson"; }
+# Prints the offer that is next; nothing after the last.
+first_offer() { feed "$offers" facts '.[0] | select(.) | tojson'; }
+
+# usage: drop_offer [CONDITION]    (which others have to meet to stay)
+drop_offer() {
+  offers="$(feed "$offers" facts \
+    ".[0] as \$first | map(select(.id != \$first.id${1:-})) | tojson")"
+}
 
 # usage: rent_failed RENTED
 rent_failed() {
@@ -2233,6 +2328,7 @@ order_instance() {
   unpack "$(fact "$1" \
     '"\(.id)|\(.bid // "")|\(.first * 1e6 | round)"')" offer_id offer_bid traffic_cost
   space_calls 'create instance'    # here, so that a signal meanwhile finds no order
+  note_order order "$1" '{offer: .id, machine, price: .cost}'
   if_cut=''
   if [[ -n "$replaced_id" ]]; then if_cut="$(what_is_left)"; fi
   rented_id='' ordering=yes open_order=yes    # one command: no signal splits it
@@ -2240,7 +2336,11 @@ order_instance() {
     --ssh --direct --user root --cancel-unavail ${offer_bid:+--bid_price "$offer_bid"} \
     --env "$(container_env)" --onstart-cmd "$ON_START" || fault="$complaint"
   read_order
-  if [[ -n "$rented_id" ]]; then return 0; fi
+  if [[ -n "$rented_id" ]]; then
+    note rented "$rented_id" || true
+    return 0
+  fi
+  if is_clear_no; then note refused || true; else note unanswered || true; fi
   case "$refused" in
     404 | 410) fault="offer $offer_id is gone" ;;
     429) fault='Vast wants fewer orders' ;;
@@ -2248,7 +2348,11 @@ order_instance() {
     *)
       if is_clear_no; then die_by_vast "offer $offer_id cannot be rented"; fi
       find_order "$fault"
-      if [[ -n "$rented_id" ]]; then return 0; fi
+      if [[ -n "$rented_id" ]]; then
+        note rented "$rented_id" || true
+        return 0
+      fi
+      note nothing || true
       fault="no answer to the order of offer $offer_id, and nothing came of it" ;;
   esac
   conclude "$outcome" "$fault"
@@ -2314,6 +2418,7 @@ try_rented() {
   if [[ -n "$running_since" && "$reason" != *$'\n'* && "$outcome" != lost ]]; then
     show_last_words "$rented_id"
   fi
+  case "$outcome" in failed | dead | late) note failed "$rented_id" || true ;; esac
   give_back || leave "$EX_REFUSED"
   case "$outcome" in
     no-image) die "$EX_REFUSED" "the image $image cannot be pulled; $(what_is_left)" ;;
@@ -2330,6 +2435,7 @@ keep_rented() {
   rented_id=''
   strays="$(own_ids | grep -vx "$kept")" || true
   open_order=''
+  note ready "$kept" || true
   say_unclear_ids "$kept"
   if [[ -n "$strays" ]]; then
     say_still_billed destroy "$strays"
@@ -2365,14 +2471,15 @@ Vast documents that it may stop itself; we have not tried it live yet, so look: 
 }
 
 # -----------------------------------------------------------------------------
-# status, logs
+# status
 
 # usage: with_health ROW    (prints it for others to see: without keys, with the worker's health)
 with_health() {
-  local health='' url
+  local health='' url slept
   url="$(fact "$1" .address)"
   if [[ -n "$url" ]]; then health="$(health_of "$url")" || true; fi
-  printf '%s\n%s\n' "$1" "${health:-null}" | facts 'visible | tojson' -s
+  slept="$(journal "slept($(fact "$1" '"\(.id); \(sleeps)"'))" 2>/dev/null)" || true
+  printf '%s\n%s\n' "$1" "${health:-null}" | slept="${slept:-0}" facts 'visible | tojson' -s
 }
 
 # Prints what a person wants to know of a row with health.
@@ -2388,6 +2495,7 @@ cmd_status() {
   local json='' targets id one found='' ready=''
   read_target status --json:json "$@"
   find_targets
+  say_open_orders
   if [[ -z "$targets$json" ]]; then no_instance_but_perhaps_an_endpoint; fi
   for id in $(feed "$targets" facts 'select(.state != "unreadable").id'); do
     one="$(with_health "$(row_of "$id")")"
@@ -2416,53 +2524,6 @@ no_instance_but_perhaps_an_endpoint() {
     what="$what: $complaint"
   fi
   no_instance "$what"
-}
-
-cmd_logs() {
-  local follow='' tail=1000 daemon=''
-  read_target logs '-f:follow --follow:follow -n=tail --tail=tail --daemon:daemon' "$@"
-  need_whole logs --tail "$tail" 1 100000
-  need_instance
-  show_log "$(fact "$row" .id)" "$((10#$tail))" "$daemon" "$follow"
-}
-
-# usage: show_log ID TAIL DAEMON FOLLOW
-show_log() {
-  local failures=0 asked="$2" most="$2" before_lines='' text fresh
-  if [[ -n "$4" ]] && (($2 < 1000)); then asked=1000; fi    # between two looks many may come
-  while :; do
-    if vast logs "$1" --tail "$asked" ${3:+--daemon-logs}; then
-      failures=0
-      text="$(without_keys "$reply")"
-      fresh="$(new_lines <(printf '%s' "$before_lines") <(printf '%s\n' "$text") |
-        tail -n "$most")"
-      if [[ -n "$fresh" ]]; then tell "$fresh"; fi
-      before_lines="$text"$'\n' most="$asked"
-    else
-      failures=$((failures + 1))
-      if ((failures == 3)) || [[ "$refused" =~ ^40[0-9]$ ]]; then
-        die_by_vast 'the log cannot be had'
-      fi
-    fi
-    if [[ -n "$reader_left" || (-z "$4" && "$failures" == 0) ]]; then return 0; fi
-    pause "$POLL"
-  done
-}
-
-# usage: new_lines SEEN LOG    (prints the lines of LOG that follow those it shares with SEEN's end)
-# A last line that was seen only in part is printed again, whole.
-new_lines() {
-  awk 'FILENAME == ARGV[1] { seen[++n] = $0; next } { log_[++m] = $0 }
-    END {
-      for (cut = 0; cut < 2; cut++)
-        for (k = n - cut; k > 0; k--) {
-          if (k > m) continue
-          same = 1
-          for (i = 1; i <= k && same; i++) same = seen[n - cut - k + i] == log_[i]
-          if (same) { for (i = k + 1; i <= m; i++) print log_[i]; exit }
-        }
-      for (i = 1; i <= m; i++) print log_[i]
-    }' "$1" "$2"
 }
 
 # -----------------------------------------------------------------------------
@@ -2504,6 +2565,7 @@ stop_one() {
   fi
   confirm_stopped "$id" || return "$?"
   unstake stop "$id"
+  note stopped "$id" || true
   say_stopped "$id"
 }
 
@@ -2602,6 +2664,7 @@ destroy_confirmed() {
     destroy_once "$1" || true
     if look && is_absent "$1"; then
       unstake destroy "$1"
+      note destroyed "$1" || true
       say "instance $1 is destroyed; it costs nothing any more"
       return 0
     fi
@@ -2634,10 +2697,10 @@ main() {
   local command="${1:-}" word plain=''
   local words=()
   trap '' PIPE    # a reader that leaves ends nothing that costs money
-  if [[ "${BARK_TRACE:-0}" != 0 ]]; then start_trace; fi
+  if [[ "${BARK_TRACE:-0}" != 0 ]]; then load trace; fi
   case "$command" in
     -h | --help) tell "$USAGE"; return 0 ;;
-    -v) start_trace; main "${@:2}"; return 0 ;;
+    -v) load trace; main "${@:2}"; return 0 ;;
     --version) tell "$PROGRAM $VERSION"; return 0 ;;
     '')
       say "$USAGE"
@@ -2648,7 +2711,7 @@ main() {
   for word in "${@:2}"; do
     case "$plain$word" in
       -h | --help) cmd_help "$command"; return 0 ;;
-      -v) start_trace; continue ;;
+      -v) load trace; continue ;;
     esac
     if [[ "$command" == ssh || "$word" == -- ]]; then plain=yes; fi    # ssh's are for the instance
     words+=("$word")

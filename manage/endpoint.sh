@@ -236,9 +236,10 @@ parse_up() {
   local name
   read_options 'endpoint up' "$SEARCH_OPTIONS --max-workers=max_workers --model=model --voice=voice
  --listen=listen -y:agreed --yes:agreed" "$@"
-  for name in --interruptible --bid; do
+  any_machine=yes
+  for name in --interruptible --bid --any-machine; do
     if is_said "$name"; then
-      usage_error "$name is not for endpoints: Vast rents their workers on demand" endpoint
+      usage_error "$name is not for endpoints: Vast rents their workers, on demand" endpoint
     fi
   done
   need_whole endpoint --max-workers "$max_workers" 1 100

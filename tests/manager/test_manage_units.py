@@ -24,8 +24,9 @@ from manager import BASH, PARTS, SCRIPT, executable, folder_of, sourcing
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
 TOOLS = ("awk", "sed", "tr")  # all that reading the options takes
-APART = {"test": "test", "ssh": "reach", "tunnel": "reach", "open": "reach", "env": "reach",
-         "endpoint": "endpoint", "local": "local", "completion": "completion"}  # lie in manage/
+APART = {"test": "test", "logs": "logs", "ssh": "reach", "tunnel": "reach", "open": "reach",
+         "env": "reach", "endpoint": "endpoint", "local": "local",
+         "completion": "completion"}  # lie in manage/
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "open",
             "env", "endpoint", "local", "completion", "help")
 ENDPOINT_COMMANDS = {"--json": "status", "--out": "test", "--timeout": "test", "--tail": "logs"}
@@ -367,7 +368,7 @@ def test_a_call_of_the_cli_brings_a_reply_or_a_complaint(program: str, reply: st
 def test_a_traced_call_is_told_with_its_time_and_what_came_but_no_secret(
         program: str, kind: str, words: list[str], tmp_path: Path) -> None:
     stub = executable(tmp_path / "vastai", f"#!/bin/sh\n{program}\n")
-    code = 'VASTAI="$1"; start_trace; space_calls() { called="$1"; }; vast "${@:2}" || true'
+    code = 'load trace; VASTAI="$1"; space_calls() { called="$1"; }; vast "${@:2}" || true'
     done = shell(code, str(stub), *words, "--env", "-e BARK_API_KEY=secret")
     assert (done.returncode, done.stdout) == (0, "")
     assert re.fullmatch(rf"vastai {' '.join(words)}: [0-9.,]+ s, {kind}\n", done.stderr)
@@ -376,7 +377,7 @@ def test_a_traced_call_is_told_with_its_time_and_what_came_but_no_secret(
 def test_a_traced_call_by_curl_is_told_without_what_stands_behind_the_address(
         tmp_path: Path) -> None:
     executable(tmp_path / "curl", "#!/bin/sh\ncat >/dev/null; printf 'sorry\\n401'\n")
-    code = 'start_trace; PATH="$1:$PATH"; web secret "$2" || true'
+    code = 'load trace; PATH="$1:$PATH"; web secret "$2" || true'
     done = shell(code, str(tmp_path), "http://vast.example/route/?api_key=secret")
     assert re.fullmatch(r"http://vast.example/route/: [0-9.,]+ s, HTTP 401\n", done.stderr)
 
@@ -389,8 +390,12 @@ def test_a_traced_call_by_curl_is_told_without_what_stands_behind_the_address(
 ])
 def test_calls_are_traced_wherever_it_is_asked_for(words: list[str], settings: dict[str, str],
                                                    told: str) -> None:
-    code = 'find_targets() { printf "%s|%s" "$trace" "$target_id"; exit 0; }; main "$@"'
-    assert answer(code, *words, **settings) == told
+    code = 'find_targets() { printf "%s|%s" "$loaded" "$target_id"; exit 0; }; main "$@"'
+    done = subprocess.run([BASH, "-c", f'source "$1"; shift; {code}', "test", str(SCRIPT), *words],
+                          text=True,
+                          capture_output=True, env=clean_environment(**settings))
+    traced, number = done.stdout.split("|")
+    assert ("trace" in traced.split(), number) == (told.startswith("yes"), "7")
 
 
 # An order's answer
@@ -1139,7 +1144,7 @@ def test_every_command_has_help_that_calls_nothing(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", APART)
 def test_a_script_alone_says_what_its_other_commands_lack(name: str, tmp_path: Path) -> None:
-    assert {part.stem for part in PARTS} == {*APART.values(), "hints"}
+    assert {part.stem for part in PARTS} == {*APART.values(), "hints", "trace"}
     script = Path(shutil.copy(SCRIPT, tmp_path))
     for called in ([name], [name, "--help"], ["help", name]):
         done = command(*called, path=tmp_path, script=script)
