@@ -711,7 +711,224 @@ def route(method: str, pattern: str) -> Callable[[Callable[..., Any]], Callable[
     return register
 
 
-class FakeVast:
+class Api:
+    """What the API answers: each path of it, on the account that FakeVast keeps."""
+
+    url: str
+    offers: dict[int, dict[str, Any]]
+    instances: dict[int, Instance]
+    destroyed: list[int]
+    secrets: list[str]
+    page_rows: int
+    _next_id: dict[str, int]
+    _results: dict[str, tuple[str, list[float]]]
+
+    def _all(self) -> list[Instance]:
+        raise NotImplementedError
+
+    def _draw_id(self, kind: str) -> int:
+        self._next_id[kind] += 1
+        return self._next_id[kind]
+
+    def _find(self, number: str | int) -> Instance:
+        for instance in self._all():
+            if instance.id == int(number):
+                return instance
+        raise ApiError(404, "no_such_instance", f"Instance {number} not found")
+
+    # account
+
+    @route("GET", "/api/v0/gpu_names/unique/")
+    def _gpu_names(self, request: Request) -> object:
+        names = {offer["gpu_name"] for offer in self.offers.values()}
+        return {"success": True, "gpu_names": sorted(names | {"RTX 3060", "RTX 4090"})}
+
+    @route("GET", "/api/v0/users/current/")
+    def _user(self, request: Request) -> object:
+        return {"id": 1, "host_agreement_accepted": False, "username": "tester",
+                "email": "tester@example.com", "credit": 12.34, "balance": 0.0,
+                "ssh_key": "ssh-ed25519 AAAA tester"}
+
+    # offers
+
+    @route("POST", "/api/v0/bundles/")
+    def _search(self, request: Request) -> object:
+        return {"offers": self._select_offers(request.body)}
+
+    @route("PUT", "/api/v0/search/asks/")
+    def _search_new(self, request: Request) -> object:
+        if not isinstance(request.body, dict) or not isinstance(request.body.get("q"), dict):
+            raise invalid("q is missing")
+        return {"offers": self._select_offers(request.body["q"])}
+
+    def _select_offers(self, query: Any) -> list[dict[str, Any]]:
+        if not isinstance(query, dict):
+            raise invalid("the query is no object")
+        conditions = dict(query)
+        kind = conditions.pop("type", "on-demand")
+        if kind not in ("on-demand", "ondemand", "reserved", "bid"):
+            raise invalid(f"unknown type {kind!r}")
+        storage = conditions.pop("allocated_storage", 5.0)
+        limit = conditions.pop("limit", DEFAULT_ROWS)
+        if not isinstance(storage, (int, float)) or not isinstance(limit, int):
+            raise invalid("allocated_storage and limit are numbers")
+        order = [tuple(pair) for pair in conditions.pop("order", [["score", "desc"]])]
+        fits({}, conditions, SEARCHABLE)  # so that a wrong query fails without offers, too
+        rows = [offer_row(offer, kind == "bid", storage) for offer in self.offers.values()]
+        rows = [row for row in rows if fits(row, conditions, SEARCHABLE)]
+        sort_rows(rows, order, SEARCHABLE)
+        return rows[:limit]
+
+    @route("PUT", r"/api/v0/asks/(\d+)/")
+    def _create(self, request: Request, number: str) -> object:
+        body = request.body if isinstance(request.body, dict) else {}
+        offer = self.offers.get(int(number))
+        check_create(body)
+        if offer is None or not offer["rentable"]:
+            gone = bool(body.get("cancel_unavail"))
+            state = "no longer available" if gone else "not available"
+            raise ApiError(410 if gone else 404, "no_such_ask",
+                           f"Instance type by id {number} is {state}.", ask_id=int(number))
+        if body["disk"] > offer["disk_space"]:
+            raise invalid(f"disk {body['disk']} is more than the machine has")
+        offer.update(rentable=False, rented=True)
+        instance = Instance(
+            self._draw_id("instance"), self, dict(offer), body.get("label"),
+            {name: str(value) for name, value in (body.get("env") or {}).items()},
+            body.get("onstart"), body.get("runtype") or "ssh", body["image"], float(body["disk"]),
+            body.get("price"), body.get("args"), body.get("user"), fate=offer["fate"])
+        instance.is_outbid = instance.price is not None and instance.price < offer["min_bid"]
+        self.instances[instance.id] = instance
+        self.secrets.append(instance.api_key)
+        instance.boot(first=True)
+        return {"success": True, "new_contract": instance.id,
+                "instance_api_key": instance.api_key}
+
+    # instances
+
+    @route("GET", r"/api/v0/instances/(\d+)/")
+    def _show(self, request: Request, number: str) -> object:
+        found = [one for one in self._all() if one.id == int(number)]
+        return {"instances": found[0].row() if found else None}
+
+    @route("GET", "/api/v0/instances/filters/")
+    def _filters(self, request: Request) -> object:
+        return {"filters": [{"actual_status": one.actual, "gpu_name": one.offer["gpu_name"],
+                             "verification": one.offer["verification"]} for one in self._all()]}
+
+    @route("GET", "/api/v1/instances/")
+    def _list(self, request: Request) -> object:
+        query = request.query
+        filters, order, columns = (parse_json(query.get(name), default) for name, default in (
+            ("select_filters", {}), ("order_by", []), ("select_cols", ["*"])))
+        everything = [one.row() for one in self._all()]
+        known = set().union(*everything) | {"ports"}
+        rows = [row for row in everything if fits(row, filters, known)]
+        sort_rows(rows, [(entry["col"], entry["dir"]) for entry in order], known)
+        start = decode_token(query.get("after_token"))
+        end = start + min(parse_limit(query.get("limit")), self.page_rows)
+        page = [row if "*" in columns else {name: row.get(name) for name in columns}
+                for row in rows[start:end]]
+        return {"success": True, "instances": page, "instances_found": len(page),
+                "next_token": encode_token(end) if end < len(rows) else None,
+                "total_instances": len(rows),
+                "label_counts": Counter(row["label"] or "" for row in everything)}
+
+    @route("PUT", r"/api/v0/instances/(\d+)/")
+    def _change(self, request: Request, number: str) -> object:
+        instance, body = self._find(number), request.body or {}
+        if "label" in body:
+            check_label(body["label"])
+            instance.touched.append("label")
+            instance.label = body["label"]
+        if "state" in body:
+            self._set_state(instance, body["state"])
+        if not body.keys() & {"label", "state"}:
+            raise invalid("neither state nor label")
+        return {"success": True}
+
+    @route("PUT", "/api/v0/instances/")
+    def _change_many(self, request: Request) -> object:
+        body = request.body or {}
+        for instance in [self._find(number) for number in body.get("ids", [])]:
+            self._set_state(instance, body.get("state"))
+        return {"success": True}
+
+    def _set_state(self, instance: Instance, state: object) -> None:
+        if state not in ("running", "stopped"):
+            raise invalid(f"state {state!r}")
+        instance.touched.append(str(state))
+        if state == "stopped" and instance.intended != "stopped":
+            instance.stop()
+        elif state == "running" and (instance.intended, instance.actual) != ("running", "running"):
+            instance.boot()
+
+    @route("DELETE", r"/api/v0/instances/(\d+)/")
+    def _destroy(self, request: Request, number: str) -> object:
+        self._destroy_one(self._find(number))
+        return {"success": True}
+
+    @route("DELETE", "/api/v0/instances/")
+    def _destroy_many(self, request: Request) -> object:
+        for instance in [self._find(one) for one in (request.body or {}).get("instance_ids", [])]:
+            self._destroy_one(instance)
+        return {"success": True}
+
+    def _destroy_one(self, instance: Instance) -> None:
+        instance.touched.append("destroy")
+        if instance.destroy():
+            self.instances.pop(instance.id, None)
+            self.destroyed.append(instance.id)
+
+    @route("PUT", r"/api/v0/instances/(?:reboot|recycle)/(\d+)/")
+    def _reboot(self, request: Request, number: str) -> object:
+        instance = self._find(number)
+        instance.touched.append("reboot")
+        instance.boot()
+        return {"success": True}
+
+    @route("PUT", r"/api/v0/instances/bid_price/(\d+)/")
+    def _change_bid(self, request: Request, number: str) -> object:
+        """A null price is the winning bid. An outbid instance goes on once its bid suffices."""
+        instance, price = self._find(number), (request.body or {}).get("price")
+        if instance.price is None:
+            raise invalid(f"instance {number} is not interruptible")
+        check_price(price)
+        instance.touched.append("bid")
+        instance.price = instance.min_bid if price is None else price
+        if instance.is_outbid and instance.price >= instance.min_bid:
+            instance.is_outbid = False
+            instance.fate = "healthy" if instance.fate == "outbid" else instance.fate
+            if instance.intended == "running":
+                instance.boot()
+        return {"success": True}
+
+    # logs
+
+    @route("PUT", r"/api/v0/instances/request_logs/(\d+)/")
+    def _request_logs(self, request: Request, number: str) -> object:
+        instance, body = self._find(number), request.body or {}
+        tail = body.get("tail", "1000")
+        if not isinstance(tail, str) or not tail.isdigit():
+            raise invalid(f"tail {tail!r}")
+        text = instance.daemon_log() if body.get("daemon_logs") == "true" else instance.log
+        wanted = body.get("filter", "")
+        lines = [line for line in text.splitlines(keepends=True) if wanted in line]
+        token = secrets.token_hex(16)
+        self._results[token] = ("".join(lines[max(0, len(lines) - int(tail)):]), [])
+        return {"success": True, "result_url": f"{self.url}/results/{token}"}
+
+    @route("GET", r"/results/(\w+)")
+    def _result(self, request: Request, token: str) -> object:
+        """Not there at the first look."""
+        text, looks = self._results.get(token, ("", []))
+        looks.append(request.time)
+        if len(looks) < 2:
+            raise ApiError(404, "NoSuchKey", "The specified key does not exist.")
+        return text
+
+
+class FakeVast(Api):
     """Serves on a free port of loopback while used as a context manager, see the module.
 
     `models` maps hub ids to folders that new containers find in the cache at HF_HOME. What is
@@ -957,206 +1174,6 @@ class FakeVast:
             return next((one.id for one in self._all()
                          if authorization == f"Bearer {one.api_key}"), None)
 
-    def _draw_id(self, kind: str) -> int:
-        self._next_id[kind] += 1
-        return self._next_id[kind]
-
-    def _find(self, number: str | int) -> Instance:
-        for instance in self._all():
-            if instance.id == int(number):
-                return instance
-        raise ApiError(404, "no_such_instance", f"Instance {number} not found")
-
-    # account
-
-    @route("GET", "/api/v0/gpu_names/unique/")
-    def _gpu_names(self, request: Request) -> object:
-        names = {offer["gpu_name"] for offer in self.offers.values()}
-        return {"success": True, "gpu_names": sorted(names | {"RTX 3060", "RTX 4090"})}
-
-    @route("GET", "/api/v0/users/current/")
-    def _user(self, request: Request) -> object:
-        return {"id": 1, "host_agreement_accepted": False, "username": "tester",
-                "email": "tester@example.com", "credit": 12.34, "balance": 0.0,
-                "ssh_key": "ssh-ed25519 AAAA tester"}
-
-    # offers
-
-    @route("POST", "/api/v0/bundles/")
-    def _search(self, request: Request) -> object:
-        return {"offers": self._select_offers(request.body)}
-
-    @route("PUT", "/api/v0/search/asks/")
-    def _search_new(self, request: Request) -> object:
-        if not isinstance(request.body, dict) or not isinstance(request.body.get("q"), dict):
-            raise invalid("q is missing")
-        return {"offers": self._select_offers(request.body["q"])}
-
-    def _select_offers(self, query: Any) -> list[dict[str, Any]]:
-        if not isinstance(query, dict):
-            raise invalid("the query is no object")
-        conditions = dict(query)
-        kind = conditions.pop("type", "on-demand")
-        if kind not in ("on-demand", "ondemand", "reserved", "bid"):
-            raise invalid(f"unknown type {kind!r}")
-        storage = conditions.pop("allocated_storage", 5.0)
-        limit = conditions.pop("limit", DEFAULT_ROWS)
-        if not isinstance(storage, (int, float)) or not isinstance(limit, int):
-            raise invalid("allocated_storage and limit are numbers")
-        order = [tuple(pair) for pair in conditions.pop("order", [["score", "desc"]])]
-        fits({}, conditions, SEARCHABLE)  # so that a wrong query fails without offers, too
-        rows = [offer_row(offer, kind == "bid", storage) for offer in self.offers.values()]
-        rows = [row for row in rows if fits(row, conditions, SEARCHABLE)]
-        sort_rows(rows, order, SEARCHABLE)
-        return rows[:limit]
-
-    @route("PUT", r"/api/v0/asks/(\d+)/")
-    def _create(self, request: Request, number: str) -> object:
-        body = request.body if isinstance(request.body, dict) else {}
-        offer = self.offers.get(int(number))
-        check_create(body)
-        if offer is None or not offer["rentable"]:
-            gone = bool(body.get("cancel_unavail"))
-            state = "no longer available" if gone else "not available"
-            raise ApiError(410 if gone else 404, "no_such_ask",
-                           f"Instance type by id {number} is {state}.", ask_id=int(number))
-        if body["disk"] > offer["disk_space"]:
-            raise invalid(f"disk {body['disk']} is more than the machine has")
-        offer.update(rentable=False, rented=True)
-        instance = Instance(
-            self._draw_id("instance"), self, dict(offer), body.get("label"),
-            {name: str(value) for name, value in (body.get("env") or {}).items()},
-            body.get("onstart"), body.get("runtype") or "ssh", body["image"], float(body["disk"]),
-            body.get("price"), body.get("args"), body.get("user"), fate=offer["fate"])
-        instance.is_outbid = instance.price is not None and instance.price < offer["min_bid"]
-        self.instances[instance.id] = instance
-        self.secrets.append(instance.api_key)
-        instance.boot(first=True)
-        return {"success": True, "new_contract": instance.id,
-                "instance_api_key": instance.api_key}
-
-    # instances
-
-    @route("GET", r"/api/v0/instances/(\d+)/")
-    def _show(self, request: Request, number: str) -> object:
-        found = [one for one in self._all() if one.id == int(number)]
-        return {"instances": found[0].row() if found else None}
-
-    @route("GET", "/api/v0/instances/filters/")
-    def _filters(self, request: Request) -> object:
-        return {"filters": [{"actual_status": one.actual, "gpu_name": one.offer["gpu_name"],
-                             "verification": one.offer["verification"]} for one in self._all()]}
-
-    @route("GET", "/api/v1/instances/")
-    def _list(self, request: Request) -> object:
-        query = request.query
-        filters, order, columns = (parse_json(query.get(name), default) for name, default in (
-            ("select_filters", {}), ("order_by", []), ("select_cols", ["*"])))
-        everything = [one.row() for one in self._all()]
-        known = set().union(*everything) | {"ports"}
-        rows = [row for row in everything if fits(row, filters, known)]
-        sort_rows(rows, [(entry["col"], entry["dir"]) for entry in order], known)
-        start = decode_token(query.get("after_token"))
-        end = start + min(parse_limit(query.get("limit")), self.page_rows)
-        page = [row if "*" in columns else {name: row.get(name) for name in columns}
-                for row in rows[start:end]]
-        return {"success": True, "instances": page, "instances_found": len(page),
-                "next_token": encode_token(end) if end < len(rows) else None,
-                "total_instances": len(rows),
-                "label_counts": Counter(row["label"] or "" for row in everything)}
-
-    @route("PUT", r"/api/v0/instances/(\d+)/")
-    def _change(self, request: Request, number: str) -> object:
-        instance, body = self._find(number), request.body or {}
-        if "label" in body:
-            check_label(body["label"])
-            instance.touched.append("label")
-            instance.label = body["label"]
-        if "state" in body:
-            self._set_state(instance, body["state"])
-        if not body.keys() & {"label", "state"}:
-            raise invalid("neither state nor label")
-        return {"success": True}
-
-    @route("PUT", "/api/v0/instances/")
-    def _change_many(self, request: Request) -> object:
-        body = request.body or {}
-        for instance in [self._find(number) for number in body.get("ids", [])]:
-            self._set_state(instance, body.get("state"))
-        return {"success": True}
-
-    def _set_state(self, instance: Instance, state: object) -> None:
-        if state not in ("running", "stopped"):
-            raise invalid(f"state {state!r}")
-        instance.touched.append(str(state))
-        if state == "stopped" and instance.intended != "stopped":
-            instance.stop()
-        elif state == "running" and (instance.intended, instance.actual) != ("running", "running"):
-            instance.boot()
-
-    @route("DELETE", r"/api/v0/instances/(\d+)/")
-    def _destroy(self, request: Request, number: str) -> object:
-        self._destroy_one(self._find(number))
-        return {"success": True}
-
-    @route("DELETE", "/api/v0/instances/")
-    def _destroy_many(self, request: Request) -> object:
-        for instance in [self._find(one) for one in (request.body or {}).get("instance_ids", [])]:
-            self._destroy_one(instance)
-        return {"success": True}
-
-    def _destroy_one(self, instance: Instance) -> None:
-        instance.touched.append("destroy")
-        if instance.destroy():
-            self.instances.pop(instance.id, None)
-            self.destroyed.append(instance.id)
-
-    @route("PUT", r"/api/v0/instances/(?:reboot|recycle)/(\d+)/")
-    def _reboot(self, request: Request, number: str) -> object:
-        instance = self._find(number)
-        instance.touched.append("reboot")
-        instance.boot()
-        return {"success": True}
-
-    @route("PUT", r"/api/v0/instances/bid_price/(\d+)/")
-    def _change_bid(self, request: Request, number: str) -> object:
-        """A null price is the winning bid. An outbid instance goes on once its bid suffices."""
-        instance, price = self._find(number), (request.body or {}).get("price")
-        if instance.price is None:
-            raise invalid(f"instance {number} is not interruptible")
-        check_price(price)
-        instance.touched.append("bid")
-        instance.price = instance.min_bid if price is None else price
-        if instance.is_outbid and instance.price >= instance.min_bid:
-            instance.is_outbid = False
-            instance.fate = "healthy" if instance.fate == "outbid" else instance.fate
-            if instance.intended == "running":
-                instance.boot()
-        return {"success": True}
-
-    # logs
-
-    @route("PUT", r"/api/v0/instances/request_logs/(\d+)/")
-    def _request_logs(self, request: Request, number: str) -> object:
-        instance, body = self._find(number), request.body or {}
-        tail = body.get("tail", "1000")
-        if not isinstance(tail, str) or not tail.isdigit():
-            raise invalid(f"tail {tail!r}")
-        text = instance.daemon_log() if body.get("daemon_logs") == "true" else instance.log
-        wanted = body.get("filter", "")
-        lines = [line for line in text.splitlines(keepends=True) if wanted in line]
-        token = secrets.token_hex(16)
-        self._results[token] = ("".join(lines[max(0, len(lines) - int(tail)):]), [])
-        return {"success": True, "result_url": f"{self.url}/results/{token}"}
-
-    @route("GET", r"/results/(\w+)")
-    def _result(self, request: Request, token: str) -> object:
-        """Not there at the first look."""
-        text, looks = self._results.get(token, ("", []))
-        looks.append(request.time)
-        if len(looks) < 2:
-            raise ApiError(404, "NoSuchKey", "The specified key does not exist.")
-        return text
 
 
 def check_container(request: Request) -> None:
