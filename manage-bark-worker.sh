@@ -269,6 +269,10 @@ gone. Then an application gets no connection until start wakes it. Its minutes c
 hours if it has rested for 15 minutes or stopped itself by them. Vast documents that an instance may
 stop itself, but we have not tried it live yet: look at status.
 
+Each order, to rent or to wake, and what came of it stands in a journal, without whose line none is
+made: \${XDG_STATE_HOME:-~/.local/state}/bark-worker/orders.log. After a crash status tells what it
+has open; a machine that failed by itself is left out for a day.
+
 Settings of the worker in this environment go along:
 $PASSED_ON;
 BARK_MODEL, BARK_VOICE, BARK_LISTEN, BARK_IDLE_STOP, BARK_START_LIMIT and BARK_MAX_HOURS, where no
@@ -284,12 +288,17 @@ Prints the offers that start would consider, in its order: the cheapest first, b
 
 $USAGE_SEARCH_OPTIONS"
 
-readonly USAGE_STATUS="usage: $PROGRAM status [ID] [--json]
+readonly USAGE_STATUS="usage: $PROGRAM status [ID | --all] [--json]
 
-Prints what is rented under the label '$LABEL'. Exit status 0 only if a worker is ready.
+Prints what is rented under the label '$LABEL' and how long the account's credit lasts; on stderr
+of which orders the journal tells no end. Exit status 0 only if a worker is ready.
 
-  --json    one object: {\"label\", \"instances\": [...]}, and \"unreadable\": [ids] of rows
-            that cannot be read, if Vast has any"
+  --all     all of the account that bills, whatever its label, and what it costs; exit status 0 if
+            Vast tells all of it
+  --json    one object: {\"label\", \"instances\": [...], \"credit\"}, and \"unreadable\": [ids]
+            of rows that cannot be read, if Vast has any; with --all {\"label\", \"billed\": [...],
+            \"cost_per_hour\", \"cost_per_day\", \"without_price\": [ids], \"credit\"}
+  ID        one of several instances"
 
 readonly USAGE_STOP="usage: $PROGRAM stop [ID] [--now]
 
@@ -379,7 +388,7 @@ loaded=''    # the files that are loaded, by blanks; each adds its own name at i
 load() {
   local part="$1"
   case "$1" in
-    endpoint | local | test | logs | completion | hints | trace) ;;
+    endpoint | local | test | logs | completion | hints | trace | account) ;;
     reach | ssh | tunnel | open | env) part=reach ;;
     *) return 0 ;;
   esac
@@ -417,6 +426,7 @@ pause() {
   for ((left = $1; left > 0; left--)); do
     sleep 1 || true
     tick
+    refresh_phase
   done
 }
 
@@ -514,9 +524,6 @@ millionths() {
   part="${part}000000"
   printf '%d\n' "$((10#${whole:-0} * 1000000 + 10#${part:0:6}))"
 }
-
-# Prints millionths as a decimal number with four places.
-decimal() { printf '%d.%04d\n' "$(($1 / 1000000))" "$(($1 % 1000000 / 100))"; }
 
 # usage: need_number COMMAND OPTION VALUE LOW HIGH    (decimals, the bounds included)
 need_number() {
@@ -671,6 +678,7 @@ hear_vast() {
     # killed. A signal may end `read` early, too.
     misses=$((SECONDS == began ? misses + 1 : 0))
     tick
+    refresh_phase
     heed_signal
     began=$SECONDS
   done
@@ -967,9 +975,10 @@ def instance: (environment.BARK_API_KEY // "") as $key
   + (mapped("\(env.worker_port)/tcp") as $port | (.public_ipaddr | clean) as $host
     | {address: (if state == "running" and $port != "" and $host != ""
          then "http://\($host):\($port)" else "" end)})
-  + (mapped("22/tcp") as $port | if $port != "" and .public_ipaddr
-      then {ssh_host: (.public_ipaddr | clean), ssh_port: $port}
-      else {ssh_host: (.ssh_host | clean), ssh_port: (.ssh_port | clean)} end);
+  + {ssh: [(mapped("22/tcp") as $port | select($port != "" and .public_ipaddr)
+        | "\(.public_ipaddr | clean) \($port) direct"),
+      (select((.ssh_host | clean) != "" and .ssh_port)
+        | "\(.ssh_host | clean) \(.ssh_port | clean) proxy")]};
 
 # What of a row cannot be read, in words; nothing if all can. Values stay out: they may be secrets.
 def kinds: {id: "number", label: "string", actual_status: "string", intended_status: "string",
@@ -999,8 +1008,8 @@ def known($before): if . then "\($before)\(fixed(4)) $/h" else "" end;
 def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
 
 # Of the journal: the time of a line; the orders of which no line tells how they ended, and the row
-# of one; the machines that failed within a day; the seconds that an instance is known to have slept,
-# up to now if it sleeps.
+# of one; the machines that failed within a day; the seconds that an instance is known to have
+# slept, up to now if it sleeps.
 def at: .time | try fromdateiso8601 catch 0;
 def open_orders: reduce .[] as $line ({}; ($line.order | tostring) as $order
   | if $line.event | is_one_of(["order", "wake"]) then .[$order] = $line
@@ -1740,7 +1749,7 @@ row=''        # the instance as last seen; of a command that waits for none, by 
 address=''    # of its worker
 phase='' phase_shown=''             # what it did when last seen, and what of that was shown
 rival=''                            # the instance of another start that came first
-wait_began=0                        # this and the next three in `now`
+wait_began=0 wait_limit=0           # when, in `now`, as the next three; and for how many seconds
 running_since='' scheduling_since='' silent_since=0
 gpu_price='' storage_price=0        # millionths of $/h; nothing while Vast does not tell
 traffic_cost=0                      # of the first start, in millionths of $
@@ -1757,6 +1766,7 @@ conclude() { outcome="${1:-}" reason="${2:-}"; }
 await_worker() {
   tick
   begin_wait "$1"
+  wait_limit="$2"
   if ! until_true "$2" "$POLL" has_outcome "$1"; then
     conclude late "instance $1 was not healthy within $2 s: $phase"
     if [[ "$phase" == scheduling* ]]; then conclude taken "$reason"; fi
@@ -1786,12 +1796,18 @@ begin_wait() {
   fi
 }
 
-# Shows what happens, for how long, and what it cost so far if that can be told.
+# Shows what happens, for how long of the time that there is, and what it cost so far if that can be
+# told. Forks nothing: it also runs where a signal waits.
 show_phase() {
-  local so_far="$((now - wait_began)) s"
-  if [[ -n "$gpu_price" ]]; then so_far="$so_far, $(cost_so_far) \$"; fi
+  local so_far="$((now - wait_began)) of $wait_limit s" cost=0 room text="$phase"
+  if [[ -n "$gpu_price" ]]; then
+    add_cost
+    printf -v so_far '%s, %d.%04d $' "$so_far" "$((cost / 1000000))" "$((cost % 1000000 / 100))"
+  fi
   if [[ -t 2 ]]; then
-    printf '\r\033[K%s: %s' "$so_far" "${phase:0:55}" >&2 || true    # a wrapped line cannot go
+    room=$((77 - ${#so_far}))    # a wrapped line cannot go; the end of a long one tells most
+    if ((${#text} > room)); then text="${text:0:12}...${text:$((${#text} - room + 15))}"; fi
+    printf '\r\033[K%s: %s' "$so_far" "$text" >&2 || true
     line_open=yes
   elif [[ "$phase" != "$phase_shown" ]]; then
     say "$so_far: $phase"
@@ -1799,12 +1815,15 @@ show_phase() {
   phase_shown="$phase"
 }
 
-# Prints it in dollars. The traffic of the first start counts in full, as it will come.
-cost_so_far() {
-  local cost=$(((now - wait_began) * storage_price / 3600))
+# Shows it again as time goes on, if it stands on a terminal.
+refresh_phase() { if [[ -n "$line_open" ]]; then show_phase; fi; }
+
+# Sets cost of its caller, in millionths of $. The traffic of the first start counts in full, as it
+# will come.
+add_cost() {
+  cost=$(((now - wait_began) * storage_price / 3600))
   if [[ -n "$rented_id" ]]; then cost=$((cost + traffic_cost)); fi
   if [[ -n "$running_since" ]]; then cost=$((cost + (now - running_since) * gpu_price / 3600)); fi
-  decimal "$cost"
 }
 
 # Asks the worker; fails if there is no answer. What ends with status 2 refuses its settings.
@@ -2244,14 +2263,15 @@ rent() {
   if say_odd_rows; then
     die "$EX_REFUSED" "nothing is rented beside an instance that may be ours and cannot be read"
   fi
+  if can_load account; then ask_credit; fi
   find_offers "$(what_is_left)"
   offer="$(first_offer)"
+  if [[ -n "$dry_run" ]]; then tell "$(show_offer "$offer")"; else say "$(show_offer "$offer")"; fi
+  if is_loaded account; then say_credit "$(fact "$offer" .cost)"; fi
   if [[ -n "$dry_run" ]]; then
-    tell "$(show_offer "$offer")"
     say 'dry run: nothing is rented'
     return 0
   fi
-  say "$(show_offer "$offer")"
   agree "Rent it (if it fails, the next, up to $max_price \$/h)?" renting rented    # asked once
   run_key="$(od -An -N 24 -tx1 /dev/urandom | tr -d ' \n')"
   before="$(feed "$instances" facts 'map(.id | tostring) | join(" ")')"
@@ -2492,38 +2512,38 @@ describe() {
 }
 
 cmd_status() {
-  local json='' targets id one found='' ready=''
-  read_target status --json:json "$@"
+  local json='' all='' targets id one found='' ready='' credit=''
+  read_target status '--json:json --all:all' "$@"
+  if [[ -n "$all" ]]; then
+    if [[ -n "$target_id" ]]; then usage_error '--all goes without an ID' status; fi
+    load account
+    status_all "$json"
+    return 0
+  fi
+  open_account
+  if can_load account; then ask_credit; fi
   find_targets
   say_open_orders
-  if [[ -z "$targets$json" ]]; then no_instance_but_perhaps_an_endpoint; fi
+  if [[ -z "$targets$json" ]]; then
+    if is_loaded account; then no_instance_but_perhaps_an_endpoint; else no_instance; fi
+  fi
   for id in $(feed "$targets" facts 'select(.state != "unreadable").id'); do
     one="$(with_health "$(row_of "$id")")"
     if [[ "$(fact "$one" .health.ready)" == true ]]; then ready=yes; fi
     if [[ -n "$json" ]]; then found="$found$one"$'\n'; else tell "$(describe "$one")"; fi
   done
+  if is_loaded account; then hear_credit; fi
   if [[ -n "$json" ]]; then
-    tell "$(printf '%s' "$found" | odd="$odd_rows" facts '(env.odd | fromjson | map(.id)) as $odd
-      | {label: env.our_label, instances: .}
+    tell "$(printf '%s' "$found" | credit="$credit" odd="$odd_rows" facts '
+      (env.odd | fromjson | map(.id)) as $odd | {label: env.our_label, instances: .}
+        + if env.credit == "" then {} else {credit: (env.credit | tonumber)} end
         + if $odd == [] then {} else {unreadable: $odd} end' -s)"
+  elif [[ -n "$credit" ]]; then
+    tell "$(credit_words "$(feed "$targets" facts 'map(costs_now) | add // 0' -s)")"
   fi
   say_odd_rows || true
   if [[ "$instances$odd_rows" == '[][]' ]]; then leave "$EX_NO_INSTANCE"; fi
   if [[ -z "$ready" ]]; then leave "$EX_UNHEALTHY"; fi
-}
-
-# Ends as no_instance, but says whether an endpoint has our name, and so bills too.
-no_instance_but_perhaps_an_endpoint() {
-  local what="whether an endpoint has that name is not known"
-  if list_rows endpoints; then
-    what="$(again="$AGAIN" feed "$reply" facts 'map(select(.endpoint_name == env.our_label).id)
-      | if . == [] then "no endpoint has that name either: nothing is billed under it"
-        else "but endpoint \(map(tostring) | join(", ")) has that name, and may bill:"
-          + " \(env.again) endpoint status" end')"
-  else
-    what="$what: $complaint"
-  fi
-  no_instance "$what"
 }
 
 # -----------------------------------------------------------------------------

@@ -702,7 +702,7 @@ speak_along_route() {
 
 # usage: await_route DEADLINE
 await_route() {
-  phase='no worker is ready; Vast starts one' wait_began=$now gpu_price=''
+  phase='no worker is ready; Vast starts one' wait_began=$now wait_limit=$(($1 - now)) gpu_price=''
   until_true "$(($1 - now))" "$((POLL < 5 ? POLL : 5))" is_routed ||
     die "$EX_LATE" "no worker was ready within $timeout s${complaint:+: $complaint}; what Vast \
 does: $AGAIN endpoint logs; what it costs: $AGAIN endpoint status"
@@ -742,7 +742,7 @@ cmd_endpoint() {
     '') usage_error 'endpoint needs one of: up, status, test, logs, down' endpoint ;;
     *)
       if can_load hints; then hint="$(did_you_mean "$1" up status test logs down)"; fi
-      usage_error "endpoint knows no '$1'$hint; it knows up, status, test, logs and down" endpoint ;;
+      usage_error "endpoint knows no '$1'$hint; it knows up, status, test, logs, down" endpoint ;;
   esac
 }
 

@@ -16,7 +16,9 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 readonly USAGE_SSH="usage: $PROGRAM ssh [ID] [COMMAND...]
 
 Opens a shell on the instance, or runs COMMAND there; ID is one of several instances. Your key must
-have been in your Vast account (https://cloud.vast.ai/manage-keys/) when the instance was rented."
+have been in your Vast account (https://cloud.vast.ai/manage-keys/) when the instance was rented.
+Goes to the instance itself or, where that does not answer, through Vast's proxy, and takes a new
+machine's host key as it comes: known_hosts beside the journal of orders keeps it (help start)."
 
 readonly USAGE_TUNNEL="usage: $PROGRAM tunnel [ID] [--port PORT]
 
@@ -44,51 +46,86 @@ as it is set here: the number of an endpoint, which \`endpoint up\` prints.
 
   ID    one of several instances"
 
+readonly CONNECT_SECONDS=10    # that a route may take; then the next is tried
+
+routes=()        # to the instance, the best first
+ssh_options=()   # what a tunnel needs
+ssh_words=()     # the whole command
 tunnel_pid=''    # of the ssh that this run started
 
 # -----------------------------------------------------------------------------
 # ssh, tunnel
 
-# usage: find_ssh    (sets ssh_host and ssh_port of its caller)
+# Sets routes, the direct one before that through Vast's proxy: HOST PORT NAME each.
 find_ssh() {
-  local state
+  local state route
   need_instance
-  unpack "$(fact "$row" '"\(.state)|\(.ssh_host)|\(.ssh_port)"')" state ssh_host ssh_port
-  [[ "$state" == running && -n "$ssh_host" && -n "$ssh_port" ]] ||
+  routes=()
+  while read -r route; do
+    if [[ -n "$route" ]]; then routes+=("$route"); fi
+  done <<<"$(fact "$row" '.ssh[]?')"
+  state="$(fact "$row" .state)"
+  [[ "$state" == running && ${#routes[@]} != 0 ]] ||
     die "$EX_UNHEALTHY" "the instance is $state, and Vast tells no SSH address of it (yet)"
   has_tool ssh ||
     die "$EX_MISSING" 'ssh is missing: sudo apt install openssh-client'
 }
 
+# usage: plan_ssh ROUTE LOCAL_COMMAND    (sets ssh_words; the command runs here once connected)
+# An address is one instance's today and another's tomorrow: a host key is remembered for instance
+# and route, in a file of our own, and that of a new one is taken as it comes.
+plan_ssh() {
+  local host port name folder
+  read -r host port name <<<"$1"
+  folder="$(state_folder)"
+  (umask 077 && mkdir -p "$folder") 2>/dev/null || true    # else ssh says that it cannot write it
+  ssh_words=(ssh -o StrictHostKeyChecking=accept-new
+    -o "UserKnownHostsFile=\"${folder//%/%%}/known_hosts\""
+    -o "HostKeyAlias=vast-$(fact "$row" .id)-$name" -o "ConnectTimeout=$CONNECT_SECONDS"
+    -o PermitLocalCommand=yes -o "LocalCommand=$2" ${ssh_options[@]+"${ssh_options[@]}"}
+    -p "$port" "root@$host")
+}
+
+# usage: connect LOCAL_COMMAND [COMMAND...]    (by the first route that leads there; ends as ssh)
+# Status 255 is also a remote command's: what tells that there was a connection is the local one.
+connect() {
+  local route mark status=255
+  make_scratch
+  mark="$scratch/connected"
+  for route in "${routes[@]}"; do
+    if ((status != 255)) || [[ -e "$mark" ]]; then break; fi
+    plan_ssh "$route" ": >$(printf '%q' "${mark//%/%%}"); $1"
+    status=0
+    (trap - PIPE && exec "${ssh_words[@]}" "${@:2}") || status=$?
+  done
+  leave "$status"
+}
+
 cmd_ssh() {
-  local ssh_host ssh_port
   if [[ "${1:-}" =~ ^[0-9]{1,15}$ ]]; then
     target_id="$((10#$1))"
     shift
   fi
   find_ssh
-  trap - PIPE
-  exec ssh -p "$ssh_port" "root@$ssh_host" "$@"
+  connect '' "$@"
 }
 
-# usage: plan_tunnel PORT    (sets ssh_words of its caller, besides those of find_ssh)
-# The local command runs when the tunnel is open.
+# usage: plan_tunnel PORT    (sets ssh_options, after find_ssh)
 plan_tunnel() {
   find_ssh
-  ssh_words=(ssh -N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15
-    -o PermitLocalCommand=yes -o "LocalCommand=echo http://127.0.0.1:$1"
-    -L "127.0.0.1:$1:127.0.0.1:$WORKER_PORT" -p "$ssh_port" "root@$ssh_host")
+  ssh_options=(-N -o ExitOnForwardFailure=yes -o ServerAliveInterval=15
+    -L "127.0.0.1:$1:127.0.0.1:$WORKER_PORT")
   say 'open until Ctrl-C once the address shows: your SSH key must have been in the Vast account' \
     'when the instance was rented, and a new instance may need a minute'
 }
 
 cmd_tunnel() {
-  local port="$WORKER_PORT" ssh_host ssh_port ssh_words
+  local port="$WORKER_PORT"
   read_target tunnel --port=port "$@"
   need_whole tunnel --port "$port" 1 65535
-  plan_tunnel "$((10#$port))"
-  trap - PIPE
-  exec "${ssh_words[@]}"
+  port="$((10#$port))"
+  plan_tunnel "$port"
+  connect "echo http://127.0.0.1:$port"
 }
 
 # -----------------------------------------------------------------------------
@@ -168,15 +205,18 @@ close_tunnel() {
 
 # usage: open_through_ssh PORT
 open_through_ssh() {
-  local ssh_host ssh_port ssh_words
+  local route
   plan_tunnel "$1"
   make_readable_scratch
-  (trap - PIPE && exec "${ssh_words[@]}") >"$scratch/address" &
-  tunnel_pid=$!
-  until [[ -s "$scratch/address" ]]; do
-    tunnel_lives || die "$EX_UNHEALTHY" 'the tunnel did not open; what ssh says stands above'
-    short_pause
+  for route in "${routes[@]}"; do
+    plan_ssh "$route" "echo http://127.0.0.1:$1"
+    (trap - PIPE && exec "${ssh_words[@]}") >"$scratch/address" &
+    tunnel_pid=$!
+    while [[ ! -s "$scratch/address" ]] && tunnel_lives; do short_pause; done
+    if [[ -s "$scratch/address" ]]; then break; fi
   done
+  [[ -s "$scratch/address" ]] ||
+    die "$EX_UNHEALTHY" 'the tunnel did not open; what ssh says stands above'
   show_page "http://127.0.0.1:$1"
   wait "$tunnel_pid" || true
   die "$EX_UNHEALTHY" "the tunnel ended by itself; run: $AGAIN open"

@@ -17,12 +17,13 @@ exec 5>&2    # calls have no stderr of their own
 
 # usage: trace_call WHAT COMMAND...    (runs it, which may set `kind`, and returns its status)
 trace_call() {
-  local TIMEFORMAT kind='' status=0
+  local TIMEFORMAT kind='' status=0 start=''
+  if [[ -t 5 ]]; then start=$'\r\033[K'; fi    # in place of a line that shows how far all is
   {
     time {
       "${@:2}" 2>&6 || status=$?
       if ((status > 0)); then kind="no answer (status $status)"; fi
-      TIMEFORMAT="$1: %R s, ${kind:-an answer}"
+      TIMEFORMAT="$start$1: %R s, ${kind:-an answer}"
     }
   } 6>&2 2>&5
   return "$status"

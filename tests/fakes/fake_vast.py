@@ -90,6 +90,10 @@ OFFER = {
     "flops_per_dphtotal": 150.0, "score": 200.0, "rentable": True, "rented": False,
     "host_id": 1000, "machine_id": 0, "public_ipaddr": "127.0.0.1",
 }
+VOLUME = {  # what the CLI shows of one; that it has storage_cost, in $/GB/month, is a guess
+    "id": 900, "label": "weights", "disk_space": 20.0, "status": "active", "start_date": 1.7e9,
+    "machine_id": 50_000, "geolocation": "Sweden, SE", "storage_cost": 0.1, "instances": [],
+}
 SEARCHABLE = OFFER.keys() - {"public_ipaddr", "cpu_name", "disk_name"} | {"id", "dph_total"}
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq, "neq": operator.ne, "gt": operator.gt, "gte": operator.ge,
@@ -720,6 +724,8 @@ class Api:
     destroyed: list[int]
     secrets: list[str]
     page_rows: int
+    user: dict[str, Any]
+    volumes: list[dict[str, Any]]
     _next_id: dict[str, int]
     _results: dict[str, tuple[str, list[float]]]
 
@@ -745,9 +751,11 @@ class Api:
 
     @route("GET", "/api/v0/users/current/")
     def _user(self, request: Request) -> object:
-        return {"id": 1, "host_agreement_accepted": False, "username": "tester",
-                "email": "tester@example.com", "credit": 12.34, "balance": 0.0,
-                "ssh_key": "ssh-ed25519 AAAA tester"}
+        return self.user
+
+    @route("GET", "/api/v0/volumes/")
+    def _volumes(self, request: Request) -> object:
+        return {"volumes": self.volumes}
 
     # offers
 
@@ -940,6 +948,7 @@ class FakeVast(Api):
     - container_env: what every container's environment has in addition; VAST_URL in it leads here,
       where a container's own key may start, stop or destroy that instance and nothing else;
     - offers, instances (without the strangers), strangers, destroyed, requests;
+    - user: what the account is told of itself; volumes: those that it has, see VOLUME;
     - secrets: the account's key and every container's, none of which anybody shall ever see.
 
     Faults of this file itself answer 500 and are raised at the end.
@@ -951,6 +960,10 @@ class FakeVast(Api):
         self.account_key = f"account-{secrets.token_hex(24)}"
         self.provisioning = self.loading = self.stopping = self.late_ports = 0.0
         self.null_rows = False
+        self.user = {"id": 1, "host_agreement_accepted": False, "username": "tester",
+                     "email": "tester@example.com", "credit": 12.34, "balance": 0.0,
+                     "ssh_key": "ssh-ed25519 AAAA tester"}
+        self.volumes: list[dict[str, Any]] = []
         self.page_rows = PAGE_ROWS
         self.container_env = {"HF_ENDPOINT": NO_HUB}
         self.offers: dict[int, dict[str, Any]] = {}

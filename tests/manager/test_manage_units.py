@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -181,14 +182,6 @@ def test_decimals_become_millionths(given: str, number: int) -> None:
     assert answer('millionths "$1"', given) == f"{number}\n"
 
 
-@pytest.mark.parametrize(("number", "text"), [
-    (0, "0.0000"), (99, "0.0000"), (100, "0.0001"), (123_456, "0.1234"), (1_000_000, "1.0000"),
-    (12_000_050, "12.0000"), (99_999_900, "99.9999"),
-])
-def test_millionths_become_decimals(number: int, text: str) -> None:
-    assert answer('decimal "$1"', str(number)) == f"{text}\n"
-
-
 @pytest.mark.parametrize(("function", "given"), [
     ("need_number", ["1", "1.0", "5.5", "10", "10.000", "010"]),
     ("need_whole", ["1", "5", "10", "010", "08"]),
@@ -226,6 +219,41 @@ def test_what_is_waited_for_is_tried_until_it_is_so_or_time_is_up(seconds: int, 
     code = ('pause() { now=$((now + $1)); }; tick() { :; }; third() { n=$((n + 1)); ((n == 3)); };'
             ' n=0; until_true "$1" 2 third && echo "so $n" || echo "late $n"')
     assert answer(code, str(seconds)) == f"{'so' if tries == 3 else 'late'} {tries}\n"
+
+
+def on_a_terminal(code: str) -> list[str]:
+    """What `code` shows there, each time that it begins the line anew."""
+    keyboard, terminal = pty.openpty()
+    try:
+        done = subprocess.run(sourcing(code), stderr=terminal, timeout=RUN_SECONDS,
+                              env=clean_environment())
+        assert done.returncode == 0
+        return os.read(keyboard, 1 << 16).decode().split("\r\x1b[K")[1:]
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
+
+
+WAITING = ("sleep() { :; }; tick() { now=$((now + 1)); }; look() { exit 9; };"
+           " wait_began=0 wait_limit=1200 running_since=0 gpu_price=36000000 storage_price=0")
+
+
+def test_the_line_that_shows_how_far_all_is_goes_on_every_second_and_asks_nobody() -> None:
+    shown = on_a_terminal(f"{WAITING} phase='loading: Pulling from a/b'; show_phase; pause 3")
+    assert shown == [f"{second} of 1200 s, 0.0{second}00 $: loading: Pulling from a/b"
+                     for second in range(4)]
+
+
+def test_a_long_phase_fits_the_line_and_keeps_its_end() -> None:
+    (line,) = on_a_terminal(f"{WAITING} phase='loading: {'x' * 99} 7f3a: Downloading 1.2GB/4.8GB';"
+                            " show_phase")
+    assert len(line) < 80 and line.startswith("0 of 1200 s, 0.0000 $: loading: xxx...")
+    assert line.endswith("7f3a: Downloading 1.2GB/4.8GB")
+
+
+def test_what_nothing_is_known_of_yet_costs_nothing_that_could_be_shown() -> None:
+    done = shell("wait_limit=9 phase=provisioning; show_phase")
+    assert done.stderr == "0 of 9 s: provisioning\n"
 
 
 def test_help_says_what_the_list_of_processes_shows(tmp_path: Path) -> None:
@@ -675,14 +703,17 @@ def test_the_workers_key_is_found_whatever_the_lists_shape(extra_env: object, kn
     assert facts("instance | [.known, .key]", row(extra_env=extra_env)) == [known, key]
 
 
-@pytest.mark.parametrize(("fields", "host", "port"), [
-    ({"public_ipaddr": "192.0.2.7\n", "ports": PORTS}, "192.0.2.7", "40022"),
-    ({"ssh_host": "ssh4.example.net", "ssh_port": 12345}, "ssh4.example.net", "12345"),
-    ({}, "", ""),
+DIRECT = {"public_ipaddr": "192.0.2.7\n", "ports": PORTS}
+PROXY = {"ssh_host": "ssh4.example.net", "ssh_port": 12345}
+
+
+@pytest.mark.parametrize(("fields", "routes"), [
+    (DIRECT, ["192.0.2.7 40022 direct"]), (PROXY, ["ssh4.example.net 12345 proxy"]),
+    ({**PROXY, **DIRECT}, ["192.0.2.7 40022 direct", "ssh4.example.net 12345 proxy"]), ({}, []),
 ])
-def test_ssh_goes_straight_to_the_instance_where_it_can(fields: dict[str, object], host: str,
-                                                        port: str) -> None:
-    assert facts("instance | [.ssh_host, .ssh_port]", row(**fields)) == [host, port]
+def test_ssh_goes_straight_to_the_instance_where_it_can(fields: dict[str, object],
+                                                        routes: list[str]) -> None:
+    assert facts("instance.ssh", row(**fields)) == routes
 
 
 def test_an_odd_row_does_not_break_the_list() -> None:
@@ -1107,7 +1138,7 @@ def test_the_vastai_beside_the_script_serves_too(tmp_path: Path) -> None:
 
 def test_a_missing_ssh_is_named_with_how_to_get_it(bare_path: Path) -> None:
     code = ("find_targets() { targets=x; }; chosen_row() { echo x; };"
-            " fact() { echo 'running|host|22'; }; PATH=\"$1\"; cmd_ssh")
+            " fact() { echo running; }; PATH=\"$1\"; cmd_ssh")
     done = shell(code, str(bare_path))
     assert (done.returncode, done.stdout) == (3, "")
     assert "ssh is missing: sudo apt install openssh-client" in done.stderr
@@ -1144,7 +1175,7 @@ def test_every_command_has_help_that_calls_nothing(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", APART)
 def test_a_script_alone_says_what_its_other_commands_lack(name: str, tmp_path: Path) -> None:
-    assert {part.stem for part in PARTS} == {*APART.values(), "hints", "trace"}
+    assert {part.stem for part in PARTS} == {*APART.values(), "hints", "trace", "account"}
     script = Path(shutil.copy(SCRIPT, tmp_path))
     for called in ([name], [name, "--help"], ["help", name]):
         done = command(*called, path=tmp_path, script=script)

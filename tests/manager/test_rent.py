@@ -155,13 +155,15 @@ def terminal_and_yes(stage: Scene) -> None:
     run = stage.typed("y\n")
     assert_rented(stage, run, *offers)
     assert run.stderr.count("[y/N]") == 1
+    assert run.stderr.index("credit 12.34 $, which lasts 7.3 days at") < run.stderr.index("[y/N]")
     assert "more than --max-price 0.20" in run.stderr
 
 
 def dry_runs(stage: Scene) -> None:
     offer = stage.vast.add_offer()
     done = stage.start("--dry-run")
-    assert (done.status, done.stderr) == (0, "dry run: nothing is rented\n")
+    assert (done.status, done.stderr) == (0, "credit 12.34 $, which lasts 7.3 days at 0.0704 $/h\n"
+                                          "dry run: nothing is rented\n")
     assert done.stdout.startswith(
         f"offer {offer}: RTX 3060, 12 GB, Sweden, SE: 0.0704 $/h (1.69 $ a day)\n")
     assert "of it storage: 0.0104 $/h" in done.stdout

@@ -26,7 +26,7 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import wait_until
-from fake_vast import Instance
+from fake_vast import VOLUME, Instance
 from manager import RUN_SECONDS, Run, executable
 from renting import Act, Acts, Scene, acts_of, ids_named, make_worker_real, plays
 
@@ -116,10 +116,11 @@ def running_requests(worker: Instance) -> int:
 
 
 def status_tells_of(stage: Scene, worker: Instance) -> None:
-    """In two calls at most, which is what `status` may cost."""
+    """In three calls at most, which is what `status` may cost."""
     before = len(stage.vast.requests)
     told = says(stage, "status", PATH=stage.manager.environment()["PATH"])  # not a warm vastai
-    assert len(stage.vast.requests) - before <= 2
+    assert len(stage.vast.requests) - before <= 3
+    assert told.endswith("credit 12.34 $, which lasts 7.3 days at 0.0704 $/h\n")
     assert told.startswith(f"instance {worker.id}: running, RTX 3060, Sweden, SE\n")
     for part in (worker.worker_url, "0.0704 $/h", "worker ready, 0 running, 0 waiting",
                  "suno/bark-small"):
@@ -248,7 +249,7 @@ def every_state(stage: Scene) -> None:
              add(fate="error: Failed to pull image").id: "error", add(fate="exited").id: "exited"}
     before = len(stage.vast.requests)
     done = run(stage, "status")
-    assert len(stage.vast.requests) - before <= 4  # the first two of them are of a new HOME
+    assert len(stage.vast.requests) - before <= 6  # up to four of them are of a new HOME
     assert (done.status, done.stderr) == (1, "")
     told = dict(re.findall(r"^instance (\d+): (\w+)", done.stdout, re.M))
     assert told == {str(number): name for number, name in state.items()}
@@ -288,7 +289,7 @@ def nothing_there(stage: Scene) -> None:
     ended(run(stage, "stop"), 5, "no instance labelled 'bark-worker'")
     done = run(stage, "status", "--json")
     assert done.status == 5
-    assert json.loads(done.stdout) == {"label": "bark-worker", "instances": []}
+    assert json.loads(done.stdout) == {"label": "bark-worker", "instances": [], "credit": 12.34}
 
 
 def another_label(stage: Scene) -> None:
@@ -296,6 +297,65 @@ def another_label(stage: Scene) -> None:
     stage.vast.add_instance(fate="offline")
     done = run(stage, "status", BARK_LABEL="mine-2")
     assert ": stopped" in done.stdout and ": offline" not in done.stdout
+
+
+def credit_that_is_not_told(stage: Scene) -> None:
+    """To this key, or not as a number, or not in time: nothing is said of it, and all goes on."""
+    stage.vast.add_instance(state="stopped")
+    user = stage.vast.user
+    odd = [{"status": 403, "body": {"success": False, "msg": "no user_read"}}, {"drop": "before"},
+           {"status": 200, "body": "<html>"}, {"status": 200, "body": {**user, "credit": "much"}},
+           {"status": 200, "body": {"id": 1}}, {"delay": 60.0}]
+    says_nothing_of_it(stage)  # of a new HOME, whose CLI asks by itself, too
+    for fault in odd:
+        stage.vast.fault("GET", "/users/current", **fault)
+        began = time.monotonic()
+        told = says_nothing_of_it(stage, known=False)
+        assert time.monotonic() - began < 40
+        assert "credit" not in json.loads(told)
+
+
+def says_nothing_of_it(stage: Scene, known: bool = True) -> str:
+    done = run(stage, "status", "--json")
+    assert (done.status, done.stderr) == (1, "") and ("credit" in done.stdout) == known
+    return done.stdout
+
+
+def credit_that_is_used_up(stage: Scene) -> None:
+    """Where there is no credit, the balance serves."""
+    stage.vast.add_instance(state="stopped")
+    del stage.vast.user["credit"]
+    stage.vast.user["balance"] = 1.5
+    assert "credit 1.50 $, which lasts 6.0 days at 0.0104 $/h" in run(stage, "status").stdout
+    stage.vast.user["credit"] = -0.05
+    assert "the account has no credit left (-0.05 $)" in run(stage, "status").stdout
+
+
+def all_of_the_account(stage: Scene) -> None:
+    """Ours are marked, others named, and the sum is that of what bills now."""
+    vast = stage.vast
+    own, asleep = vast.add_instance(fate="silent"), vast.add_instance(state="stopped", label="mine")
+    worker = vast.add_instance(fate="silent", label=None, env={"BARK_LABEL": "bark-worker"})
+    vast.volumes += [VOLUME, {**VOLUME, "id": 901, "storage_cost": None, "label": None}]
+    stranger = vast.strangers[0]
+    told = says(stage, "status", "--all")
+    price, storage, volume = 0.06 + GB_AT_50, GB_AT_50, 20 * 0.1 / 720
+    for line in (f"ours: instance {own.id}: running, RTX 3060, Sweden, SE, {price:.4f} $/h",
+                 f"ours: instance {worker.id}: running", f"instance {stranger.id} (bark-worker-2)",
+                 f"instance {asleep.id} (mine): stopped, RTX 3060, Sweden, SE, {storage:.4f} $/h",
+                 f"volume 900 (weights): active, 20 GB, Sweden, SE, {volume:.4f} $/h",
+                 "volume 901: active, 20 GB, Sweden, SE\n", "which lasts "):
+        assert line in told
+    total = 3 * price + storage + volume
+    assert f"in all {total:.4f} $/h, {24 * total:.2f} $ a day, and traffic; without 901, of" in told
+    found = json.loads(says(stage, "status", "--all", "--json"))
+    assert found["cost_per_hour"] == pytest.approx(total) and found["credit"] == 12.34
+    assert {one["id"] for one in found["billed"] if one["ours"]} == {own.id, worker.id}
+    assert found["without_price"] == [901]
+    vast.fault("GET", "/volumes", times=math.inf, status=403, body={"msg": "not yours to see"})
+    done = run(stage, "status", "--all")
+    assert done.status == 1 and f"instance {own.id}" in done.stdout
+    assert "what volumes the account has is not known: Vast says: not yours to see" in done.stderr
 
 
 def many_pages(stage: Scene) -> None:
@@ -339,7 +399,8 @@ def key_without_rights(stage: Scene) -> None:
 
 
 @plays(nothing_there, every_state, one_of_two_is_ready, not_ready, another_label, stored_key,
-       wrong_key, no_key_that_could_be_one, key_without_rights)
+       wrong_key, no_key_that_could_be_one, key_without_rights, credit_that_is_not_told,
+       credit_that_is_used_up, all_of_the_account)
 def test_status_tells_of_each_instance_and_no_key(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
@@ -632,15 +693,17 @@ def start_of_one_that_sleeps(stage: Scene) -> None:
 # ssh, tunnel, open, env
 
 
-def stub_ssh(stage: Scene, status: int, then: str = "") -> str:
+def stub_ssh(stage: Scene, status: int, then: str = "", refused: str = "") -> str:
     """A PATH whose ssh writes its words down, one a line, and ends with `status`.
 
     At 0 it was connected, and then the real one runs the local command; `then` comes after it.
+    There is no way to the host `refused`.
     """
     folder = stage.manager.home / "bin"
     folder.mkdir(exist_ok=True)
     executable(folder / "ssh", f'''#!/bin/sh
 printf "%s\\n" "$@" >"$HOME/words"
+case "$*" in *{refused or "nosuch"}*) exit 255 ;; esac
 [ {status} = 0 ] || exit {status}
 for word; do case "$word" in LocalCommand=*) eval "${{word#*=}}" ;; esac; done
 {then}
@@ -673,10 +736,32 @@ def shell_on_it(stage: Scene) -> None:
 
 
 def shell_through_the_proxy(stage: Scene) -> None:
-    """Where no port leads straight to it."""
-    stage.vast.add_instance(fate="silent", runtype="ssh_proxy")
+    """Where no port leads straight to it, or it does not answer there."""
+    instance = stage.vast.add_instance(fate="silent", runtype="ssh_proxy")
     run(stage, "ssh", PATH=stub_ssh(stage, 0))
-    assert ssh_words(stage) == ["-p", "9", "root@localhost"]
+    assert ssh_words(stage)[-3:] == ["-p", "9", "root@localhost"]
+    stage.vast.instances.pop(instance.id)
+    stage.vast.add_instance(fate="silent")
+    for words in (("ssh", "ls"), ("tunnel",)):
+        done = run(stage, *words, PATH=stub_ssh(stage, 0, refused="root@127.0.0.1"))
+        assert done.status == 0 and "root@localhost" in ssh_words(stage)
+    done = run(stage, "ssh", PATH=stub_ssh(stage, 0, "exit 255"))  # of a shell that it had
+    assert done.status == 255 and "root@127.0.0.1" in ssh_words(stage)
+
+
+def host_keys(stage: Scene) -> None:
+    """Each is taken as it comes, and kept for its instance and route, whatever the address."""
+    first = stage.vast.add_instance(fate="silent")
+    second = stage.vast.add_instance(fate="silent")
+    seen, folder = [], str(stage.manager.home / "a b%")
+    for number in (first.id, second.id):
+        run(stage, "ssh", str(number), PATH=stub_ssh(stage, 0), XDG_STATE_HOME=folder)
+        read = real_ssh_reads(ssh_words(stage))
+        if read:
+            assert read["stricthostkeychecking"] == "accept-new"
+            assert read["userknownhostsfile"] .strip('"') == f"{folder}/bark-worker/known_hosts"
+            seen.append(read["hostkeyalias"])
+    assert seen == [f"vast-{one.id}-direct" for one in (first, second)][:len(seen)]
 
 
 def tunnel_to_it(stage: Scene) -> None:
@@ -691,6 +776,7 @@ def tunnel_to_it(stage: Scene) -> None:
     done = run(stage, "tunnel", PATH=stub_ssh(stage, 255))
     assert (done.status, done.stdout) == (255, "")
     assert "127.0.0.1:8080:127.0.0.1:8080" in ssh_words(stage)
+    assert "root@localhost" in ssh_words(stage)
 
 
 def opened(stage: Scene, *words: str, **settings: str) -> tuple[Run, Path, str]:
@@ -775,7 +861,8 @@ def test_an_id_names_one_of_several(act: Act, acts: Acts) -> None:
     acts.end_of(act)
 
 
-@plays(follow_few, follow_until_destroyed, daemon_log, short_log, shell_on_it, tunnel_to_it,
+@plays(follow_few, follow_until_destroyed, daemon_log, short_log, shell_on_it,
+       shell_through_the_proxy, host_keys, tunnel_to_it,
        page_through_ssh, page_over_the_open_net, page_of_a_worker_without_a_key, env_for_a_shell,
        unfit_answer, uncallable)
 def test_test_logs_ssh_tunnel_open_and_env_reach_the_instance(act: Act, acts: Acts) -> None:
@@ -784,6 +871,6 @@ def test_test_logs_ssh_tunnel_open_and_env_reach_the_instance(act: Act, acts: Ac
 
 @pytest.mark.long  # not by themselves, but run.sh is full
 @plays(many_pages, stop_takes_a_while, stop_one_of_two, destroy_two, destroy_refused_at_first,
-       silent_worker, shell_through_the_proxy)
+       silent_worker)
 def test_rarer_cases_end_like_the_others(act: Act, acts: Acts) -> None:
     acts.end_of(act)
