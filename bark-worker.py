@@ -253,7 +253,7 @@ def open_log(form: str) -> None:
 # One table lists every setting with its default, what may be said and what it means; --help and the
 # checks are made of it, and docs/settings.md is held to it. All wrong values are named at once.
 
-MANAGER_VARIABLES = frozenset({"BARK_LABEL", "BARK_IMAGE", "BARK_POLL", "BARK_TRACE"})
+MANAGER_VARIABLES = frozenset({"BARK_LABEL", "BARK_IMAGE", "BARK_POLL", "BARK_TRACE"})  # manager's
 PYWORKER = Path(__file__).resolve().with_name("pyworker.py")
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 # Whisper in CTranslate2's layout, as faster-whisper's authors keep it on the hub.

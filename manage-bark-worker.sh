@@ -290,8 +290,8 @@ $USAGE_SEARCH_OPTIONS"
 
 readonly USAGE_STATUS="usage: $PROGRAM status [ID | --all] [--json]
 
-Prints what is rented under the label '$LABEL' and how long the account's credit lasts; on stderr
-of which orders the journal tells no end. Exit status 0 only if a worker is ready.
+Prints what is rented under the label '$LABEL' and how long the account's credit lasts; on
+stderr of which orders the journal tells no end. Exit status 0 only if a worker is ready.
 
   --all     all of the account that bills, whatever its label, and what it costs; exit status 0 if
             Vast tells all of it
@@ -657,8 +657,7 @@ call_cli() {
   if is_loaded trace; then kind="$(kind_of "${said%% *}" "$errors" "${said#* }")"; fi
 }
 
-# usage: traced WHAT COMMAND...    (runs it; under -v tells how long it took and what kind of answer
-# came, of which COMMAND may set `kind`)
+# usage: traced WHAT COMMAND...    (under -v tells how long it took and what kind of answer came)
 traced() {
   if is_loaded trace; then
     trace_call "$@" || return "$?"
@@ -1029,7 +1028,7 @@ def slept($id; $sleeps): reduce (.[] | select(.id == $id)) as $line ({seconds: 0
   | .seconds + if .since and $sleeps then now - .since else 0 end;
 def of_the_journal($rows): .id as $id | .machine as $machine | at as $at
   | [$rows[] | select(.id == $id or ($id == null and $machine and .machine == $machine
-      and (.started // 0) > $at - 60))][0];
+      and (.started // now) > $at - 600))][0];
 
 # Of a row and the health of its worker.
 def visible: ((env.slept // "0" | tonumber) / 3600) as $slept | .[1] as $health | .[0]
@@ -1402,7 +1401,10 @@ finish() {
 give_back() {
   local failed=''
   finish_call
-  if [[ -n "$ordering" ]]; then read_order; fi
+  if [[ -n "$ordering" ]]; then
+    read_order
+    if [[ -z "$rented_id" ]] && is_clear_no; then note refused || true; fi
+  fi
   give_back_rented || failed=yes
   give_back_woken || failed=yes
   if is_loaded endpoint; then give_back_endpoint || failed=yes; fi
