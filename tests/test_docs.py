@@ -15,7 +15,7 @@ from types import ModuleType
 import av
 import pytest
 from conftest import ROOT, START_SECONDS, WORKER, Worker, wait_until
-from manager import BASH, SCRIPT, Manager, managed, sourcing
+from manager import BASH, PARTS, SCRIPT, Manager, managed, sourcing
 from renting import light_stage, scene
 from warm_vastai import warm_vastai
 
@@ -80,10 +80,11 @@ def test_the_settings_in_readme_are_said_in_the_same_words_as_among_all() -> Non
 
 
 def test_every_variable_of_ours_that_is_named_exists(bark: ModuleType) -> None:
-    """The manager's own are those that its file names."""
+    """The manager's own are those that its files name."""
     named = set(re.findall(r"\bBARK_[A-Z_]*[A-Z]", "".join(PAGES.values())))
     ours = {v.name for v in bark.VARIABLES}
-    manager = set(re.findall(r"\bBARK_[A-Z_]*[A-Z]", SCRIPT.read_text(encoding="utf-8")))
+    text = "".join(path.read_text(encoding="utf-8") for path in (SCRIPT, *PARTS))
+    manager = set(re.findall(r"\bBARK_[A-Z_]*[A-Z]", text))
     assert named - ours - manager == set()
 
 
