@@ -6046,7 +6046,7 @@ RETRY_FULL, RETRY_LOADING, RETRY_DRAINING = 5, 10, 30  # seconds, for Retry-Afte
 HUNG_SECONDS = 30.0  # past a request's time without a word from the scheduler
 COOLING = 0.8  # of the temperatures, with each take
 MAX_STEP_FAILURES = 3  # in a row; then the device is taken for lost
-MEMORY_SECONDS = 1.0  # between two looks at the GPU's memory
+MEMORY_SECONDS = 1.0  # between two looks at the GPU's memory, which take a part of a millisecond
 REST_SECONDS = 0.1  # between two looks at clients whose takes are being judged
 
 
@@ -6207,6 +6207,22 @@ class Request:
         self.is_abandoned = lambda: True
 
 
+@dataclass
+class Tally:
+    """What came of judging since the start."""
+
+    segments: int = 0
+    warnings: int = 0  # segments whose best take had a fault
+    faults: Counter[str] = field(default_factory=Counter)  # of takes, by kind
+    retakes: Counter[str] = field(default_factory=Counter)  # by the gravest of the take before
+
+    def told(self) -> dict[str, Any]:
+        """As /health has it."""
+        return {"quality": {"segments": self.segments, "retakes": self.retakes.total(),
+                            "warnings": self.warnings},
+                "faults": dict(self.faults), "retakes": dict(self.retakes)}
+
+
 class Scheduler:
     """Feeds segments to the engine in turns: one of every request a round, in order of arrival;
     patient ones when no other waits.
@@ -6220,10 +6236,7 @@ class Scheduler:
                  metrics: Metrics | None = None):
         self._load, self.state, self.max_queue = load, state, max_queue
         self._cache, self.retries, self.judge = cache, retries, judge or Judge()
-        self.metrics = metrics or Metrics()
-        self.segments = {"segments": 0, "warnings": 0}  # since the start
-        self.faults: Counter[str] = Counter()  # of takes, by kind
-        self.retakes: Counter[str] = Counter()  # by the gravest fault of the take before
+        self.metrics, self.tally = metrics or Metrics(), Tally()
         self.memory: dict[str, int] = {}  # bytes of the GPU's, as the engine tells it
         self._looked = -math.inf  # when that was
         self._engine: Any = None
@@ -6248,11 +6261,6 @@ class Scheduler:
     def live(self) -> int:
         """Segments being generated."""
         return len(self._owner)
-
-    @property
-    def quality(self) -> dict[str, int]:
-        """What came of judging since the start."""
-        return {**self.segments, "retakes": self.retakes.total()}
 
     def submit(self, request: Request) -> None:
         """Answers `request` from the cache as far as that goes, and queues the rest.
@@ -6346,7 +6354,6 @@ class Scheduler:
                 self._collect(done)
 
     def _look_at_memory(self) -> None:
-        """Not after each step, as that takes up to a tenth of a millisecond."""
         if time.monotonic() > self._looked + MEMORY_SECONDS:
             self._looked, self.memory = time.monotonic(), self._engine.memory()
 
@@ -6364,9 +6371,7 @@ class Scheduler:
             if request.is_abandoned():
                 self._end(request, Abandoned("the client left", code="client_closed_request"))
             elif now >= request.deadline:
-                self._end(request, RequestTimeout(
-                    f"not done after {now - request.began:.1f} s, all that BARK_TIMEOUT allows;"
-                    " send a shorter text", code="timeout"))
+                self._end(request, too_late(now - request.began))
 
     def _make_way(self) -> None:
         """Takes patient work out of the engine again where other work waits for its slot."""
@@ -6417,10 +6422,7 @@ class Scheduler:
         if take := request.trials[index].settle():
             self._accept(request, index, take)
             return
-        failure = GenerationFailed(f"segment {index} gave no usable audio: {error}; another seed"
-                                   " may", code="generation_failed")
-        failure.permanent = True  # the same seed gives the same takes
-        self._end(request, failure)
+        self._end(request, unusable(index, error))
 
     def _weigh(self, request: Request, index: int, samples: np.ndarray,
                verdict: Future[Verdict]) -> None:
@@ -6429,17 +6431,17 @@ class Scheduler:
             if request not in self._requests:  # it ended meanwhile
                 return
             found = verdict.result()
-            self.faults.update(fault.kind for fault in found.faults)
+            self.tally.faults.update(fault.kind for fault in found.faults)
             if take := request.trials[index].add(samples, found, self.retries):
                 self._accept(request, index, take)
             else:
-                self.retakes[found.gravest] += 1
+                self.tally.retakes[found.gravest] += 1
                 request.todo.appendleft(index)
             self._changed.notify_all()
 
     def _accept(self, request: Request, index: int, take: Take) -> None:
-        self.segments["segments"] += 1
-        self.segments["warnings"] += bool(take.warnings)
+        self.tally.segments += 1
+        self.tally.warnings += bool(take.warnings)
         trial, seconds = request.trials[index], len(take.samples) / request.trials[index].rate
         self._cache.put(trial.segment, take)
         self.metrics.segment("model", seconds)
@@ -6467,12 +6469,27 @@ class Scheduler:
         self._failures += 1
         with self._changed:
             for request in {id(r): r for r, _ in self._owner.values()}.values():
-                self._end(request, GenerationFailed(
-                    f"the device failed: {type(error).__name__}; try again",
-                    code="generation_failed"))
+                self._end(request, device_failed(error))
             self._engine.reset()
         if self._failures >= MAX_STEP_FAILURES:
             raise ModelError(f"{self._failures} steps failed in a row: {first_line(error)}")
+
+
+def too_late(seconds: float) -> RequestTimeout:
+    return RequestTimeout(f"not done after {seconds:.1f} s, all that BARK_TIMEOUT allows; send a"
+                          " shorter text", code="timeout")
+
+
+def device_failed(error: Exception) -> GenerationFailed:
+    return GenerationFailed(f"the device failed: {type(error).__name__}; try again",
+                            code="generation_failed")
+
+
+def unusable(index: int, error: str) -> GenerationFailed:
+    failure = GenerationFailed(f"segment {index} gave no usable audio: {error}; another seed may",
+                               code="generation_failed")
+    failure.permanent = True  # the same seed gives the same takes
+    return failure
 
 
 def draining() -> Unavailable:
@@ -7982,8 +7999,7 @@ class RequestHandler(HttpHandler):
                 "slots": scheduler.slots, "live": scheduler.live, "queue": scheduler.stats(),
                 "guard": self.server.guard.facts()}
         if config.quality:
-            body |= {"quality": scheduler.quality, "faults": dict(scheduler.faults),
-                     "retakes": dict(scheduler.retakes)}
+            body |= scheduler.tally.told()
             for ear in ("detector", "listener"):
                 body[ear] = without_folders(getattr(scheduler.judge, ear))
         if memory := scheduler.memory:

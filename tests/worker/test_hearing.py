@@ -192,8 +192,9 @@ def test_a_take_refused_is_made_again_and_counted_by_its_fault(court: Court) -> 
         court.judge.asked[-1].set_result(court.verdict("noise", "short"))
     take = next(request.results())
     assert (take.takes, take.warnings) == (3, ("so noise", "so short"))
-    assert court.scheduler.faults == {"noise": 3, "short": 3}
-    assert court.scheduler.quality == {"segments": 1, "retakes": 2, "warnings": 1}
+    told = court.scheduler.tally.told()
+    assert told["faults"] == {"noise": 3, "short": 3}
+    assert told["quality"] == {"segments": 1, "retakes": 2, "warnings": 1}
 
 
 def test_a_verdict_on_what_nobody_waits_for_any_more_is_dropped(court: Court) -> None:
@@ -202,7 +203,8 @@ def test_a_verdict_on_what_nobody_waits_for_any_more_is_dropped(court: Court) ->
     request.abandon()
     wait_until(lambda: not court.scheduler.stats()["running"], "abandoned", SECONDS)
     court.judge.asked[0].set_result(court.verdict("noise"))
-    assert court.scheduler.quality["segments"] == court.scheduler.quality["retakes"] == 0
+    quality = court.scheduler.tally.told()["quality"]
+    assert quality["segments"] == quality["retakes"] == 0
     again = court.submit("b")
     asked(court, 2)
     court.judge.asked[1].set_result(court.verdict())
