@@ -4,7 +4,7 @@
 # functions.
 #
 # Sections: constants; help; messages; loading; time; options; adapters; facts; instances; the
-#   journal; giving back; offers; waiting for a worker; start; status; stop, destroy; help, main
+#   journal; giving back; offers; waiting for a worker; start; status; logs; stop, destroy; help, main
 # Call vastai: call_cli (all go through vast)
 # Call curl: send_url health_of known_gpus
 # Change what is billed: order_instance ask_to_start destroy_once give_back_woken stop_one
@@ -300,6 +300,13 @@ stderr of which orders the journal tells no end. Exit status 0 only if a worker 
             \"cost_per_hour\", \"cost_per_day\", \"without_price\": [ids], \"credit\"}
   ID        one of several instances"
 
+readonly USAGE_LOGS="usage: $PROGRAM logs [ID] [OPTIONS]
+
+  -f, --follow    go on printing new lines until Ctrl-C
+  -n, --tail N    the last N lines (1000)
+  --daemon        what Vast's daemon says of the container instead
+  ID              one of several instances"
+
 readonly USAGE_STOP="usage: $PROGRAM stop [ID] [--now]
 
 Waits until the worker has nothing to do, at most $DRAIN_SECONDS s, then ends the GPU's rent. Disk
@@ -388,7 +395,7 @@ loaded=''    # the files that are loaded, by blanks; each adds its own name at i
 load() {
   local part="$1"
   case "$1" in
-    endpoint | local | test | logs | completion | hints | trace | account) ;;
+    endpoint | local | test | completion | hints | trace | account) ;;
     reach | ssh | tunnel | open | env) part=reach ;;
     *) return 0 ;;
   esac
@@ -2546,6 +2553,56 @@ cmd_status() {
   say_odd_rows || true
   if [[ "$instances$odd_rows" == '[][]' ]]; then leave "$EX_NO_INSTANCE"; fi
   if [[ -z "$ready" ]]; then leave "$EX_UNHEALTHY"; fi
+}
+
+# -----------------------------------------------------------------------------
+# logs
+
+cmd_logs() {
+  local follow='' tail=1000 daemon=''
+  read_target logs '-f:follow --follow:follow -n=tail --tail=tail --daemon:daemon' "$@"
+  need_whole logs --tail "$tail" 1 100000
+  need_instance
+  show_log "$(fact "$row" .id)" "$((10#$tail))" "$daemon" "$follow"
+}
+
+# usage: show_log ID TAIL DAEMON FOLLOW
+show_log() {
+  local failures=0 asked="$2" most="$2" before_lines='' text fresh
+  if [[ -n "$4" ]] && (($2 < 1000)); then asked=1000; fi    # between two looks many may come
+  while :; do
+    if vast logs "$1" --tail "$asked" ${3:+--daemon-logs}; then
+      failures=0
+      text="$(without_keys "$reply")"
+      fresh="$(new_lines <(printf '%s' "$before_lines") <(printf '%s\n' "$text") |
+        tail -n "$most")"
+      if [[ -n "$fresh" ]]; then tell "$fresh"; fi
+      before_lines="$text"$'\n' most="$asked"
+    else
+      failures=$((failures + 1))
+      if ((failures == 3)) || [[ "$refused" =~ ^40[0-9]$ ]]; then
+        die_by_vast 'the log cannot be had'
+      fi
+    fi
+    if [[ -n "$reader_left" || (-z "$4" && "$failures" == 0) ]]; then return 0; fi
+    pause "$POLL"
+  done
+}
+
+# usage: new_lines SEEN LOG    (prints the lines of LOG that follow those it shares with SEEN's end)
+# A last line that was seen only in part is printed again, whole.
+new_lines() {
+  awk 'FILENAME == ARGV[1] { seen[++n] = $0; next } { log_[++m] = $0 }
+    END {
+      for (cut = 0; cut < 2; cut++)
+        for (k = n - cut; k > 0; k--) {
+          if (k > m) continue
+          same = 1
+          for (i = 1; i <= k && same; i++) same = seen[n - cut - k + i] == log_[i]
+          if (same) { for (i = k + 1; i <= m; i++) print log_[i]; exit }
+        }
+      for (i = 1; i <= m; i++) print log_[i]
+    }' "$1" "$2"
 }
 
 # -----------------------------------------------------------------------------

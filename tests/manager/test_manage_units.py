@@ -25,7 +25,7 @@ from manager import BASH, PARTS, SCRIPT, executable, folder_of, sourcing
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
 TOOLS = ("awk", "sed", "tr")  # all that reading the options takes
-APART = {"test": "test", "logs": "logs", "ssh": "reach", "tunnel": "reach", "open": "reach",
+APART = {"test": "test", "ssh": "reach", "tunnel": "reach", "open": "reach",
          "env": "reach", "endpoint": "endpoint", "local": "local",
          "completion": "completion"}  # lie in manage/
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "open",
