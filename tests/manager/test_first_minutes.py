@@ -442,10 +442,13 @@ def test_no_other_command_offers_or_installs_anything(
     assert not has_vastai(clone) and indexes.asked == []
 
 
-def test_every_package_stands_in_one_of_three_parts() -> None:
-    worker, listening, renting = (source(f"requirements_of {part}").stdout
-                                  for part in ("worker", "listening", "renting"))
+def test_every_package_stands_in_one_of_four_parts() -> None:
+    worker, listening, speaking, renting = (
+        source(f"requirements_of {part}").stdout
+        for part in ("worker", "listening", "speaking", "renting"))
     whole = (SCRIPT.parent / "requirements.txt").read_text(encoding="utf-8")
     assert [line for line in whole.splitlines() if "==" in line] == \
-        [line for line in f"{worker}{listening}{renting}".splitlines() if "==" in line]
+        [line for line in f"{worker}{listening}{speaking}{renting}".splitlines() if "==" in line]
     assert "torch==" in worker and "faster-whisper==" in listening and renting.count("==") == 1
+    (shared,) = (word for word in worker.split() if word.startswith("av=="))
+    assert shared in speaking.split() and "torch==" not in speaking
