@@ -84,7 +84,7 @@ cmd_test() {
     usage_error "--id is '$target_id'; it must be the number of an instance" test
   find_running
   make_scratch
-  took="$(speak)" || leave "$?"
+  took="$(speak_text)" || leave "$?"
   keep_sound "$took"
   if [[ -n "$play" ]]; then play_sound "$out"; fi
 }
@@ -99,7 +99,7 @@ keep_sound() {
 }
 
 # Has the worker at address say text; leaves the answer in $scratch/sound and prints the seconds.
-speak() {
+speak_text() {
   local status body took
   body="$(printf '%s' "$text" | VOICE="$spoken_voice" jq -Rsc "$JQ_SPOKEN"' spoken')"
   took="$(call_url "$(fact "$row" .key)" "$address/synthesize" "$body" --max-time 660 \
