@@ -211,6 +211,7 @@ commands:
   ssh              a shell on the instance
   tunnel           reach the worker through SSH, encrypted
   open             its page in a browser here, through SSH
+  speak            read a book or any other text into one sound file
   env              address and key for an application's .env
   endpoint         workers that Vast starts when requests come, and ends
   local            run a worker on this machine until Ctrl-C
@@ -338,6 +339,7 @@ usage_of() {
     tunnel) printf '%s\n' "$USAGE_TUNNEL" ;;
     env) printf '%s\n' "$USAGE_ENV" ;;
     open) printf '%s\n' "$USAGE_OPEN" ;;
+    speak) printf '%s\n' "$USAGE_SPEAK" ;;
     endpoint) printf '%s\n' "$USAGE_ENDPOINT" ;;
     local) printf '%s\n' "$USAGE_LOCAL" ;;
     completion) printf '%s\n' "$USAGE_COMPLETION" ;;
@@ -395,7 +397,7 @@ loaded=''    # the files that are loaded, by blanks; each adds its own name at i
 load() {
   local part="$1"
   case "$1" in
-    endpoint | local | test | completion | hints | trace | account) ;;
+    endpoint | local | test | speak | completion | hints | trace | account) ;;
     reach | ssh | tunnel | open | env) part=reach ;;
     *) return 0 ;;
   esac

@@ -27,9 +27,9 @@ HELP_SECONDS = 0.05  # in which help and complaints about usage are there
 TOOLS = ("awk", "sed", "tr")  # all that reading the options takes
 APART = {"test": "test", "ssh": "reach", "tunnel": "reach", "open": "reach",
          "env": "reach", "endpoint": "endpoint", "local": "local",
-         "completion": "completion"}  # lie in manage/
+         "speak": "speak", "completion": "completion"}  # lie in manage/
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "open",
-            "env", "endpoint", "local", "completion", "help")
+            "speak", "env", "endpoint", "local", "completion", "help")
 ENDPOINT_COMMANDS = {"--json": "status", "--out": "test", "--timeout": "test", "--tail": "logs"}
 SOURCE = "".join(path.read_text(encoding="utf-8") for path in (SCRIPT, *PARTS))
 

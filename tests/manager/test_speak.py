@@ -1,0 +1,331 @@
+"""`speak`: the real script and a real worker on the toy model, most often behind a gate that counts
+what is asked and spoils what a test wants spoilt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import pytest
+from conftest import Worker, running_worker, wait_until
+from manager import Run
+from speaking import KEY, Desk, Gate, gate_before, make_program, pcm_of, seconds_of
+from test_rented import CommandLines
+
+TEXT = "\n\n".join(f"Paragraph {word} is here." for word in
+                   ("one", "two", "three", "four", "five", "six", "seven", "eight"))
+BOOK = "# One\n\nThe first words.\n\nThe next words.\n\n# Two\n\nThe last words.\n"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_program(tmp_path_factory.mktemp("program"))
+
+
+@pytest.fixture(scope="module")
+def toy_worker(toy: Path) -> Iterator[Worker]:
+    with running_worker(BARK_MODEL=str(toy), BARK_API_KEY=KEY, TTS_MAX_LENGTH="120",
+                        BARK_MAX_BATCH="4", BARK_CACHE_MB="0",
+                        BARK_DETERMINISTIC="on") as worker:
+        worker.wait_for("ready")
+        yield worker
+
+
+@pytest.fixture
+def gate(toy_worker: Worker) -> Iterator[Gate]:
+    with gate_before(toy_worker.url) as gate:
+        yield gate
+
+
+@pytest.fixture
+def desk(program: Path, gate: Gate, tmp_path: Path) -> Desk:
+    return Desk(program, tmp_path, gate.url)
+
+
+@pytest.mark.parametrize("out", ["o.wav", "o.mp3", "o.opus", "o.flac", "o.m4b"])
+def test_a_book_becomes_one_file_and_its_parts_go(desk: Desk, gate: Gate, out: str) -> None:
+    desk.write("book.md", BOOK)
+    told = desk.spoken("book.md", "-o", out)
+    assert (told["out"], told["parts"], told["spoken"], told["reused"]) == (out, 5, 5, 0)
+    assert (told["failed"], told["warnings"], told["dollars"]) == ([], [], None)
+    assert seconds_of((desk.folder / out).read_bytes()) == pytest.approx(told["seconds"], abs=0.1)
+    assert sorted(path.name for path in desk.folder.iterdir()) == ["book.md", out]
+    if out == "o.m4b":
+        with av.open(str(desk.folder / out)) as file:
+            assert [each["metadata"]["title"] for each in file.chapters()] == ["One", "Two"]
+
+
+def test_without_json_the_answer_is_a_line_and_standard_input_is_read(
+        desk: Desk, gate: Gate) -> None:
+    desk.write("t.txt", "Hello.")
+    with (desk.folder / "t.txt").open() as file:
+        run = desk.speak("-", "-o", "o.wav", stdin=file)
+    assert (run.status, run.stdout) == (0, f"o.wav: 0:00:0{run.stdout[-12:-11]} of speech\n")
+    assert gate.texts == ["Hello."]
+
+
+def test_the_same_text_is_spoken_once(desk: Desk, gate: Gate) -> None:
+    desk.write("t.txt", "Again.\n\nOnce more.\n\nAgain.\n\nAgain.")
+    told = desk.spoken("t.txt", "-o", "o.wav")
+    assert sorted(gate.texts) == ["Again.", "Once more."]
+    assert told["parts"] == 2
+
+
+def killed_after(desk: Desk, gate: Gate, count: int, number: int = signal.SIGKILL) -> Run:
+    """A run that is ended once it has so many parts, while others are under way."""
+    gate.spoil = lambda text, asked: gate.open.clear() if asked == count else None
+    run = desk.launch("t.txt", "-o", "o.wav")
+    desk.wait_for_parts("o.wav", count)
+    wait_until(lambda: gate.at_work, "requests that wait at the gate")
+    os.kill(run.process.pid, number)
+    run.wait()
+    gate.spoil = lambda text, asked: None
+    gate.open.set()
+    wait_until(lambda: not gate.at_work, "an empty gate")
+    return run
+
+
+def test_what_was_spoken_before_a_kill_is_not_spoken_again(desk: Desk, gate: Gate) -> None:
+    """And what comes of it is the same as without one, sample for sample."""
+    desk.write("t.txt", TEXT)
+    desk.spoken("t.txt", "-o", "calm.wav")
+    assert killed_after(desk, gate, 3).status == -signal.SIGKILL
+    kept = {path.name: path.read_bytes() for path in desk.parts("o.wav")}
+    gate.bodies.clear()
+    told = desk.spoken("t.txt", "-o", "o.wav")
+    assert told["reused"] == len(kept) >= 3 and told["spoken"] == 8 - len(kept)
+    assert len(gate.bodies) == told["spoken"]
+    assert pcm_of(desk.folder / "o.wav") == pcm_of(desk.folder / "calm.wav")
+
+
+@pytest.mark.parametrize(("number", "status"), [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_it_with_a_word_on_how_to_go_on(
+        desk: Desk, gate: Gate, number: int, status: int) -> None:
+    desk.write("t.txt", TEXT)
+    run = killed_after(desk, gate, 1, number)
+    assert (run.status, run.stdout) == (status, "")
+    assert "what is spoken stays, and the same command goes on from there" in run.stderr
+
+
+def test_a_broken_part_is_made_again(desk: Desk, gate: Gate) -> None:
+    desk.write("t.txt", TEXT)
+    desk.spoken("t.txt", "-o", "o.wav", "--keep")
+    sound = pcm_of(desk.folder / "o.wav")
+    whole, *_, last = desk.parts("o.wav")
+    whole.write_bytes(whole.read_bytes()[:-100])
+    last.write_bytes(last.read_bytes().replace(b'"start": 0.0', b'"start": 0.1'))
+    (desk.folder / "o.wav.parts/abc.new").write_bytes(b"half")
+    gate.bodies.clear()
+    assert desk.spoken("t.txt", "-o", "o.wav")["spoken"] == 2 == len(gate.bodies)
+    assert pcm_of(desk.folder / "o.wav") == sound
+    assert not (desk.folder / "o.wav.parts").exists()
+
+
+def test_a_changed_paragraph_alone_is_spoken_anew(desk: Desk, gate: Gate) -> None:
+    desk.write("t.txt", TEXT)
+    desk.spoken("t.txt", "-o", "o.wav", "--keep")
+    gate.bodies.clear()
+    desk.write("t.txt", TEXT.replace("five", "fifteen"))
+    told = desk.spoken("t.txt", "-o", "o.wav", "--keep")
+    assert gate.texts == ["Paragraph fifteen is here."] and told["reused"] == 7
+    assert len(desk.parts("o.wav")) == 8
+    assert desk.spoken("t.txt", "-o", "o.wav", "--voice", "v2/en_speaker_1")["reused"] == 0
+
+
+@pytest.mark.parametrize("answer", [
+    (503, {"Retry-After": "1"}, "queue_full"), (429, {"Retry-After": "1"}, "")], ids=["503", "429"])
+def test_a_worker_that_is_full_is_asked_less_at_once_and_in_the_end_all_is_spoken(
+        desk: Desk, gate: Gate, answer: tuple[int, dict[str, str], str]) -> None:
+    """It takes two requests at a time."""
+    desk.write("t.txt", TEXT)
+    gate.spoil = lambda text, count: answer if gate.at_work > 2 else None
+    told = desk.spoken("t.txt", "-o", "o.wav")
+    assert told["spoken"] == 8 and set(gate.spoken.values()) == {1}
+    assert 2 < gate.most_at_work <= 6 and len(gate.bodies) < 24
+
+
+def test_what_cannot_be_spoken_is_told_with_its_place_and_tried_again_by_the_same_command(
+        desk: Desk, gate: Gate) -> None:
+    desk.write("t.txt", TEXT)
+    gate.spoil = lambda text, count: (500, {}, "internal_error") if "three" in text else None
+    run = desk.speak("t.txt", "-o", "o.wav", "--json")
+    assert run.status == 1
+    told = json.loads(run.stdout)
+    (failed,) = told["failed"]
+    assert (failed["line"], failed["chapter"]) == (5, "1") and told["spoken"] == 7
+    assert "not spoken, a silence at " in run.stderr and "line 5: " in run.stderr
+    assert sum("three" in text for text in gate.texts) == 4
+    gate.spoil = lambda text, count: None
+    gate.bodies.clear()
+    assert desk.spoken("t.txt", "-o", "o.wav")["reused"] == 7
+    assert gate.texts == ["Paragraph three is here."]
+
+
+def test_a_text_that_fails_with_one_seed_gets_another(desk: Desk, gate: Gate) -> None:
+    desk.write("t.txt", "Hello.")
+    refused = (503, {"X-Should-Retry": "false"}, "generation_failed")
+    gate.spoil = lambda text, count: refused if count < 3 else None
+    desk.spoken("t.txt", "-o", "o.wav")
+    assert [body.get("seed") for body in gate.bodies] == [None, 1, 2]
+
+
+def test_what_has_no_word_in_it_is_a_pause_and_no_fault(desk: Desk) -> None:
+    desk.write("t.txt", "Before.\n\n***\n\nAfter.")
+    assert desk.spoken("t.txt", "-o", "o.wav")["failed"] == []
+    desk.write("t.txt", "***\n\n...")
+    run = desk.speak("t.txt", "-o", "none.wav")
+    assert run.status == 2 and "t.txt has no text to speak" in run.stderr
+    assert not (desk.folder / "none.wav").exists()
+
+
+def test_a_connection_that_is_cut_is_made_anew(desk: Desk, gate: Gate) -> None:
+    desk.write("t.txt", TEXT)
+    gate.spoil = lambda text, count: "cut" if count % 3 == 0 else None
+    assert desk.spoken("t.txt", "-o", "o.wav")["spoken"] == 8
+    assert set(gate.spoken.values()) == {1}
+
+
+def test_it_waits_for_a_worker_that_is_gone_and_goes_on_with_it(
+        desk: Desk, gate: Gate, toy_worker: Worker) -> None:
+    desk.write("t.txt", TEXT)
+    gate.spoil = lambda text, count: setattr(gate, "target", "http://127.0.0.1:9") \
+        if count == 3 else None
+    run = desk.launch("t.txt", "-o", "o.wav", "--json")
+    wait_until(lambda: "waiting for the worker" in run.stderr, "a word of it")
+    gate.spoil = lambda text, count: None
+    gate.target = toy_worker.url
+    assert run.wait().status == 0 and json.loads(run.stdout)["spoken"] == 8
+    assert set(gate.spoken.values()) == {1}
+
+
+def test_it_gives_up_after_the_time_to_wait(desk: Desk) -> None:
+    desk.write("t.txt", TEXT)
+    run = desk.speak("t.txt", "-o", "o.wav", "--wait", "0", url="http://127.0.0.1:9")
+    assert run.status == 6 and "no worker was ready within 0 minutes (--wait)" in run.stderr
+
+
+def test_where_all_is_spoken_the_whole_is_made_without_a_worker(desk: Desk) -> None:
+    desk.write("t.txt", TEXT)
+    desk.spoken("t.txt", "-o", "o.wav", "--keep")
+    sound = (desk.folder / "o.wav").read_bytes()
+    (desk.folder / "o.wav").unlink()
+    assert desk.spoken("t.txt", "-o", "o.wav", url="http://127.0.0.1:9")["spoken"] == 0
+    assert (desk.folder / "o.wav").read_bytes() == sound
+
+
+def test_a_second_speak_on_the_same_output_says_so(desk: Desk, gate: Gate) -> None:
+    desk.write("t.txt", TEXT)
+    gate.open.clear()
+    first = desk.launch("t.txt", "-o", "o.wav")
+    wait_until(lambda: gate.at_work, "a first request")
+    second = desk.speak("t.txt", "-o", "o.wav")
+    assert (second.status, second.stdout) == (1, "")
+    assert "another speak is at work on this output" in second.stderr
+    gate.open.set()
+    assert first.wait().status == 0
+
+
+# Again
+
+
+LONG = "The first sentence stands here, and it is rather long. The second one is here, and it is" \
+       " as long as that."
+
+
+def test_one_sentence_is_made_anew_and_the_others_stay_sample_for_sample(
+        desk: Desk, gate: Gate) -> None:
+    desk.write("t.txt", f"Before.\n\n{LONG}\n\nAfter.")
+    desk.spoken("t.txt", "-o", "o.wav", "--keep")
+    before = pcm_of(desk.folder / "o.wav")
+    gate.bodies.clear()
+    run = desk.speak("t.txt", "-o", "o.wav", "--keep", "--again", "0:00:00.1")
+    assert run.status == 0 and "again: Before." in run.stderr
+    assert [body["text"] for body in gate.bodies] == ["Before."]
+    assert list(gate.bodies[0]["seeds"]) == ["0"]
+    after = pcm_of(desk.folder / "o.wav")
+    assert after != before
+    rest = before[-48000:]
+    assert after.endswith(rest)
+    gate.bodies.clear()
+    desk.spoken("t.txt", "-o", "o.wav", "--keep")
+    assert pcm_of(desk.folder / "o.wav") == after and gate.bodies == []
+
+
+@pytest.mark.parametrize(("words", "change", "said"), [
+    ((), "", "the parts of o.wav are not there"),
+    (("--keep",), "More.", "the parts of o.wav are not there"),
+    (("--keep",), "", "no sentence is heard at 9:00:00; o.wav has 0:00:")],
+    ids=["parts gone", "text changed", "too late"])
+def test_again_says_what_it_lacks(
+        desk: Desk, words: tuple[str, ...], change: str, said: str) -> None:
+    desk.write("t.txt", "Hello.")
+    desk.spoken("t.txt", "-o", "o.wav", *words)
+    if not words:
+        (desk.folder / "o.wav.parts").mkdir()
+    desk.write("t.txt", f"Hello.{change}")
+    run = desk.speak("t.txt", "-o", "o.wav", "--again", "9:00:00" if not change else "0:00")
+    assert run.status == 2 and said in run.stderr
+
+
+# Wrong use, and secrets
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("t.txt",), "speak needs a file to make: -o OUT"),
+    (("-o", "o.wav"), "speak takes one FILE"),
+    (("t.txt", "u.txt", "-o", "o.wav"), "speak takes one FILE"),
+    (("no.txt", "-o", "o.wav"), "no.txt cannot be read: No such file"),
+    (("t.txt", "-o", "o.ogg"), ".m4b"),
+    (("t.txt", "-o", "no/o.wav"), "no"),
+    (("t.txt", "-o", "there.wav"), "there.wav is there already"),
+    (("t.txt", "-o", "o.wav", "--seed", "-1"), "--seed: '-1' must be a whole number from 0 to"),
+    (("t.txt", "-o", "o.wav", "--voice", "nobody"), "--voice is 'nobody'; "),
+    (("t.txt", "-o", "o.wav", "--again", "noon"), "'noon' must be a time such as 12:34"),
+    (("t.txt", "-o", "o.wav", "--wait", "long"), "--wait: 'long' must be a whole number"),
+    (("t.txt", "-o", "o.wav", "--start"), "--url goes without --endpoint and --start"),
+    (("t.txt", "-o", "o.wav", "--speed", "2"), "speak knows no '--speed'"),
+], ids=lambda value: None if isinstance(value, str) else " ".join(value))
+def test_what_is_wrong_is_said_before_anything_is_asked(
+        desk: Desk, gate: Gate, words: tuple[str, ...], said: str) -> None:
+    desk.write("t.txt", "Hello.")
+    desk.write("there.wav", "")
+    run = desk.speak(*words)
+    assert run.status in (1, 2) and said in run.stderr and run.stdout == ""
+    assert gate.bodies == [] and not (desk.folder / "o.wav").exists()
+    assert not list(desk.folder.glob("*.parts"))
+
+
+def test_a_wrong_key_is_said_at_once(desk: Desk) -> None:
+    desk.write("t.txt", "Hello.")
+    run = desk.speak("t.txt", "-o", "o.wav", BARK_API_KEY="wrong")
+    assert run.status == 3 and "(BARK_API_KEY)" in run.stderr
+
+
+def test_the_key_is_in_no_list_of_processes_and_in_no_part(desk: Desk) -> None:
+    desk.write("t.txt", TEXT)
+    with CommandLines() as lines:
+        desk.spoken("t.txt", "-o", "o.wav", "--keep")
+    assert any(b"speak.py" in line for line in lines.seen)
+    assert lines.holding(KEY) == []
+    assert [path for path in (desk.folder / "o.wav.parts").iterdir()
+            if KEY.encode() in path.read_bytes()] == []
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(desk: Desk, gate: Gate) -> None:
+    """A file of 40 kB is the longest that may be written; a part of one second has 48."""
+    desk.write("t.txt", f"Hi.\n\n{LONG}")
+    small = subprocess.run(
+        ["bash", "-c", 'ulimit -f 40; exec "$@"', "", desk.program, "speak", "t.txt", "-o", "o.wav",
+         "--url", desk.url], cwd=desk.folder, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "BARK_API_KEY": KEY}, check=False)
+    assert (small.returncode, small.stdout) == (1, "")
+    assert "File too large" in small.stderr and "the same command goes on" in small.stderr
+    assert not (desk.folder / "o.wav").exists()
+    assert desk.spoken("t.txt", "-o", "o.wav")["parts"] == 2
