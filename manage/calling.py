@@ -459,8 +459,7 @@ class Task:
     """A text to be spoken, and what became of it."""
 
     text: str
-    name: str
-    place: int  # in the book, of the piece that has it first
+    name: str  # of the part that it becomes
     tries: int = 0
     seed: int | None = None  # instead of the usual one, which gives nothing
     failure: str = ""

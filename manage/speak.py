@@ -334,7 +334,7 @@ class Job:
 
     def _missing(self) -> list[Task]:
         """A task for each text that there is no part of, in order."""
-        return [Task(self.plan.pieces[place].text, name, place)
+        return [Task(self.plan.pieces[place].text, name)
                 for name, place in self.plan.firsts.items() if name not in self.briefs]
 
     def _speak(self, tasks: list[Task], worker: Worker | Endpoint, facts: Facts) -> None:
