@@ -80,7 +80,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for build in ("cpu", "cu126", "cu130"):
         write_wheel(folder / build / "torch", "torch", f"{VERSION}+{build}")
     write_wheel(folder / "pypi/torch", "torch", VERSION)
-    for name in ("other", "ears", "vastai"):
+    for name in ("other", "ears", "pages", "vastai"):
         write_wheel(folder / "pypi" / name, name)
     write_wheel(folder / "links", "torch", f"{VERSION}+cpu")
     write_wheel(folder / "links-plain", "torch", VERSION)
@@ -129,7 +129,8 @@ def clone(tmp_path: Path, venv: Path, indexes: Indexes) -> Path:
     script.write_text(text, encoding="utf-8")
     (folder / "requirements.txt").write_text(
         f"# Three parts\n--index-url {indexes.url}/pypi\n# -- worker: this\ntorch=={VERSION}\n"
-        f"other==1.0\n# -- listening: more\nears==1.0\n"
+        f"other==1.0\n# -- listening: more\nears==1.0\n# -- speaking: books\n"
+        f"--index-url {indexes.url}/pypi\npages==1.0\n"
         f"# -- renting: that\n--index-url {indexes.url}/pypi\nvastai==1.0\n")
     (folder / "bark-worker.py").write_text(WORKER)
     shutil.copytree(venv, folder / ".venv", symlinks=True, copy_function=os.link)
@@ -440,6 +441,16 @@ def test_no_other_command_offers_or_installs_anything(
     status, said = typed("y", clone, renting_path, *command)
     assert status == 3 and "install it into" not in said and "vastai:" in said
     assert not has_vastai(clone) and indexes.asked == []
+
+
+def test_speaking_installs_its_own_part_once_and_never_torch(
+        clone: Path, bare: Path, indexes: Indexes) -> None:
+    done, again = (subprocess.run(
+        sourcing("load local; ensure_speaking", script=clone / SCRIPT.name), text=True,
+        env=pip_settings(bare), capture_output=True, timeout=START_SECONDS) for _ in range(2))
+    assert done.returncode == 0 and "installing what reads books" in done.stderr, done.stderr
+    assert len(fetched(indexes, "pages-")) == 1 == len(fetched(indexes, ".whl"))
+    assert_nothing_to_do(again)
 
 
 def test_every_package_stands_in_one_of_four_parts() -> None:
