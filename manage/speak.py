@@ -129,6 +129,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", action="store_true")
     add("-q", "--quiet", action="store_true")
     options = parser.parse_args(arguments)
+    options.keep |= options.again is not None  # one may not be the last
     if options.url and (options.endpoint or options.start):
         parser.error("--url goes without --endpoint and --start")
     if options.endpoint and options.start:
@@ -280,6 +281,9 @@ class Job:
         told = self._told(found[1])
         self._make_plan(**told)
         self.parts.note("worker", told)
+        if self.book.language and told["language"] not in ("", self.book.language):
+            self.progress.say(f"the book is in '{self.book.language}', and {told['voice']} speaks"
+                              f" '{told['language']}'; --voice takes another")
         return found
 
     def _told(self, facts: Facts) -> dict[str, Any]:
