@@ -208,8 +208,9 @@ def read_text(text: str) -> Book:
     text, tags, remarks = without_licence(text)
     blocks = list(blocks_of(text))
     parted = len(blocks) > 1 and any(len(block.lines) > 1 for block in blocks)
-    widths = [len(line) for block in blocks for line in block.lines[:-1]]
-    measure = max((width for width in widths if width <= LONG_LINE), default=0)
+    widths = sorted(len(line) for block in blocks for line in block.lines[:-1]
+                    if len(line) <= LONG_LINE)
+    measure = widths[int(0.95 * len(widths))] if widths else 0  # few are wider: tables, addresses
     found = [Piece(paragraph) for block in blocks
              for paragraph in paragraphs_of(block, measure, parted)
              if is_speakable(paragraph.text)]
@@ -326,6 +327,8 @@ SKIPPED = frozenset([
     "audio", "button", "canvas", "head", "iframe", "input", "label", "map", "noscript", "object",
     "rp", "rt", "rtc", "script", "select", "style", "svg", "template", "textarea", "title",
     "video"])
+HEADINGS = {**{f"h{level}": level for level in range(1, 7)}, "hgroup": 2}
+HOLDERS = frozenset(["body", "div", "dl", "ol", "section", "table", "ul"])  # of many links
 CONTENTS = frozenset(["toc", "toc-brief", "page-list", "landmarks", "lot", "loi", "index",
                       "navigation"])
 NOTES = frozenset(["footnote", "endnote", "rearnote"])
@@ -513,21 +516,25 @@ def is_raised(element: etree._Element) -> bool:
 
 def contents_in(root: etree._Element, source: str, is_toc: bool) -> set[etree._Element]:
     """Lists, tables and pages that are hardly more than links into the book."""
-    links: Counter[etree._Element] = Counter()
-    letters: Counter[etree._Element] = Counter()
-    for link in root.iter("{*}a"):
-        if link_target(link, source):
-            length = len(all_text(link))
-            for above in link.iterancestors("{*}body", "{*}ol", "{*}ul", "{*}dl", "{*}table",
-                                            "{*}section", "{*}div"):
-                links[above] += 1
-                letters[above] += length
-    found: set[etree._Element] = set()
-    for element, count in links.items():
+    links: Counter[etree._Element | None] = Counter(
+        link for link in root.iter("{*}a") if link_target(link, source))
+    if len(links) < 2:
+        return set()
+    letters: Counter[etree._Element | None] = Counter()
+    linked: Counter[etree._Element | None] = Counter()
+    found = set()
+    for element in reversed(list(root.iter(etree.Element))):  # what is in one comes before it
+        letters[element] += len(squeezed(element.text or ""))
+        if local(element) == "a" and links[element]:
+            linked[element] = letters[element]
         is_page = is_toc and local(element) == "body"
-        if count >= (2 if is_page else 4) and \
-                letters[element] >= (0.5 if is_page else 0.8) * len(all_text(element)):
+        if local(element) in HOLDERS and links[element] >= (2 if is_page else 4) and \
+                linked[element] >= (0.5 if is_page else 0.8) * letters[element]:
             found.add(element)
+        above = element.getparent()
+        letters[above] += letters[element] + len(squeezed(element.tail or ""))
+        linked[above] += linked[element]
+        links[above] += links[element]
     return found
 
 
@@ -615,12 +622,11 @@ class Page:
             return True
         target = link_target(element, self._source)
         label = squeezed("".join(itertools.islice(element.itertext(etree.Element), 8)))
-        if target is None or (not is_speakable(label) and not label):
+        if target is None or not label:
             return False
-        if not is_speakable(label) or has_class(element, BACK_CLASSES):
-            return True
         is_own = frame.kind == "note" and label.strip("[]().") == frame.label
-        return is_own or (target in self._notes and note_label(element) != "")
+        return (is_own or not is_speakable(label) or has_class(element, BACK_CLASSES)
+                or (target in self._notes and note_label(element) != ""))
 
     # Elements
 
@@ -630,15 +636,15 @@ class Page:
 
     def _ends_before(self, element: etree._Element) -> bool:
         """Whether a paragraph that is not a piece yet ends where an element begins."""
-        return local(element) in BLOCKS and is_speakable("".join(self._buffer))
+        return local(element) in BLOCKS and self._begun is not None
 
     def _open(self, element: etree._Element, frame: Frame) -> Frame:
         name = local(element)
-        language = primary(element.get(XML_LANG) or element.get("lang")) or frame.language
-        self._line = int(element.get("data-line", 0) if not self._source else element.sourceline
-                         or 0) or self._line
-        frame = frame._replace(language=language, line=self._line)
-        frame = self._as_note(element, frame)
+        if language := primary(element.get(XML_LANG) or element.get("lang")):
+            frame = frame._replace(language=language)
+        self._line = (element.sourceline if self._source else
+                      number(element.get("data-line", ""), 0)) or self._line
+        frame = self._as_note(element, frame._replace(line=self._line))
         if name in BLOCKS and not frame.row:
             self._flush()
             frame = self._as_block(element, name, frame)
@@ -651,9 +657,8 @@ class Page:
 
     def _as_block(self, element: etree._Element, name: str, frame: Frame) -> Frame:
         if name in ("ol", "ul"):
-            start = element.get("start", "1")
             counted = name == "ol" and element.get("type", "1") == "1" and frame.kind != "note"
-            self._numbers.append(int(start) if counted and start.isdecimal() else -1)
+            self._numbers.append(number(element.get("start", ""), 1) if counted else -1)
         elif name == "li" and self._numbers and self._numbers[-1] >= 0 and frame.kind != "note":
             self._prefix = f"{self._numbers[-1]}. "
             self._numbers[-1] += 1
@@ -662,8 +667,8 @@ class Page:
                                               for each in cell.iterdescendants()))
         elif name == "pre":
             return frame._replace(verbatim=True)
-        elif re.fullmatch("h[1-6]", name):
-            return frame._replace(kind="heading", level=int(name[1]))
+        elif level := HEADINGS.get(name):
+            return frame._replace(kind="heading", level=level)
         return frame
 
     def _as_note(self, element: etree._Element, frame: Frame) -> Frame:
@@ -674,7 +679,7 @@ class Page:
             return frame
         if local(element) in BLOCKS:
             return frame._replace(kind="note", label=label or "")
-        if label is not None:  # within its paragraph, at its start
+        if label is not None and self._begun is None:  # at its paragraph's start
             self._begun = frame._replace(kind="note", label=label)
         return frame
 
@@ -721,6 +726,10 @@ class Page:
         if is_speakable(text):
             self.pieces.append(Piece(Paragraph(text, frame.line, frame.kind, label, language),
                                      self._source, frame.level))
+
+
+def number(text: str, otherwise: int) -> int:
+    return int(text) if text.isdecimal() and len(text) < 9 else otherwise
 
 
 def spoken_alt(image: etree._Element, frame: Frame) -> str:

@@ -6,6 +6,7 @@ import array
 import itertools
 import math
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -223,6 +224,17 @@ def test_where_speech_and_silence_meet_there_is_no_click() -> None:
     swing = 2 * math.pi * 220 / RATE * 0.9 * 32767  # the tone's own steepest step
     assert max(steps) <= 1.1 * swing
     assert level(tone(1 / RATE), 0.0) == tone(1 / RATE) and level(b"", 3.0) == b""
+
+
+@pytest.mark.parametrize(("suffix", "rate"), [
+    (".wav", 48_000), (".mp3", 12_000), (".opus", 6_000), (".m4b", 8_000)])
+def test_a_file_takes_what_its_bit_rate_says_and_no_more_than_the_estimate(
+        tmp_path: Path, suffix: str, rate: int) -> None:
+    out = tmp_path / f"a{suffix}"
+    bind(out, [random.Random(1).randbytes(20 * 2 * RATE)])
+    size = out.stat().st_size
+    assert size == pytest.approx(20 * rate, rel=0.12)
+    assert size <= 20 * binding.KINDS[suffix].size + 4096
 
 
 def test_silence_has_the_length_that_was_asked_for() -> None:

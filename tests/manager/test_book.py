@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
+import os
 import resource
 import struct
 import sys
@@ -11,6 +13,7 @@ import threading
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -263,13 +266,14 @@ def test_verse_and_html_in_markdown_are_read_as_a_page_shows_them() -> None:
 
 
 def test_a_page_is_read_block_by_block() -> None:
-    book = page("<h1>One</h1><p>A <b>b</b>c\n d.</p>loose<div>E<p>f</p>g</div>"
+    book = page("<hgroup><h1>One</h1><p>Sub</p></hgroup>"
+                "<p>A <b>b</b>c\n d.</p>loose<div>E<p>f</p>g</div>"
                 "<blockquote><p>q</p></blockquote><ul><li>i</li><li><p>j</p></li></ul>"
                 "<ol start='3'><li>k<ul><li>l</li></ul></li><li><p>m</p><p>n</p></li></ol>"
                 "<dl><dt>t</dt><dd>d</dd></dl><hr/><figure><figcaption>c</figcaption></figure>")
-    assert texts(book) == [["One", "A bc d.", "loose", "E", "f", "g", "q", "i", "j", "3. k", "l",
-                            "4. m", "n", "t", "d", "c"]]
-    assert kinds(book)[0] == ("heading", "", "One")
+    assert texts(book) == [["One", "Sub", "A bc d.", "loose", "E", "f", "g", "q", "i", "j", "3. k",
+                            "l", "4. m", "n", "t", "d", "c"]]
+    assert [kind for kind, _, _ in kinds(book)[:3]] == ["heading", "heading", "text"]
 
 
 def test_verse_pre_and_breaks_keep_their_lines_and_two_breaks_part() -> None:
@@ -602,7 +606,7 @@ def test_an_encrypted_zip_is_refused() -> None:
 
 
 @pytest.fixture
-def asked() -> list[str]:
+def asked() -> Iterator[list[str]]:
     """What was asked of a server whose address stands at its start."""
     found: list[str] = []
 
@@ -615,7 +619,7 @@ def asked() -> list[str]:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     found.append(f"http://127.0.0.1:{server.server_port}")
     yield found
     server.shutdown()
@@ -635,18 +639,44 @@ SUBSETS = {
 def test_nothing_outside_is_read_or_fetched(
         kind: str, where: str, tmp_path: Path, asked: list[str]) -> None:
     secret = tmp_path / "secret.txt"
-    secret.write_text('<!ENTITY x "secret">' if "subset" in kind or kind == "parameter"
-                      else "secret")
-    for address in (secret.as_uri(), str(secret), f"{asked[0]}/x"):
-        data = hostile(where, SUBSETS[kind].format(address))
-        try:
-            book = read_book(data, "a.epub")
-        except BookError as error:
-            assert "subset" not in kind and "is not read" in str(error)  # noqa: PT017
-        else:
-            assert "subset" in kind
-            assert "secret" not in repr(book) and texts(book) == [["A."]]
-    assert len(asked) == 1
+    with watched(secret) as opened:
+        for address in (secret.as_uri(), str(secret), f"{asked[0]}/x"):
+            data = hostile(where, SUBSETS[kind].format(address))
+            if "subset" in kind:
+                book = read_book(data, "a.epub")
+                assert "secret" not in repr(book) and texts(book) == [["A."]]
+            else:
+                assert "is not read" in refusal(data, "a.epub")
+        assert opened == [] and len(asked) == 1
+
+
+@contextlib.contextmanager
+def watched(path: Path) -> Iterator[list[str]]:
+    """A file to be read of which it is told when somebody opens it: a pipe."""
+    opened: list[str] = []
+    os.mkfifo(path)
+
+    def wait() -> None:
+        with path.open("w") as file:  # waits for who reads
+            opened.append("opened")
+            with contextlib.suppress(OSError):
+                file.write('<!ENTITY x "secret">')
+                file.flush()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    try:
+        yield opened
+    finally:
+        end = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        waiting.join()
+        os.close(end)
+
+
+def test_a_watched_file_tells_when_it_is_read(tmp_path: Path) -> None:
+    with watched(tmp_path / "x") as opened:
+        assert opened == [] and (tmp_path / "x").read_text() == '<!ENTITY x "secret">'
+        assert opened == ["opened"]
 
 
 def hostile(where: str, doctype: str) -> bytes:
@@ -671,14 +701,14 @@ def laughs(body: str) -> str:
 
 @pytest.mark.parametrize("body", ["<p>&l11;</p>", "<p title='&l11;'>A</p>"])
 def test_entities_of_entities_are_refused_and_never_unfolded(body: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     try:
         book = read_book(epub({"a.xhtml": laughs(body)}), "a.epub")
     except BookError as error:
         assert "is not read" in str(error)  # noqa: PT017
     else:
         assert len(repr(book)) < 3000
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 # Bombs
@@ -714,26 +744,26 @@ def deflated(chunk: bytes, times: int) -> bytes:
 def grown_while(data: bytes) -> tuple[str, float, float]:
     """What is said of a book, the megabytes that the process grew by, and the seconds it took."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.monotonic()
+    began = time.process_time()
     said = refusal(data, "a.epub")
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return said, grown, time.monotonic() - began
+    return said, grown, time.process_time() - began
 
 
 @pytest.mark.parametrize("size", [2**31, 2**24 + 100, 1000, 10])
 def test_a_bomb_is_refused_whatever_size_it_says_to_have(size: int) -> None:
-    bomb = deflated(b"<p>" + b"a" * (2**20 - 3), 500)
+    bomb = deflated(b"<p>" + b"a" * (2**20 - 3), 120)
     said, grown, seconds = grown_while(stored("a.xhtml", bomb, size))
     assert ("this is no book" in said) == (size > 2**20)
     assert "missing or broken" in said or size > 2**20  # its checksum is not that of its start
-    assert grown < 100 and seconds < 5
+    assert grown < 70 and seconds < 5
 
 
 def test_a_bomb_by_a_method_that_no_epub_has_is_not_unpacked() -> None:
     import bz2
-    packed_bytes = bz2.compress(bytes(200 * 2**20))
+    packed_bytes = bz2.compress(bytes(120 * 2**20))
     said, grown, seconds = grown_while(stored("a.xhtml", packed_bytes, 5000, method=12))
-    assert "missing or broken" in said and grown < 100 and seconds < 5
+    assert "missing or broken" in said and grown < 70 and seconds < 5
 
 
 def test_many_pages_that_are_each_small_enough_are_refused_in_all(
@@ -753,25 +783,33 @@ def test_more_files_than_a_book_has_are_refused_before_they_are_listed() -> None
 
 def test_more_tags_than_a_book_has_are_refused_before_they_are_a_tree() -> None:
     said, grown, seconds = grown_while(
-        epub({"a.xhtml": "<p>A.</p>" + "".join(f"<b/>{n}" for n in range(2_000_000))}))
+        epub({"a.xhtml": "<p>A.</p>" + "<b/>1" * 2_000_000}))
     assert "tags" in said or "no book" in said
     assert grown < 300 and seconds < 10
 
 
 @pytest.mark.parametrize("tag", ["div", "b", "ol", "table"])
 def test_depth_of_nesting_breaks_nothing(tag: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     depth = 50_000
     try:
         book = page(f"<p>A.</p>{f'<{tag}>' * depth}x{f'</{tag}>' * depth}<p>B.</p>")
         assert book.chapters[0].paragraphs[0].text == "A."
     except BookError:
         pass
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_links_by_the_thousand_take_little_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     links = "".join(f"<a id='r{n}' href='#f{n % 7}'><sup>{n}</sup></a> w " for n in range(20_000))
-    book = page(f"{'<div>' * 200}<p>{links}</p>{'</div>' * 200}")
-    assert book.chapters and time.monotonic() - began < 20
+    cells = "".join(f"<td id='c{n}'>*</td>" for n in range(20_000))
+    book = page(f"{'<div>' * 200}<p>{links}</p><table><tr>{cells}</tr></table>{'</div>' * 200}")
+    assert book.chapters and time.process_time() - began < 20
+
+
+def test_numbers_that_are_none_or_too_long_break_nothing() -> None:
+    many = "9" * 5000
+    assert texts(page(f"<ol start='{many}'><li>a</li></ol><ol start='-3'><li>b</li></ol>")) == \
+        [["1. a", "1. b"]]
+    assert texts(md(f"<p data-line='x'>a</p><p data-line='{many}'>b</p>")) == [["a", "b"]]
