@@ -850,7 +850,7 @@ def told_left(left: Counter[str], source: str) -> Iterator[str]:
 ZIP = b"PK\x03\x04"
 MAX_ENTRIES = 20_000
 MAX_PAGE, MAX_READ = 16 * 2**20, 128 * 2**20  # bytes of one file, and of all that are read
-MAX_TAGS = 2_000_000                          # and entities; the Mahabharata has 0.8 million
+MAX_TAGS = 1_500_000                          # and entities; a Mahabharata has 0.66 million
 MAX_RATIO = 200                               # prose packs to a third, the dullest table to 1/50
 FONT_MASKS = ("http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC")
 RIGHTS = ("META-INF/rights.xml", "META-INF/sinf.xml", "META-INF/license.lcpl")

@@ -93,7 +93,8 @@ def test_what_is_not_unicode_is_read_as_western_and_said_to_be_guessed() -> None
 @pytest.mark.parametrize(("text", "encoding"), [
     ("Все счастливые семьи похожи друг на друга.", "cp1251"),
     ("吾輩は猫である。名前はまだ無い。", "shift_jis"), ("我叫小明。", "gb18030"),
-    ("Zażółć gęślą jaźń, którą łódź", "cp1250")])
+    ("Zażółć gęślą jaźń, którą łódź", "cp1250"),
+    ("Kot siedział na płocie i patrzył w stronę domu, w którym nikt nie mieszkał", "cp1250")])
 def test_what_is_in_another_encoding_is_refused_with_what_to_do(text: str, encoding: str) -> None:
     assert "iconv" in refusal(text.encode(encoding), "a.txt")
 
