@@ -199,6 +199,8 @@ class Writer:
         if kind.bit_rate:
             self._stream.bit_rate = kind.bit_rate
         self.bytes_fed = 0
+        if kind.container == "mp3":
+            marks = marks[:255]  # ID3 counts them in one byte, and FFmpeg would count on from 0
         tags["language"] = THREE_LETTERS.get(tags["language"], tags["language"])
         if kind.container == "mp4":
             tags["media_type"] = "2"

@@ -121,6 +121,20 @@ def test_a_file_has_its_chapters_with_their_titles_and_starts(tmp_path: Path, su
     assert found == [(mark.title, mark.start) for mark in MARKS]
 
 
+@pytest.mark.parametrize(("suffix", "count"), [
+    (".mp3", 255), (".opus", 300), (".flac", 300), (".m4b", 300)])
+def test_a_book_of_many_chapters_has_all_that_its_kind_can_count(
+        tmp_path: Path, suffix: str, count: int) -> None:
+    out = tmp_path / f"a{suffix}"
+    bind(out, [silence(30.0)], [Mark(f"{n}", n / 10, (n + 1) / 10) for n in range(300)])
+    with av.open(str(out)) as container:
+        assert [each["metadata"]["title"] for each in container.chapters()] == \
+            [f"{n}" for n in range(count)]
+    if suffix == ".mp3":  # flags, and how many the table of contents has
+        at = out.read_bytes().index(b"CTOC")
+        assert out.read_bytes()[at + 10 :].startswith(b"toc\0\x03\xff")
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_file_has_its_title_author_and_language(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"a{suffix}"
