@@ -12,6 +12,7 @@ names.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import html
 import io
 import itertools
@@ -937,7 +938,6 @@ def check_rights(archive: Archive) -> None:
 # -----------------------------------------------------------------------------
 # EPUB: the package, and how it is read
 
-
 PAGE_KINDS = ("application/xhtml+xml", "text/html", "text/x-oeb1-document", "application/xml")
 
 
@@ -1004,7 +1004,9 @@ class Package:
                  if each.get("name") == "cover"]
         items = [item for item in self.items.values() if "cover-image" in item.properties]
         items += [self.items[name] for name in named if name in self.items]
-        data = archive.read(items[0].path) if items else None
+        data = None
+        with contextlib.suppress(BookError):  # one that is too large is none
+            data = archive.read(items[0].path) if items else None
         return data if data and data.startswith((b"\xff\xd8\xff", b"\x89PNG")) else b""
 
 

@@ -493,6 +493,9 @@ def test_a_page_of_images_is_remarked_and_the_cover_found() -> None:
         "OEBPS/cover.xhtml: left out, as it has images only")
     old = read_book(epub(ONE, item={"c.jpg": ""}, others={"OEBPS/c.jpg": jpeg},
                          metadata="<meta name='cover' content='i1'/>"), "my book.epub")
+    huge = read_book(epub(ONE, item={"c.jpg": 'properties="cover-image"'}, others={
+        "OEBPS/c.jpg": jpeg + bytes(2**24)}), "a.epub")
+    assert huge.cover == b"" and texts(huge) == [["A."]]
     assert old.cover == jpeg and (old.title, old.author, old.language) == ("my book", "", "")
 
 
