@@ -128,6 +128,7 @@ def test_wrapped_paragraphs_without_blank_lines_are_told_by_their_dents_or_last_
 def test_lines_that_are_paragraphs_are_seen_as_such() -> None:
     lines = [LONG, "“No,” he said.", f"{LONG} {LONG}", "She went."]
     assert texts(txt("\n".join(lines))) == [lines]
+    assert texts(txt(f"{LONG} so\n{LONG} on\n\nEnd.")) == [[f"{LONG} so", f"{LONG} on", "End."]]
     assert texts(txt("Hello there.\nHow are you?\nI am well!\n")) == \
         [["Hello there.", "How are you?", "I am well!"]]
 
@@ -512,15 +513,16 @@ def test_an_epub_is_known_by_its_content() -> None:
 
 
 def test_missing_and_broken_pages_are_remarked_and_the_rest_is_read() -> None:
-    data = epub({"a.xhtml": "<p>A.</p>", "gone.xhtml": "<p>x</p>", "torn.xhtml": "<p>torn</p>",
-                 "void.xhtml": "<?xml?>"}, others={"OEBPS/gone.xhtml": None})
+    data = epub({**ONE, "gone.xhtml": "<p>x</p>", "torn.xhtml": "<p>torn</p>",
+                 "void.xhtml": "<?xml?>", "noise.xhtml": b"<?" + bytes(range(256))},
+                others={"OEBPS/gone.xhtml": None})
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         at = archive.getinfo("OEBPS/torn.xhtml").header_offset + 30 + len("OEBPS/torn.xhtml")
     data = data[:at + 20] + bytes(8) + data[at + 28 :]
     book = read_book(data, "a.epub")
     assert texts(book) == [["A."]]
     assert book.remarks == tuple(f"OEBPS/{name}.xhtml: left out, as it is missing or broken"
-                                 for name in ("gone", "torn", "void"))
+                                 for name in ("gone", "torn", "void", "noise"))
 
 
 # -----------------------------------------------------------------------------
