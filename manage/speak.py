@@ -71,7 +71,7 @@ from progress import BAR_SECONDS, Progress, clock
 PROGRAM = "manage-bark-worker.sh"
 MOST_SEED = 2**53 - 1
 LOOK_SECONDS, MISSED_LOOKS = 10.0, 3  # between looks at the worker; in a row, then it is gone
-WAKE_SECONDS = 300.0  # between attempts to wake what did not come up
+WAKE_SECONDS = 60.0  # between attempts to wake what did not come up
 LEFT_OUT = "left out: "  # how a worker's warning begins that is no take's
 
 # -----------------------------------------------------------------------------

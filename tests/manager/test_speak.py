@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import pytest
 from conftest import Worker, running_worker, wait_until
+from epubs import epub
 from manager import Run
 from speaking import KEY, Desk, Gate, gate_before, make_program, pcm_of, seconds_of
 from test_rented import CommandLines
@@ -59,6 +60,25 @@ def test_a_book_becomes_one_file_and_its_parts_go(desk: Desk, gate: Gate, out: s
     if out == "o.m4b":
         with av.open(str(desk.folder / out)) as file:
             assert [each["metadata"]["title"] for each in file.chapters()] == ["One", "Two"]
+
+
+def test_an_epub_becomes_an_audiobook(desk: Desk, gate: Gate) -> None:
+    """With nested navigation, entities, a note, a page of images; the last page comes first."""
+    book = epub({
+        "a.xhtml": "<h1>Caf&eacute;</h1><p>Fish &amp; chips.<a epub:type='noteref' href='#n'>1</a>"
+                   "</p><aside epub:type='footnote' id='n'><p>Eaten cold.</p></aside>",
+        "image.xhtml": "<p><img src='i.jpg' alt=''/></p>",
+        "b.xhtml": "<h1>Two</h1><h2 id='w'>Within</h2><p>The end.</p>"},
+        nav="<ol><li><a href='a.xhtml'>Caf&#233;</a></li><li><a href='b.xhtml'>Two</a><ol>"
+            "<li><a href='b.xhtml#w'>Within</a></li></ol></li></ol>")
+    (desk.folder / "book.epub").write_bytes(book)
+    run = desk.speak("book.epub", "-o", "o.m4b")
+    assert run.status == 0 and "image.xhtml" in run.stderr
+    assert {"Café", "Fish & chips.", "Two", "Within", "The end."} <= set(gate.texts)
+    assert [text for text in gate.texts if text.endswith("Eaten cold.")] == ["Note 1: Eaten cold."]
+    with av.open(str(desk.folder / "o.m4b")) as file:
+        assert file.metadata["title"] == "T"
+        assert [each["metadata"]["title"] for each in file.chapters()] == ["Café", "Two", "Within"]
 
 
 def test_without_json_the_answer_is_a_line_and_standard_input_is_read(

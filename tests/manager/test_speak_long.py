@@ -95,7 +95,7 @@ class Storm:
 def test_after_twenty_kills_the_whole_is_as_without_one(
         tmp_path: Path, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("manager.SCRIPT", program)
-    text = "\n\n".join(f"This is paragraph {number}." for number in range(160))
+    text = "\n\n".join(f"This is paragraph {number}." for number in range(120))
     with light_stage(tmp_path / "stage") as warm, scene(tmp_path / "one", warm) as stage:
         home = stage.manager.home
         stage.vast.rate_violations = list  # type: ignore[method-assign]
@@ -110,7 +110,7 @@ def test_after_twenty_kills_the_whole_is_as_without_one(
         answer = told(storm.run.wait(900))
         print("kills:", *storm.kinds, f"; {len(storm.kept)} parts were kept before the last")
         parts = {path.name: path.read_bytes() for path in home.glob("o.wav.parts/*.part")}
-        assert len(parts) == 160 == answer["parts"] and storm.kept.items() <= parts.items()
+        assert len(parts) == 120 == answer["parts"] and storm.kept.items() <= parts.items()
         assert answer["failed"] == []
         with desk_at(program, home, BARK_MODEL=str(home / "toy"), BARK_QUALITY="off",
                      BARK_DETERMINISTIC="on") as (desk, _):
