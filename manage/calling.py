@@ -198,8 +198,9 @@ def judged(reply: Reply) -> dict[str, Any]:
     """What the worker made of a text; raises what stands in the way."""
     status, (code, message) = reply.status, words_of(reply)
     if status == 200:
-        if isinstance(reply.json.get("audio"), str):
-            return reply.json
+        answer = reply.json
+        if isinstance(answer.get("audio"), str) and isinstance(answer.get("segments"), list):
+            return answer
         raise Faulty("the answer has no audio")
     if status in (401, 403):
         raise WrongKey(message)
@@ -209,7 +210,7 @@ def judged(reply: Reply) -> dict[str, Any]:
         raise Busy(message, retry_after(reply))
     if code == "generation_failed":
         raise Faulty(message, reply.headers.get("X-Should-Retry") == "false")
-    if status == 503:
+    if status == 503 or (status >= 500 and not code):  # or a proxy tells that it is not there
         raise Gone(message)
     if code == "nothing_to_speak":
         raise NothingToSpeak(message)
@@ -452,6 +453,7 @@ def requests_for(slots: int) -> int:
 # At work
 
 ATTEMPTS = 4  # at a text that the worker fails at
+LOSSES = 12  # of workers at one text, which may be what ends them
 
 
 @dataclass
@@ -461,6 +463,7 @@ class Task:
     text: str
     name: str  # of the part that it becomes
     tries: int = 0
+    losses: int = 0
     seed: int | None = None  # instead of the usual one, which gives nothing
     failure: str = ""
 
@@ -564,19 +567,24 @@ class Crew:
                 self._todo.appendleft(task)
             case Gone():
                 self._lose(worker, error)
-                self._todo.appendleft(task)
+                task.losses += 1
+                self._take_back(task, error, task.losses < LOSSES)
             case Faulty() | Refused():
                 self._count(task, error)
             case _:
                 self.broken = self.broken or error
 
-    def _count(self, task: Task, error: Exception) -> None:
+    def _count(self, task: Task, error: Faulty | Refused) -> None:
         """Another try, unless that makes no difference or there were enough."""
         task.tries += 1
-        if isinstance(error, Faulty) and task.tries < ATTEMPTS:
-            if error.needs_seed:
-                task.seed = task.tries
+        again = isinstance(error, Faulty) and task.tries < ATTEMPTS
+        if again:
+            task.seed = task.tries if error.needs_seed else task.seed
             self.pace.refused(task.tries, self._at_work)
+        self._take_back(task, error, again)
+
+    def _take_back(self, task: Task, error: Exception, again: bool) -> None:
+        if again:
             self._todo.appendleft(task)
         else:
             task.failure = str(error)

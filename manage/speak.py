@@ -141,10 +141,10 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 # Making one part
 
 
-def decoded(sound: bytes) -> bytes:
-    """The int16 PCM of FLAC. Raises Faulty if it is none at RATE."""
+def decoded(sound: str) -> bytes:
+    """The int16 PCM of FLAC in base64. Raises Faulty if it is none at RATE."""
     try:
-        with av.open(io.BytesIO(sound)) as file:
+        with av.open(io.BytesIO(base64.b64decode(sound))) as file:
             frames = list(file.decode(audio=0))
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise Faulty(f"the answer's audio cannot be read: {error}") from None
@@ -170,7 +170,7 @@ class Maker:
             asked["seed"] = task.seed
         try:
             answer = worker.speak(asked)
-            pcm = decoded(base64.b64decode(answer["audio"]))
+            pcm = decoded(answer["audio"])
             part = Part(pcm, answer["segments"], measure(pcm))
         except NothingToSpeak:
             part = Part(b"")
@@ -203,6 +203,7 @@ class Search:
     minutes: int  # to wait
     may_start: bool
     woken: float = -WAKE_SECONDS
+    found: float = 0.0
 
     def once(self) -> tuple[Worker | Endpoint, Facts]:
         worker = self.finder.find()
@@ -212,6 +213,7 @@ class Search:
              ) -> tuple[Worker | Endpoint, Facts]:
         """Raises Hopeless once it took too long, or if no waiting helps."""
         until, said = time.monotonic() + 60 * self.minutes, ""
+        time.sleep(max(0.0, self.found + poll_seconds() - time.monotonic()))  # lost at once again
         while True:
             if str(reason) != said:
                 said = str(reason)
@@ -221,6 +223,7 @@ class Search:
                 worker, facts = self.once()
                 if isinstance(reason, WrongKey) and lost and worker.place == lost.place:
                     raise Hopeless(EX_MISSING, f"{reason} (BARK_API_KEY)")
+                self.found = time.monotonic()
                 return worker, facts
             except Gone as gone:
                 reason = gone

@@ -14,7 +14,7 @@ import urllib.request
 import wave
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,14 @@ class Desk:
     program: Path
     folder: Path
     url: str
+    runs: list[Run] = field(default_factory=list)
+
+    def end(self) -> None:
+        """Leaves no run behind."""
+        for run in self.runs:
+            if run.process.poll() is None:
+                run.process.kill()
+                run.wait()
 
     def write(self, name: str, text: str) -> Path:
         path = self.folder / name
@@ -157,6 +165,7 @@ class Desk:
             stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         run = Run(process)
         run.start_reading()
+        self.runs.append(run)
         return run
 
     def speak(self, *words: str, **settings: Any) -> Run:

@@ -45,8 +45,10 @@ def gate(toy_worker: Worker) -> Iterator[Gate]:
 
 
 @pytest.fixture
-def desk(program: Path, gate: Gate, tmp_path: Path) -> Desk:
-    return Desk(program, tmp_path, gate.url)
+def desk(program: Path, gate: Gate, tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(program, tmp_path, gate.url)
+    yield desk
+    desk.end()
 
 
 @pytest.mark.parametrize("out", ["o.wav", "o.mp3", "o.opus", "o.flac", "o.m4b"])

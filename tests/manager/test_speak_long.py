@@ -51,7 +51,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def desk_at(program: Path, folder: Path, **settings: str) -> Iterator[tuple[Desk, Worker]]:
     with running_worker(BARK_API_KEY=KEY, **settings) as worker:
         worker.wait_for("ready")
-        yield Desk(program, folder, worker.url), worker
+        desk = Desk(program, folder, worker.url)
+        try:
+            yield desk, worker
+        finally:
+            desk.end()
 
 
 def told(run: Run) -> dict[str, object]:
@@ -75,10 +79,19 @@ class Storm:
         return self.stage.launch("t.txt", "-o", "o.wav", "--json", "--keep", "--start",
                                  command="speak")
 
+    def parts(self) -> dict[str, bytes]:
+        found = self.stage.manager.home.glob("o.wav.parts/*.part")
+        return {path.name: path.read_bytes() for path in found}
+
     def blow(self) -> None:
-        time.sleep(self.draw.uniform(0.2, 6.0))
-        for path in self.stage.manager.home.glob("o.wav.parts/*.part"):
-            assert self.kept.setdefault(path.name, path.read_bytes()) == path.read_bytes()
+        """At a random moment: some parts after the last, or while there is no worker at all."""
+        more, deadline = self.draw.randint(0, 5), time.monotonic() + 90
+        wait_until(lambda: len(self.parts()) >= len(self.kept) + more
+                   or time.monotonic() > deadline, "parts", 120)
+        time.sleep(self.draw.uniform(0.0, 1.0))
+        parts = self.parts()
+        assert self.kept.items() <= parts.items()
+        self.kept = parts
         kind = self.draw.choice(("client", "worker", "instance"))
         self.kinds.append(kind)
         if kind == "client":
@@ -109,7 +122,7 @@ def test_after_twenty_kills_the_whole_is_as_without_one(
             storm.blow()
         answer = told(storm.run.wait(900))
         print("kills:", *storm.kinds, f"; {len(storm.kept)} parts were kept before the last")
-        parts = {path.name: path.read_bytes() for path in home.glob("o.wav.parts/*.part")}
+        parts = storm.parts()
         assert len(parts) == 120 == answer["parts"] and storm.kept.items() <= parts.items()
         assert answer["failed"] == []
         with desk_at(program, home, BARK_MODEL=str(home / "toy"), BARK_QUALITY="off",
@@ -181,7 +194,7 @@ def test_a_book_of_three_hundred_paragraphs_in_many_scripts_is_spoken_to_its_end
 def test_a_chapter_is_heard_in_order_and_complete(tmp_path: Path, program: Path) -> None:
     """By an independent recogniser, on the built-in voice, which is no great speaker."""
     with desk_at(program, tmp_path, BARK_MODEL=str(BUILTIN), BARK_QUALITY="on") as (desk, _):
-        text = CHAPTER.read_text(encoding="utf-8")
+        text = CHAPTER.read_text(encoding="utf-8")[:3000].rpartition("\n\n")[0]
         desk.write("t.txt", text)
         answer = told(desk.launch("t.txt", "-o", "o.wav", "--json").wait(900))
     with wave.open(str(tmp_path / "o.wav")) as file:
@@ -193,7 +206,7 @@ def test_a_chapter_is_heard_in_order_and_complete(tmp_path: Path, program: Path)
     wrong = Levenshtein.distance(wanted, heard) / len(wanted)
     print(f"{len(wanted)} words, {len(heard)} heard, {wrong:.3f} wrong;"
           f" {answer['seconds']:.0f} s of speech")
-    assert wrong < 0.30 and abs(len(heard) / len(wanted) - 1) < 0.1
+    assert wrong < 0.20 and abs(len(heard) / len(wanted) - 1) < 0.1
 
 
 # How full the worker is kept

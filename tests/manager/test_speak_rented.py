@@ -11,26 +11,23 @@ from pathlib import Path
 import pytest
 from conftest import running_worker, wait_until
 from fake_serverless import ServerlessVast
+from fake_vast import FakeVast
 from manager import Run
 from renting import Scene, light_stage, scene
 from speaking import KEY, Gate, gate_before, make_program
 from test_rented import CommandLines
 
-# A worker on an instance: it passes on to the one at TARGET, and takes only its own key.
-PASSING_ON = """
-import http.server, os, sys, urllib.error, urllib.request
-class Handler(http.server.BaseHTTPRequestHandler):
+# Passes on to the worker at TARGET.
+PASSER = """
+import http.server, json, os, threading, urllib.error, urllib.request
+class Passer(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    def do_GET(self):
-        self.pass_on(None)
-    def do_POST(self):
-        self.pass_on(self.rfile.read(int(self.headers["Content-Length"])))
-    def pass_on(self, body):
-        own = self.headers["Authorization"] == "Bearer " + os.environ["BARK_API_KEY"]
-        headers = {"Authorization": "Bearer " + os.environ["TARGET_KEY"] if own else "none"}
-        headers["Content-Type"] = "application/json"
+    def body(self):
+        return self.rfile.read(int(self.headers["Content-Length"]))
+    def pass_on(self, body, key):
+        headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json"}
+        asked = urllib.request.Request(os.environ["TARGET"] + self.path, body, headers)
         try:
-            asked = urllib.request.Request(os.environ["TARGET"] + self.path, body, headers)
             with urllib.request.urlopen(asked) as reply:
                 status, answer = reply.status, reply.read()
         except urllib.error.HTTPError as error:
@@ -41,42 +38,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(answer)
     def log_message(self, *words):
         pass
-address = (os.environ["HOST"], int(os.environ["PORT"]))
-server = http.server.ThreadingHTTPServer(address, Handler)
-print(f"listening on http://{address[0]}:{server.server_port}", flush=True)
-server.serve_forever()
+def serve(handler, host, port):
+    server = http.server.ThreadingHTTPServer((host, port), handler)
+    threading.Thread(target=server.serve_forever).start()
+    print(f"listening on http://{host}:{server.server_port}", flush=True)
+"""
+# A worker on an instance, which takes only its own key.
+WORKER = PASSER + """
+class Worker(Passer):
+    def do_GET(self):
+        self.pass_on(None, "")
+    def do_POST(self):
+        own = self.headers["Authorization"] == "Bearer " + os.environ["BARK_API_KEY"]
+        self.pass_on(self.body(), os.environ["TARGET_KEY"] if own else "none")
+serve(Worker, os.environ["HOST"], int(os.environ["PORT"]))
 """
 # As PyWorker: it reports that it is ready, and unwraps what it passes on.
-PYWORKER = """
-import http.server, json, os, threading, urllib.error, urllib.request
+PYWORKER = PASSER + """
 port, name = int(os.environ["WORKER_PORT"]), int(os.environ["CONTAINER_ID"])
 def tell(path, body):
     body = json.dumps({**body, "mtoken": os.environ["MASTER_TOKEN"]}).encode()
-    address = os.environ["REPORT_ADDR"] + path
-    urllib.request.urlopen(urllib.request.Request(address, body)).read()
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    urllib.request.urlopen(urllib.request.Request(os.environ["REPORT_ADDR"] + path, body)).read()
+class PyWorker(Passer):
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = json.loads(self.body())
         assert "Authorization" not in self.headers and asked["auth_data"]["signature"]
-        headers = {"Authorization": "Bearer " + os.environ["TARGET_KEY"],
-                   "Content-Type": "application/json"}
-        try:
-            with urllib.request.urlopen(urllib.request.Request(os.environ["TARGET"] + self.path,
-                    json.dumps(asked["payload"]).encode(), headers)) as reply:
-                status, answer = reply.status, reply.read()
-        except urllib.error.HTTPError as error:
-            status, answer = error.code, error.read()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
+        self.pass_on(json.dumps(asked["payload"]).encode(), os.environ["TARGET_KEY"])
         tell("/delete_requests/", {"worker_id": name, "requests": [
             {"request_idx": asked["auth_data"]["request_idx"], "status": "Success"}]})
-    def log_message(self, *words):
-        pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-threading.Thread(target=server.serve_forever).start()
+serve(PyWorker, "127.0.0.1", port)
 tell("/worker_status/", {"id": name, "max_perf": 50.0, "error_msg": "",
                          "url": f"http://127.0.0.1:{port}"})
 """
@@ -100,13 +90,12 @@ def gate(toy: Path) -> Iterator[Gate]:
 def stage(request: pytest.FixtureRequest, tmp_path: Path, program: Path, gate: Gate,
           monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     """An account whose instances' workers are all the one behind the gate."""
-    worker, fake = getattr(request, "param", None) or (PASSING_ON, None)
+    worker, fake = getattr(request, "param", None) or (WORKER, FakeVast)
     monkeypatch.setattr("manager.SCRIPT", program)
     gate.bodies.clear()
     gate.spoken.clear()
-    extra = (fake,) if fake else ()
-    with light_stage(tmp_path / "stage", worker) as warm, scene(tmp_path / "one", warm,
-                                                               *extra) as stage:
+    with light_stage(tmp_path / "stage", worker) as warm, \
+            scene(tmp_path / "one", warm, fake) as stage:
         stage.vast.container_env |= {"TARGET": gate.url, "TARGET_KEY": KEY}
         (stage.manager.home / "t.txt").write_text(TEXT)
         yield stage
@@ -148,7 +137,7 @@ def test_it_goes_on_with_an_instance_that_was_stopped_meanwhile(
     gate.open.set()
     wait_until(lambda: "waiting for the worker" in run.stderr, "a word of it")
     if not wakes:
-        wait_until(lambda: "it is stopped; run: " in run.stderr, "how to wake it")
+        wait_until(lambda: "cannot be called: it is stopped" in run.stderr, "what it is")
         assert stage.billed() == {stage.only().id: "stopped"}
         assert stage.start().status == 0
     assert run.wait().status == 0, run.stderr

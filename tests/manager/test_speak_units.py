@@ -188,7 +188,7 @@ def test_a_plan_names_each_text_once() -> None:
     (429, {"Retry-After": "7"}, "", Busy), (503, {}, "queue_full", Busy),
     (503, {}, "not_ready", Gone), (503, {}, "draining", Gone),
     (503, {"X-Should-Retry": "false"}, "generation_failed", Faulty),
-    (500, {}, "internal_error", Faulty), (502, {}, "", Faulty), (504, {}, "timeout", Faulty),
+    (500, {}, "internal_error", Faulty), (502, {}, "", Gone), (504, {}, "timeout", Faulty),
     (200, {}, "", Faulty)])
 def test_what_an_answer_means(
         status: int, headers: dict[str, str], code: str, kind: type[Exception]) -> None:
@@ -202,8 +202,8 @@ def test_what_an_answer_means(
         assert raised.value.needs_seed
 
 
-def test_a_page_of_a_proxy_is_no_answer_of_the_worker() -> None:
-    with pytest.raises(Faulty, match="HTTP 502: <html> Bad"):
+def test_a_page_of_a_proxy_tells_that_the_worker_is_not_there() -> None:
+    with pytest.raises(Gone, match="HTTP 502: <html> Bad"):
         judged(Reply(502, {}, b"<html>\nBad"))
 
 
@@ -304,6 +304,19 @@ def test_what_is_refused_is_not_tried_again_and_what_fails_four_times() -> None:
     finish(crew)
     assert (asked.count("1"), asked.count("2")) == (1, 4)
     assert {task.name: task.failure for task in crew.failed} == {"1": "no", "2": "broken"}
+
+
+def test_a_text_that_ends_every_worker_is_given_up() -> None:
+    asked: list[str] = []
+
+    def make(worker: object, task: Task) -> None:
+        asked.append(task.name)
+        if task.name == "2":
+            raise Gone("it fell over")
+    crew = crew_of(make)
+    finish(crew)
+    assert asked.count("2") == 12 and len(crew.done) == 5
+    assert [task.failure for task in crew.failed] == ["it fell over"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "full"), Hopeless(1, "no")])
