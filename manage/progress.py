@@ -4,6 +4,7 @@ every now and then.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -35,11 +36,14 @@ class Progress:
         self.spoken = 0.0  # seconds of speech, as they came
 
     def say(self, message: str) -> None:
-        if self._is_open:
-            self._stream.write("\r\033[K")
+        self._write("\r\033[K" * self._is_open + message + "\n")
         self._is_open = False
-        self._stream.write(message + "\n")
-        self._stream.flush()
+
+    def _write(self, text: str) -> None:
+        """Never fails: a reader that has left must not stop what costs money."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
 
     def begin(self, total: float, missing: float) -> None:
         self.total, self.before, self._shown = total, total - missing, time.monotonic()
@@ -95,6 +99,5 @@ class Progress:
             self.say(self.line(chapter, trouble))
             return
         width = shutil.get_terminal_size().columns - 1
-        self._stream.write("\r\033[K" + self.line(chapter, trouble)[:width])
-        self._stream.flush()
+        self._write("\r\033[K" + self.line(chapter, trouble)[:width])
         self._is_open = True

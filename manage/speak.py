@@ -544,8 +544,9 @@ def report(result: Result, progress: Progress, as_json: bool) -> None:
     for each in result.failed:
         progress.say(f"not spoken, a silence at {each['at']}: {each['chapter']},"
                      f" line {each['line']}: {each['reason']}")
-    print(json.dumps(vars(result)) if as_json else
-          f"{result.out}: {clock(result.seconds)} of speech", flush=True)
+    with contextlib.suppress(BrokenPipeError):  # who reads no answer has what he wanted
+        print(json.dumps(vars(result)) if as_json else
+              f"{result.out}: {clock(result.seconds)} of speech", flush=True)
 
 
 def run(options: argparse.Namespace, progress: Progress) -> int:
@@ -600,7 +601,5 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")
-    status = EX_UNHEALTHY
-    with contextlib.suppress(BrokenPipeError):  # who reads no answer has what he wanted
-        status = main(sys.argv[1:])
+    status = main(sys.argv[1:])
     os._exit(status)  # threads may still wait for an answer

@@ -98,6 +98,17 @@ def test_without_json_the_answer_is_a_line_and_standard_input_is_read(
     assert gate.texts == ["Hello."]
 
 
+def test_readers_that_leave_end_nothing(desk: Desk) -> None:
+    desk.write("t.txt", "Hello.")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([desk.program, "speak", "t.txt", "-o", "o.wav", "--url", desk.url],
+                          cwd=desk.folder, env={**os.environ, "BARK_API_KEY": KEY}, timeout=60,
+                          stdout=writer, stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 0 and (desk.folder / "o.wav").exists()
+
+
 def test_the_same_text_is_spoken_once(desk: Desk, gate: Gate) -> None:
     desk.write("t.txt", "Again.\n\nOnce more.\n\nAgain.\n\nAgain.")
     told = desk.spoken("t.txt", "-o", "o.wav")

@@ -134,7 +134,8 @@ def test_it_goes_on_with_an_instance_that_was_stopped_meanwhile(
     gate.spoil = lambda text, count: gate.open.clear() if count == 3 else None
     run = speaking(stage, *["--start"] * wakes)
     wait_until(lambda: len(list(stage.manager.home.glob("o.wav.parts/*.part"))) >= 1, "a part")
-    stage.only().stop()
+    with stage.vast.lock:
+        stage.only().stop()
     gate.spoil = lambda text, count: None
     gate.open.set()
     wait_until(lambda: "waiting for the worker" in run.stderr, "a word of it")
