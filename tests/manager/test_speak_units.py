@@ -353,5 +353,28 @@ def test_progress_tells_share_chapter_speed_time_left_and_dollars() -> None:
     assert stream.getvalue() == "a word\n"
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_one_line_is_redrawn_and_makes_way_for_words(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal = Terminal()
+    progress = Progress(stream=terminal)
+    progress.begin(total=100.0, missing=75.0)
+    progress._shown -= 1.0
+    progress.show("chapter 1 of 2", "the worker is full")
+    bar = "█" * 6 + "░" * 18 + "  25 %  chapter 1 of 2  the worker is full"
+    assert terminal.getvalue() == "\r\033[K" + bar[:59]
+    progress.say("a word")
+    assert terminal.getvalue().endswith("\r\033[Ka word\n")
+    quiet = Progress(True, Terminal())
+    quiet._shown -= 60.0
+    quiet.show("chapter 1 of 2")
+    assert quiet._stream.getvalue() == ""
+
+
 def test_a_brief_is_what_the_whole_needs_of_a_part() -> None:
     assert part_of(1.0).in_brief() == Brief(1.0, part_of(1.0).segments)
