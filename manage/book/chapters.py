@@ -15,6 +15,8 @@ INVISIBLE = dict.fromkeys(map(ord, "\xad\u200b\u2060\ufeff\x1f"))  # soft hyphen
 LINE_ENDS = str.maketrans("\r\n", "  ")
 STOPS = ".!?…:;,。！？：；，、।॥؟"
 CLOSING = "\"'”’»›“‘«‹)]}*_"
+ORNAMENTS = frozenset("#*＊∗⁂⁎⁑※§○●◇◆◊□■△▽☆★☙❖❦❧" + "".join(map(chr, range(0x2722, 0x274C))))
+RULES = frozenset("-‐–—―⸺⸻─━═~～=_+·・•◦\\")  # a backslash: Markdown's \* stays escaped
 
 
 class BookError(ValueError):
@@ -25,6 +27,7 @@ class BookError(ValueError):
 class Paragraph:
     """`line` is where it begins in its source, from 1. `language` is a code as "de" where it is not
     the book's own; a note's `label` is its number or sign. A "\\n" in `text` parts lines of verse.
+    `after_break`: a scene's end, as "* * *", stands before it.
     """
 
     text: str
@@ -32,6 +35,7 @@ class Paragraph:
     kind: str = "text"  # or "heading", "note"
     label: str = ""
     language: str = ""
+    after_break: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,13 @@ def squeezed(text: str) -> str:
 
 def is_speakable(text: str) -> bool:
     return any(map(str.isalnum, text))
+
+
+def is_break(text: str) -> bool:
+    """Whether a paragraph is the sign of a scene's end: an ornament, or a rule of three signs."""
+    signs = "".join(text.split())
+    return (ORNAMENTS | RULES).issuperset(signs) and \
+        (len(signs) >= 3 or not ORNAMENTS.isdisjoint(signs))
 
 
 def primary(language: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ def read_markdown(text: str) -> Book:
     for token in tokens:
         if token.map and token.nesting >= 0:
             token.attrSet("data-line", str(token.map[0] + 1))
+    for token, within in itertools.pairwise(tokens):
+        if token.type == "heading_open" and not within.content:  # a "#" that stands alone
+            token.attrSet("class", "scene-break")
     page = html_page(markdown.renderer.render(tokens, markdown.options, {}))
     tags = dict(line.split(":", 1) for token in tokens if token.type == "front_matter"
                 for line in token.content.splitlines() if ":" in line)

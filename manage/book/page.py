@@ -10,7 +10,16 @@ from typing import NamedTuple
 
 from lxml import etree
 
-from .chapters import LINE_ENDS, STOPS, Paragraph, Piece, is_speakable, primary, squeezed
+from .chapters import (
+    LINE_ENDS,
+    STOPS,
+    Paragraph,
+    Piece,
+    is_break,
+    is_speakable,
+    primary,
+    squeezed,
+)
 from .markup import (
     BLOCKS,
     Place,
@@ -35,6 +44,7 @@ CONTENTS = frozenset(["toc", "toc-brief", "page-list", "landmarks", "lot", "loi"
 NOTES = frozenset(["footnote", "endnote", "rearnote"])
 NOTE_LISTS = frozenset(["footnotes", "endnotes", "rearnotes"])
 PAGE_CLASSES = frozenset(["pagenum", "pageno", "page-number", "pagebreak", "pagenumber"])
+BREAK_CLASSES = frozenset(["scene-break", "scenebreak", "ornamental-break", "asterism"])
 BACK_CLASSES = frozenset(["footnote-backref", "footnote-back", "backlink", "noteback"])
 XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 CELL = "\x1f"         # parts a row's cells
@@ -67,6 +77,7 @@ class Page:
         self._begun: Frame | None = None   # where the buffer's first words stand
         self._prefix = ""                  # the number of the item that begins
         self._numbers: list[int] = []      # of the next items of the lists that are open
+        self._after_break = False
         self._line = 1
 
     def read(self, root: etree._Element, is_toc: bool = False) -> None:
@@ -158,6 +169,7 @@ class Page:
         return frame
 
     def _as_block(self, element: etree._Element, name: str, frame: Frame) -> Frame:
+        self._after_break |= name == "hr" or has_class(element, BREAK_CLASSES)
         if name in ("ol", "ul"):
             counted = name == "ol" and element.get("type", "1") == "1" and frame.kind != "note"
             self._numbers.append(number(element.get("start", ""), 1) if counted else -1)
@@ -210,15 +222,15 @@ class Page:
         """Ends the paragraph; two line ends make two of it."""
         text, frame = "".join(self._buffer), self._begun or Frame()
         self._buffer, self._begun = [], None
-        if not is_speakable(text):
-            return
         text = joined_cells(text) if CELL in text else text
         lines = map(squeezed, text.split("\n"))
-        for is_empty, group in itertools.groupby(lines, lambda line: not line):
-            text = self._prefix + "\n".join(group)
-            if not is_empty and is_speakable(text):
+        for _, group in itertools.groupby(lines, bool):
+            text = "\n".join(group)
+            if is_speakable(text):
+                self._keep(self._prefix + text, frame)
                 self._prefix = ""
-                self._keep(text, frame)
+            else:
+                self._after_break |= is_break(text)
 
     def _keep(self, text: str, frame: Frame) -> None:
         label = frame.label
@@ -226,8 +238,9 @@ class Page:
             label, text = without_label(text, label)
         language = "" if frame.language == self._language else frame.language
         if is_speakable(text):
-            self.pieces.append(Piece(Paragraph(text, frame.line, frame.kind, label, language),
-                                     self._source, frame.level))
+            paragraph = Paragraph(text, frame.line, frame.kind, label, language, self._after_break)
+            self.pieces.append(Piece(paragraph, self._source, frame.level))
+            self._after_break = False
 
 
 def contents_in(root: etree._Element, source: str, is_toc: bool) -> set[etree._Element]:

@@ -7,18 +7,20 @@ import itertools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from .chapters import (
     CLOSING,
+    ORNAMENTS,
     STOPS,
     Book,
     BookError,
     Paragraph,
     Piece,
     chapters_of,
+    is_break,
     is_speakable,
     squeezed,
 )
@@ -85,14 +87,7 @@ def read_text(text: str) -> Book:
     text = re.sub(r"\r\n?|[\x0b\x85\u2028]", "\n", text).replace("\f", "\n\n")
     text = text.replace("\u2029", "\n\n")
     text, tags, remarks = without_licence(text)
-    blocks = list(blocks_of(text))
-    parted = len(blocks) > 1 and any(len(block.lines) > 1 for block in blocks)
-    widths = sorted(len(line) for block in blocks for line in block.lines[:-1]
-                    if len(line) <= LONG_LINE)
-    measure = widths[int(0.95 * len(widths))] if widths else 0  # few are wider: tables, addresses
-    found = [Piece(paragraph) for block in blocks
-             for paragraph in paragraphs_of(block, measure, parted)
-             if is_speakable(paragraph.text)]
+    found = list(pieces_of(list(blocks_of(text))))
     titles = text_titles([piece.paragraph.text for piece in found])
     for index in titles:
         found[index] = Piece(replace(found[index].paragraph, kind="heading"))
@@ -123,6 +118,21 @@ def blocks_of(text: str) -> Iterator[Lines]:
             lines = []
 
 
+def pieces_of(blocks: Sequence[Lines]) -> Iterator[Piece]:
+    parted = len(blocks) > 1 and any(len(block.lines) > 1 for block in blocks)
+    widths = sorted(len(line) for block in blocks for line in block.lines[:-1]
+                    if len(line) <= LONG_LINE)
+    measure = widths[int(0.95 * len(widths))] if widths else 0  # few are wider: tables, addresses
+    after_break = False
+    for block in blocks:
+        for paragraph in paragraphs_of(block, measure, parted):
+            if is_speakable(paragraph.text):
+                yield Piece(replace(paragraph, after_break=after_break))
+                after_break = False
+            else:
+                after_break |= is_break(paragraph.text)
+
+
 def paragraphs_of(block: Lines, measure: int, parted: bool) -> Iterator[Paragraph]:
     """A block's paragraphs; `measure` is the width that the text is wrapped to, and `parted` says
     whether its author parts paragraphs with blank lines.
@@ -139,6 +149,9 @@ def paragraphs_of(block: Lines, measure: int, parted: bool) -> Iterator[Paragrap
     if wrapped and not parted:  # the last line of a paragraph is short
         starts |= {index + 1 for index, is_whole in enumerate(full)
                    if not is_whole and lines[index].rstrip(CLOSING)[-1:] in STOPS}
+    # a rule within a block underlines a heading or a table's
+    starts |= {edge for index, line in enumerate(lines)
+               if is_break(line) and not ORNAMENTS.isdisjoint(line) for edge in (index, index + 1)}
     for start, end in itertools.pairwise(sorted({*starts, len(lines)})):
         text = joined(lines[start:end]) if wrapped else "\n".join(lines[start:end])
         yield Paragraph("\n".join(map(squeezed, text.split("\n"))), block.line + start)

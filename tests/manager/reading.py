@@ -40,6 +40,12 @@ def kinds(book: Book) -> list[tuple[str, str, str]]:
             for chapter in book.chapters for paragraph in chapter.paragraphs]
 
 
+def breaks(book: Book) -> list[str]:
+    """What stands after a scene break."""
+    return [paragraph.text for chapter in book.chapters for paragraph in chapter.paragraphs
+            if paragraph.after_break]
+
+
 def txt(text: str | bytes, name: str = "a.txt") -> Book:
     return read_book(text if isinstance(text, bytes) else text.encode(), name)
 

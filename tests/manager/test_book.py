@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from epubs import packed
-from reading import LONG, WESTERN, kinds, md, refusal, texts, titles, txt
+from reading import LONG, WESTERN, breaks, kinds, md, refusal, texts, titles, txt
 
 # -----------------------------------------------------------------------------
 # Plain text
@@ -138,6 +138,30 @@ def test_form_feeds_part_and_what_cannot_be_spoken_is_no_paragraph() -> None:
     assert texts(txt("One.\fTwo.\n\n* * *\n\n---\n\n…\n\nThree.\n")) == [["One.", "Two.", "Three."]]
 
 
+ORNAMENTS = ["* * *", "***", "*", "#", "⁂", "❦", "~ * ~", "—❦—", "---", "- - -", "———", "• • •",
+             "=====", "○"]
+
+
+@pytest.mark.parametrize("ornament", ORNAMENTS)
+def test_what_follows_an_ornament_is_after_a_scene_break(ornament: str) -> None:
+    assert breaks(txt(f"One.\n\n  {ornament}\n\nTwo.\n\nThree.\n\n{ornament}\n")) == ["Two."]
+    assert breaks(txt(f"One.\n{ornament}\nTwo.\nThree.\n")) == ["Two."]
+
+
+@pytest.mark.parametrize("text", ["…", "...", "—", "--", "?!", "“”", "😀", "\\", "* a *", "(*)"])
+def test_what_may_be_speech_or_a_scrap_is_no_scene_break(text: str) -> None:
+    assert breaks(txt(f"One.\n\n{text}\n\nTwo.")) == []
+
+
+def test_an_ornament_among_lines_parts_them_and_an_underline_does_not() -> None:
+    paragraphs = [f"{LONG} {LONG} Or so.", f"{LONG} Nobody.", f"“No,” he said. {LONG}"]
+    for ornament in ("***", "        * * *"):
+        book = txt("\n".join([wrap(paragraphs[0]), ornament, *map(wrap, paragraphs[1:])]))
+        assert texts(book) == [paragraphs] and breaks(book) == [paragraphs[1]]
+    table = "Name  Age\n----  ---\nAnn   7"
+    assert breaks(txt(f"{table}\n\n{LONG}")) == [] and len(texts(txt(table))[0]) == 1
+
+
 @pytest.mark.parametrize(("data", "says"), [
     (b"%PDF-1.7\n", "a PDF"), (b"{\\rtf1 x}", "RTF"), (b"AT&TFORM\0\0", "DjVu"),
     (b"\xd0\xcf\x11\xe0" + bytes(99), "Word"), (bytes(60) + b"BOOKMOBI" + bytes(9), "Kindle"),
@@ -204,3 +228,11 @@ def test_footnotes_are_notes_with_their_labels() -> None:
 def test_verse_and_html_in_markdown_are_read_as_a_page_shows_them() -> None:
     book = md("Roses  \nare red\n\n<p>A &mdash; <b>b</b></p>\n\n<script>x</script>\n\nC")
     assert texts(book) == [["Roses\nare red", "A — b", "C"]]
+
+
+@pytest.mark.parametrize("sign", [
+    "***", "* * *", "---", "___", "\\* \\* \\*", "\\*\\*\\*", "#", "###", "⁂", "<hr>",
+    "<p align=center>* * *</p>"])
+def test_a_thematic_break_or_an_ornament_is_a_scene_break(sign: str) -> None:
+    book = md(f"# T\n\nOne.\n\n{sign}\n\nTwo.\n\nThree.\n")
+    assert texts(book) == [["T", "One.", "Two.", "Three."]] and breaks(book) == ["Two."]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from epubs import XHTML, epub
-from reading import kinds, page, read_book, texts
+from reading import breaks, kinds, page, read_book, texts
 
 # -----------------------------------------------------------------------------
 # Pages
@@ -25,6 +25,27 @@ def test_verse_pre_and_breaks_keep_their_lines_and_two_breaks_part() -> None:
     book = page("<p>Roses<br/>are  red,<br/>\nviolets</p><pre>a\n  b\n\nc</pre>"
                 "<p>One<br/><br/>two</p>")
     assert texts(book) == [["Roses\nare red,\nviolets", "a\nb", "c", "One", "two"]]
+
+
+@pytest.mark.parametrize("between", [
+    "<hr/>", "<div><hr class='x'/></div>", "<p>* * *</p>", "<div>⁂</div>", "<p>&#160;*<br/>* *</p>",
+    "<p class='Scene-Break'>&#160;</p>", "<div class='x asterism'><img src='x' alt=''/></div>"])
+def test_a_rule_or_an_ornament_is_a_scene_break(between: str) -> None:
+    book = page(f"<p>One.</p>{between}<p>Two.</p><h2>Three</h2>")
+    assert texts(book) == [["One.", "Two.", "Three"]] and breaks(book) == ["Two."]
+
+
+def test_a_scene_break_stands_before_headings_first_lines_and_within_paragraphs_too() -> None:
+    assert breaks(page("<p>One.</p><hr/><h2>Two</h2><p>Three.</p>")) == ["Two"]
+    assert breaks(page("<p>One.</p><p class='scenebreak'>Two.</p><p>Three.</p>")) == ["Two."]
+    assert breaks(page("<p>One.<br/><br/>* * *<br/><br/>Two.<br/><br/>Three.</p>")) == ["Two."]
+
+
+@pytest.mark.parametrize("between", [
+    "<hr hidden='hidden'/>", "<hr class='pagebreak'/>", "<p>&#160;</p>", "<p>…</p>", "<p>—</p>",
+    "<div/>", "<p><br/></p>", "<pre><code>***</code></pre>", "<img src='x' alt='* * *'/>"])
+def test_what_only_parts_a_page_is_no_scene_break(between: str) -> None:
+    assert breaks(page(f"<p>One.</p>{between}<p>Two.</p>")) == []
 
 
 def test_a_tables_rows_are_its_cells_unless_it_only_lays_out() -> None:
