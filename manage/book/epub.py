@@ -61,8 +61,11 @@ class Package:
         self.title = next(self._told("title"), "")
         self.author = ", ".join(itertools.islice(self._told("creator"), 3))
         self.language = primary(next(self._told("language"), ""))
-        self.spine = [self.items[each.get("idref", "")]._replace(linear=each.get("linear") != "no")
-                      for each in root.iter("{*}itemref") if each.get("idref", "") in self.items]
+        refs = [(each.get("idref", ""), each.get("linear") != "no")
+                for each in root.iter("{*}itemref")]
+        self.spine = [self.items[name]._replace(linear=linear) for name, linear in refs
+                      if name in self.items]
+        self.unlisted = list(dict.fromkeys(name for name, _ in refs if name not in self.items))
         self.guide = {each.get("type", "").lower(): place for each in root.iter("{*}reference")
                       if (place := link_target(each, self.path))}
 
@@ -162,6 +165,8 @@ class EpubReader:
         spine = list({item.path: item for item in self.package.spine}.values())
         if not any(item.linear for item in spine):
             spine = [item._replace(linear=True) for item in spine]
+        self.remarks += [f"{self.package.path}: {name!r} of the spine is left out, as the manifest "
+                         "does not list it" for name in self.package.unlisted]
         pages = [item for item in spine if item.kind in PAGE_KINDS or
                  item.path.lower().endswith((".xhtml", ".html", ".htm"))]
         self.remarks += [f"{item.path}: left out, as {item.kind or 'it'} is no page of text"

@@ -85,6 +85,16 @@ def test_an_epub_is_known_by_its_content() -> None:
         assert texts(read_book(epub(ONE), name)) == [["A."]]
 
 
+def test_what_the_spine_names_and_the_manifest_lacks_is_remarked_once() -> None:
+    with zipfile.ZipFile(io.BytesIO(epub(ONE))) as archive:
+        opf = archive.read("OEBPS/book.opf").decode()
+    opf = opf.replace('<itemref idref="i0"', '<itemref idref="lost"/>' * 2 + '<itemref idref="i0"')
+    book = read_book(epub(ONE, others={"OEBPS/book.opf": opf}), "a.epub")
+    assert texts(book) == [["A."]]
+    assert book.remarks == (
+        "OEBPS/book.opf: 'lost' of the spine is left out, as the manifest does not list it",)
+
+
 def test_missing_and_broken_pages_are_remarked_and_the_rest_is_read() -> None:
     data = epub({**ONE, "gone.xhtml": "<p>x</p>", "torn.xhtml": "<p>torn</p>",
                  "void.xhtml": "<?xml?>", "noise.xhtml": b"<?" + bytes(range(256))},
