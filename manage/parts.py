@@ -25,7 +25,7 @@ from book import Book, Chapter, Paragraph
 
 # Seconds of silence. The first three are what bark-worker.py makes.
 CLAUSE_PAUSE, SENTENCE_PAUSE, PARAGRAPH_PAUSE = 0.1, 0.25, 0.5
-HEADING_PAUSE, CHAPTER_PAUSE = 1.0, 2.0
+HEADING_PAUSE, SCENE_PAUSE, CHAPTER_PAUSE = 1.0, 1.5, 2.0
 LONGEST = 1000  # characters of one request, where the worker takes more: so much is lost at most
 LETTER_SECONDS, WIDE_SECONDS = 1 / 15, 1 / 5  # of speech, blanks included; from WIDE on, as 漢
 WIDE = "\u2e80"
@@ -114,9 +114,14 @@ def words_of(paragraph: Paragraph, language: str) -> str:
 def pieces_of(book: Book, limit: int, notes: bool = True, language: str = "en") -> list[Piece]:
     found: list[Piece] = []
     for number, chapter in enumerate(book.chapters):
+        breaks = False  # a scene ended since what is spoken last
         for paragraph in chapter.paragraphs:
+            breaks |= paragraph.after_break
             if paragraph.kind == "note" and not notes:
                 continue
+            if breaks and found:
+                found[-1] = found[-1]._replace(pause=max(found[-1].pause, SCENE_PAUSE))
+            breaks = False
             pause = HEADING_PAUSE if paragraph.kind == "heading" else PARAGRAPH_PAUSE
             words = cut(words_of(paragraph, language), min(limit, LONGEST))
             found += [Piece(text, number, paragraph.line, inner) for text, inner in words]

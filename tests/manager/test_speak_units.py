@@ -104,6 +104,15 @@ def test_after_a_heading_and_a_chapter_the_silence_is_longer() -> None:
     assert len(pieces_of(book, 500, notes=False)) == 4
 
 
+def test_where_a_scene_breaks_the_silence_is_longer_whatever_is_left_out() -> None:
+    chapter = Chapter("", (Paragraph("First.", 1, after_break=True), Paragraph("Second.", 3),
+                           Paragraph("Aside.", 5, "note", "2", after_break=True),
+                           Paragraph("Third.", 7), Paragraph("Fourth.", 9, after_break=True)))
+    pieces = pieces_of(Book("", "", "en", (chapter,)), 500, notes=False)
+    assert [(piece.text, piece.pause) for piece in pieces] == [
+        ("First.", 0.5), ("Second.", 1.5), ("Third.", 1.5), ("Fourth.", 0.0)]
+
+
 # Parts and the whole
 
 
