@@ -452,7 +452,7 @@ def bind_whole(job: Job) -> Result:
                   [{**told_place(book, one.piece), "at": clock(one.start),
                     "reason": job.failures.get(one.name, "")} for one in heard if not one.brief],
                   list(warnings_of(book, heard)),
-                  None if dollars is None else round(dollars, 4))
+                  None if dollars is None else round(dollars, 6))
 
 
 def sounds_of(parts: Parts, heard: Sequence[Heard]) -> Iterator[bytes]:

@@ -56,8 +56,8 @@ LONG_ALONE = pytest.mark.long  # not by itself, but run.sh is full
 
 
 @pytest.mark.parametrize("out", [
-    "o.wav", *(pytest.param(f"o.{form}", marks=LONG_ALONE) for form in ("mp3", "opus", "flac")),
-    "o.m4b"])
+    "o.wav",
+    *(pytest.param(f"o.{form}", marks=LONG_ALONE) for form in ("mp3", "opus", "flac", "m4b"))])
 def test_a_book_becomes_one_file_and_its_parts_go(desk: Desk, gate: Gate, out: str) -> None:
     desk.write("book.md", BOOK)
     told = desk.spoken("book.md", "-o", out)
@@ -154,6 +154,7 @@ def test_a_signal_ends_it_with_a_word_on_how_to_go_on(
     assert "what is spoken stays, and the same command goes on from there" in run.stderr
 
 
+@LONG_ALONE
 def test_a_broken_part_is_made_again(desk: Desk, gate: Gate) -> None:
     desk.write("t.txt", TEXT)
     desk.spoken("t.txt", "-o", "o.wav", "--keep")
@@ -209,6 +210,7 @@ def test_what_cannot_be_spoken_is_told_with_its_place_and_tried_again_by_the_sam
     assert gate.texts == ["Paragraph three is here."]
 
 
+@LONG_ALONE
 def test_a_text_that_fails_with_one_seed_gets_another(desk: Desk, gate: Gate) -> None:
     desk.write("t.txt", "Hello.")
     refused = (503, {"X-Should-Retry": "false"}, "generation_failed")

@@ -121,9 +121,8 @@ def test_the_rented_worker_is_found_and_what_it_costs_is_told(stage: Scene) -> N
     assert [key for key in (*stage.workers_keys(), *stage.vast.secrets) if lines.holding(key)] == []
 
 
-@pytest.mark.parametrize("wakes", [
-    pytest.param(True, id="with --start"),
-    pytest.param(False, id="woken by hand", marks=pytest.mark.long)])
+@pytest.mark.long  # run.sh has no room for it
+@pytest.mark.parametrize("wakes", [True, False], ids=["with --start", "woken by hand"])
 def test_it_goes_on_with_an_instance_that_was_stopped_meanwhile(
         stage: Scene, gate: Gate, wakes: bool) -> None:
     """Whose address is another then."""
