@@ -5,6 +5,7 @@ TEST_BASH names another bash to run it with, such as a 3.2 like macOS's.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -224,14 +225,27 @@ def test_what_is_waited_for_is_tried_until_it_is_so_or_time_is_up(seconds: int, 
 def on_a_terminal(code: str) -> list[str]:
     """What `code` shows there, each time that it begins the line anew."""
     keyboard, terminal = pty.openpty()
-    try:
-        done = subprocess.run(sourcing(code), stderr=terminal, timeout=RUN_SECONDS,
+    with open(keyboard, "rb", buffering=0) as shown, open(terminal, "wb") as stderr:
+        done = subprocess.run(sourcing(code), stderr=stderr, timeout=RUN_SECONDS,
                               env=clean_environment())
         assert done.returncode == 0
-        return os.read(keyboard, 1 << 16).decode().split("\r\x1b[K")[1:]
-    finally:
-        os.close(keyboard)
-        os.close(terminal)
+        stderr.close()
+        text = b""
+        with contextlib.suppress(OSError):  # EIO: nobody writes any more, and all is read
+            while part := shown.read(1 << 16):
+                text += part
+    return text.decode().split("\r\x1b[K")[1:]
+
+
+@pytest.mark.parametrize("settings", [{}, {"XDG_STATE_HOME": "relative is none"}])
+def test_before_two_calls_at_once_the_cli_has_its_folders(
+        tmp_path: Path, settings: dict[str, str]) -> None:
+    """It makes them when it starts, and breaks if another has just done so."""
+    code = "load account; run_vast() { :; }; ask_credit; hear_credit"
+    subprocess.run(sourcing(code), env={**clean_environment(), "HOME": str(tmp_path), **settings},
+                   timeout=RUN_SECONDS, check=True)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("vastai")}
+    assert found == {".config/vastai", ".cache/vastai", ".local/state/vastai"}
 
 
 WAITING = ("sleep() { :; }; tick() { now=$((now + 1)); }; look() { exit 9; };"
