@@ -815,7 +815,8 @@ def page_through_ssh(stage: Scene) -> None:
     path = stub_ssh(stage, 0, 'echo $$ >"$HOME/ssh-pid"; exec sleep 60')
     begun, file, text = opened(stage, "--port", "18081", PATH=path)
     assert leads_to(text) == ("http://127.0.0.1:18081/", NASTY_KEY)
-    assert begun.stdout == "http://127.0.0.1:18081/\n" and str(file) in begun.stderr
+    wait_until(lambda: begun.stdout == "http://127.0.0.1:18081/\n", "the address")
+    assert str(file) in begun.stderr
     ends_clean(begun, file)
     number = int((stage.manager.home / "ssh-pid").read_text())
     wait_until(lambda: not Path(f"/proc/{number}").exists(), "end of ssh")

@@ -70,6 +70,7 @@ def test_a_book_becomes_one_file_and_its_parts_go(desk: Desk, gate: Gate, out: s
             assert [each["metadata"]["title"] for each in file.chapters()] == ["One", "Two"]
 
 
+@LONG_ALONE
 def test_an_epub_becomes_an_audiobook(desk: Desk, gate: Gate) -> None:
     """With nested navigation, entities, a note, a page of images; the last page comes first."""
     book = epub({
@@ -169,6 +170,7 @@ def test_a_broken_part_is_made_again(desk: Desk, gate: Gate) -> None:
     assert not (desk.folder / "o.wav.parts").exists()
 
 
+@LONG_ALONE
 def test_a_changed_paragraph_alone_is_spoken_anew(desk: Desk, gate: Gate) -> None:
     desk.write("t.txt", TEXT)
     desk.spoken("t.txt", "-o", "o.wav", "--keep")
@@ -193,6 +195,7 @@ def test_a_worker_that_is_full_is_asked_less_at_once_and_in_the_end_all_is_spoke
     assert 2 < gate.most_at_work <= 6 and len(gate.bodies) < 24
 
 
+@LONG_ALONE
 def test_what_cannot_be_spoken_is_told_with_its_place_and_tried_again_by_the_same_command(
         desk: Desk, gate: Gate) -> None:
     desk.write("t.txt", TEXT)
@@ -235,6 +238,7 @@ def test_a_connection_that_is_cut_is_made_anew(desk: Desk, gate: Gate) -> None:
     assert set(gate.spoken.values()) == {1}
 
 
+@LONG_ALONE
 def test_it_waits_for_a_worker_that_is_gone_and_goes_on_with_it(
         desk: Desk, gate: Gate, toy_worker: Worker) -> None:
     desk.write("t.txt", TEXT)
@@ -254,6 +258,7 @@ def test_it_gives_up_after_the_time_to_wait(desk: Desk) -> None:
     assert run.status == 6 and "no worker was ready within 0 minutes (--wait)" in run.stderr
 
 
+@LONG_ALONE
 def test_where_all_is_spoken_the_whole_is_made_without_a_worker(desk: Desk) -> None:
     desk.write("t.txt", TEXT)
     desk.spoken("t.txt", "-o", "o.wav", "--keep")
@@ -287,6 +292,7 @@ def kept(path: Path) -> tuple[list[dict[str, Any]], bytes]:
     return json.loads(told)["segments"], pcm
 
 
+@LONG_ALONE
 def test_one_sentence_is_made_anew_and_the_others_stay_sample_for_sample(
         desk: Desk, gate: Gate) -> None:
     desk.write("t.txt", LONG)
@@ -367,6 +373,7 @@ def test_the_key_is_in_no_list_of_processes_and_in_no_part(desk: Desk) -> None:
             if KEY.encode() in path.read_bytes()] == []
 
 
+@LONG_ALONE
 def test_a_full_disk_is_said_and_the_same_command_goes_on(desk: Desk, gate: Gate) -> None:
     """A file of 40 kB is the longest that may be written; a part of one second has 48."""
     desk.write("t.txt", f"Hi.\n\n{LONG}")

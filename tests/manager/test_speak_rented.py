@@ -110,6 +110,7 @@ def rented(stage: Scene) -> None:
     assert stage.start("--yes").status == 0
 
 
+@pytest.mark.long  # run.sh has no room for it
 def test_the_rented_worker_is_found_and_what_it_costs_is_told(stage: Scene) -> None:
     rented(stage)
     with CommandLines() as lines:

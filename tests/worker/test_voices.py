@@ -670,6 +670,7 @@ def sample_segments(worker: Worker, voice: str) -> list[Any]:
                        headers=HAS_KEY).json["segments"]
 
 
+@pytest.mark.long  # run.sh has no room for it
 def test_who_asks_for_a_sample_and_leaves_frees_its_place_and_others_get_it(
         keyed: Worker) -> None:
     path = "/voices/v2/en_speaker_5/sample"
@@ -687,6 +688,7 @@ def test_who_asks_for_a_sample_and_leaves_frees_its_place_and_others_get_it(
     assert keyed.health()["queue"] == {"running": 0, "waiting": 0, "capacity": 32}
 
 
+@pytest.mark.long  # run.sh has no room for it
 def test_a_restart_has_its_samples_at_once_and_believes_no_file(toy: Path, tmp_path: Path) -> None:
     """One start for what is kept, what was damaged and what belongs to another voice."""
     own, names = tmp_path / "own", ("male", "female", "narrator", "v2/en_speaker_0")
