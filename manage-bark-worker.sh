@@ -4,7 +4,8 @@
 # functions.
 #
 # Sections: constants; help; messages; loading; time; options; adapters; facts; instances; the
-#   journal; giving back; offers; waiting for a worker; start; status; logs; stop, destroy; help, main
+#   journal; giving back; offers; waiting for a worker; start; status; logs; stop, destroy; help,
+#   main
 # Call vastai: call_cli (all go through vast)
 # Call curl: send_url health_of known_gpus
 # Change what is billed: order_instance ask_to_start destroy_once give_back_woken stop_one

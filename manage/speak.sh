@@ -39,9 +39,9 @@ kept in OUT.parts until OUT is whole: whatever breaks it off, the same command g
 Exit status 1, and the place, if something could not be spoken: a short silence stands for it. What
 Python needs for this, no torch, is installed into .venv."
 
-readonly SPEAK_OPTIONS='WORD -:from_stdin -o=out --out=out --url=url --endpoint:along_route --start:said
- --wait=said --at-once=said --voice=said --seed=said --plain:said --no-notes:said --keep:said
- --again=said --json:said -q:said --quiet:said'
+readonly SPEAK_OPTIONS='WORD -:from_stdin -o=out --out=out --url=url --endpoint:along_route
+ --start:said --wait=said --at-once=said --voice=said --seed=said --plain:said --no-notes:said
+ --keep:said --again=said --json:said -q:said --quiet:said'
 
 # -----------------------------------------------------------------------------
 # Speak
