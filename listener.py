@@ -157,9 +157,14 @@ class Listener:
 def ask(ear: subprocess.Popen[bytes], seconds: float, question: bytes) -> dict[str, Any]:
     """The ear's answer, which it has so many seconds for. Raises Broken."""
     assert ear.stdin and ear.stdout
-    limit = threading.Timer(seconds, ear.kill)  # then writing and reading end
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        ear.kill()  # then writing and reading end
+
+    limit = threading.Timer(seconds, stop)
     limit.start()
-    began = time.monotonic()
     try:
         ear.stdin.write(question)
         ear.stdin.flush()
@@ -169,8 +174,8 @@ def ask(ear: subprocess.Popen[bytes], seconds: float, question: bytes) -> dict[s
     finally:
         limit.cancel()
     if not isinstance(answer, dict):
-        slow = time.monotonic() - began >= seconds
-        what = f"gave no answer in {seconds:.0f} s" if slow else "died or answered nonsense"
+        what = (f"gave no answer in {seconds:.0f} s" if late.is_set()
+                else "died or answered nonsense")
         raise Broken(f"the listener {what}")
     return answer
 
