@@ -187,10 +187,10 @@ def running_worker(script: Path | None = None, **settings: str) -> Iterator[Work
     """A worker that listens, ready or not; ended and its log shown on failure at the end.
 
     It judges nothing unless told to, as the toy's babble would be made three times over. It is
-    spared the import of torch, unless there is a setting that is not the worker's own.
+    spared the import of torch, unless a setting is neither the worker's own nor the hub's client's.
     """
     script, environment = script or WORKER, clean_environment(**{"BARK_QUALITY": "off", **settings})
-    if all(name.startswith(("BARK_", "TTS_")) for name in settings):
+    if all(name.startswith(("BARK_", "TTS_", "HF_")) for name in settings):
         process = warm_python().start(script, environment, ROOT)
     else:
         process = subprocess.Popen([sys.executable, str(script)], text=True, cwd=ROOT,

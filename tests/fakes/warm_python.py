@@ -5,7 +5,8 @@
 That import is 3 of the 4 s of processor time that a worker needs to be ready on the toy. A script
 runs as __main__, to the end of the interpreter, with its environment, folder and a pipe for
 stderr. It differs from an ordinary one in what it is a child of, in that it cannot have another
-stdout, and in that what the libraries read of the environment when they are imported is older.
+stdout, and in that what the libraries read of the environment when they are imported is older,
+but for the hub's client, which reads it anew.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ def run(script: str, environment: dict[str, str]) -> None:
     """Runs it in this process; SystemExit and the like are left to the interpreter."""
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(sys.modules["huggingface_hub.constants"])
     sys.argv, sys.orig_argv = [script], [sys.executable, script]
     sys.path[0] = str(Path(script).parent)
     sys.modules["__main__"] = main = ModuleType("__main__")
