@@ -308,11 +308,11 @@ UNITS = ['"', "*", "_", "“", "'a ", "‘a", "(a ", "[a", "♪", "♪\n", "…"
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_time_grows_with_the_length_and_not_with_its_square(bark: ModuleType, unit: str) -> None:
-    text = (unit * 100_000)[:100_000]
+    text = (unit * 50_000)[:50_000]
     script, spans = cut(bark, text)
     began = time.process_time()
     bark.express(script, spans, "en")
-    assert time.process_time() - began < 1.5
+    assert time.process_time() - began < 0.75
 
 
 def test_a_long_chapter_takes_no_time_to_speak_of(bark: ModuleType) -> None:

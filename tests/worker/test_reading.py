@@ -305,7 +305,7 @@ UNITS = [
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_time_grows_with_the_length_and_not_with_its_square(bark: ModuleType, unit: str) -> None:
-    text = (unit * 100_000)[:100_000]
+    text = (unit * 25_000)[:25_000]
     began = time.process_time()
     bark.read(text, "en")
-    assert time.process_time() - began < 4.0  # 0.9 at most seen; square time would be minutes
+    assert time.process_time() - began < 1.0  # 0.25 at most seen; square time would be many
