@@ -23,7 +23,8 @@ for tool in curl jq; do
 done
 step venv ensure_venv "$ROOT/requirements.txt" "$ROOT/tests/requirements.txt"
 step ruff .venv/bin/ruff check .
-step shellcheck .venv/bin/shellcheck -x manage-bark-worker.sh manage/*.sh tests/*.sh .ci/run
+step shellcheck xargs -n 1 -P 2 .venv/bin/shellcheck -x \
+  < <(printf '%s\n' manage-bark-worker.sh manage/*.sh tests/*.sh .ci/run)
 step hadolint .venv/bin/hadolint Dockerfile.ghcr
 step compose .venv/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 step workflows .venv/bin/check-jsonschema --builtin-schema vendor.github-workflows \
