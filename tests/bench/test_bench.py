@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,7 +11,6 @@ import bench
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, clean_environment
 from torch.utils.flop_counter import FlopCounterMode
 
 FULL, SMALL = bench.SIZES["full"], bench.SIZES["small"]
@@ -132,13 +129,11 @@ def test_a_row_that_fails_or_does_not_fit_leaves_the_others(toy_bench: bench.Ben
     assert float(notes[0]) == pytest.approx(toy_bench.audio / 4, rel=0.01)
 
 
-def test_the_command_prints_a_table_with_ratios() -> None:
-    command = [sys.executable, ROOT / "tests/bench/bench.py", "--device", "cpu", "--size", "toy",
-               "--seconds", "0.3", "--batches", "1,2", "--baseline-batches", "2", "--profile"]
-    done = subprocess.run(command, env=clean_environment(), text=True, capture_output=True,
-                          timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line]
+def test_the_command_prints_a_table_with_ratios(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--device", "cpu", "--size", "toy", "--seconds", "0.3", "--batches", "1,2",
+                       "--baseline-batches", "2", "--profile"]) == 0
+    told = capsys.readouterr().out
+    lines = [line.strip("| ").split(" | ") for line in told.splitlines() if "|" in line]
     header, rows = lines[0], lines[2:]
     assert [(row[0], row[1]) for row in rows] == [
         (bench.ALONE, "1"), (bench.OURS, "1"), (bench.OURS, "2"), (bench.BATCHED, "2")]
@@ -146,4 +141,4 @@ def test_the_command_prints_a_table_with_ratios() -> None:
     for row in rows:
         alone = float(row[speed]) / float(rows[0][speed])
         assert float(row[ratio]) == pytest.approx(alone, rel=0.02)
-    assert "Random weights" in done.stdout and "ms in all" in done.stdout
+    assert "Random weights" in told and "ms in all" in told
