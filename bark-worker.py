@@ -26,11 +26,12 @@ The map: sections in order. Each uses what stands above it, and of the world wha
   Audio          samples to bytes, in six formats           -                     test_audio
   Takes          what came of a generation, judged          -                     test_takes
   Timing         when each word of a text is heard          -                     test_timing
-  Model          folders, downloads, weights, voices        tensors               test_weights
+  Model          folders, downloads, weights, presets       tensors               test_weights
   Sampling       which token comes next                     tensors               test_engine
   Decoding       one token a step in slots of a KV cache    tensors               test_batching
   Stages         semantic, coarse and fine, and the codec   tensors               test_engine
   Engine         the stages' order; segments in, PCM out    tensors               test_batching
+  Voices         which there are; presets of one's own      -                     test_voices
   Narrator       a request's text as segments               -                     test_openai
   Metrics        what Prometheus is told                    prometheus            test_metrics
   Hearing        takes heard and judged, beside the device  tensors, threads      test_hearing
@@ -3523,14 +3524,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_HEADER = 100_000_000  # bytes, of a safetensors file (its own limit)
 HUB_SECONDS = 20.0  # for the hub to answer a question about a model
 PROMPTS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
-MAX_PRESETS, MAX_PRESET = 1000, 1_000_000  # files; bytes of a file, and of an array in it
-PRESET_SECONDS = (0.5, 120.0)  # of which Bark looks at the last ten
-MAX_NAME = 64  # characters
-VOICE_ALIASES = {
-    "male": ("v2/en_speaker_6", "natural male narrator"),
-    "female": ("v2/en_speaker_9", "natural female narrator"),
-    "narrator": ("v2/en_speaker_1", "calm male voice"),
-}
 MAX_SPEECH_SECONDS = 12.0  # beyond 13 to 14 s Bark drifts off its text (Suno's README)
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -4026,169 +4019,6 @@ class ModelFacts:
                 raise PresetError(f"{prompt} has ids outside 0 to {limit - 1}, or none")
             prompts.append(ids.astype(np.int64))  # `announcer` is uint16
         return Voice(*prompts)
-
-
-def read_regular(path: Path, most: int) -> bytes:
-    """A file's content, of at most so many bytes. Raises OSError, and PresetError for what is no
-    file: it follows no link and waits for no pipe.
-    """
-    with open(path, "rb", opener=lambda name, flags: os.open(
-            name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise PresetError("is no regular file")
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise PresetError(f"has more than {most} bytes")
-    return content
-
-
-def read_array(archive: zipfile.ZipFile, prompt: str) -> np.ndarray:
-    """An array of an .npz, unpacked no further than one may be long, and never by pickle."""
-    try:
-        member = archive.getinfo(f"{prompt}.npy")
-    except KeyError:
-        raise PresetError(f"lacks {prompt}") from None
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise PresetError(f"{prompt} is packed in a way that NumPy does not use")  # unbounded
-    with archive.open(member) as file:
-        data = file.read(MAX_PRESET + 1)
-    if len(data) > MAX_PRESET:
-        raise PresetError(f"{prompt} unpacks to more than {MAX_PRESET} bytes")
-    file = io.BytesIO(data)
-    if np.lib.format.read_magic(file) != (1, 0):  # later ones are for heads of other types
-        raise PresetError(f"{prompt} has a head of another kind than whole numbers have")
-    shape, is_fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=1000)
-    if kind.kind not in "iu":
-        raise PresetError(f"{prompt} holds {shown(kind.str)}, not whole numbers")
-    if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize != len(data) - file.tell():
-        raise PresetError(f"{prompt} has another length than its head says")
-    ids = np.frombuffer(data, kind, offset=file.tell())
-    return ids.reshape(shape, order="F" if is_fortran else "C")
-
-
-def read_preset(path: Path, facts: ModelFacts) -> Voice:
-    """A preset as Suno's `save_as_prompt` and voice cloning tools write it: an .npz that holds
-    PROMPTS, whatever else beside. Raises PresetError with what is wrong, whatever that is.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(read_regular(path, MAX_PRESET))) as archive:
-            voice = facts.voice_of([read_array(archive, prompt) for prompt in PROMPTS])
-    except OSError as error:
-        raise PresetError(f"cannot be read: {error.strerror or first_line(error)}") from error
-    except PresetError:
-        raise
-    except Exception as error:  # for a hostile file zipfile and NumPy raise all kinds
-        raise PresetError(f"is no .npz of NumPy's, or damaged ({type(error).__name__}:"
-                          f" {shown(first_line(error))})") from error
-    low, high = PRESET_SECONDS
-    for prompt, count, rate in (
-            ("semantic_prompt", len(voice.semantic), facts.semantic.semantic_rate_hz),
-            ("coarse_prompt", voice.coarse.shape[1], facts.coarse.coarse_rate_hz),
-            ("fine_prompt", voice.fine.shape[1], facts.coarse.coarse_rate_hz)):
-        if not low <= count / rate <= high:
-            raise PresetError(f"{prompt} is {count / rate:.1f} s long; allowed are {low:g} to"
-                              f" {high:g} s")
-    return voice
-
-
-def preset_name(file: str) -> str:
-    """The voice's name from its file's. Raises PresetError for one that is no name."""
-    name = unicodedata.normalize("NFC", Path(file).stem)
-    signs = all(char in " ._-" or unicodedata.category(char)[0] in "LMN" for char in name)
-    if not signs or len(name) > MAX_NAME or not name[:1].isalnum() or name.endswith((" ", ".")):
-        raise PresetError(f"is no name for a voice: at most {MAX_NAME} letters, digits, blanks and"
-                          " . _ -, of which it begins with a letter or digit")
-    return name
-
-
-class Presets(NamedTuple):
-    """What a folder of one's own presets holds: voices by name; by file what is wrong with it."""
-
-    voices: Mapping[str, Voice] = MappingProxyType({})
-    refused: Mapping[str, str] = MappingProxyType({})
-
-
-class PresetFolder:
-    """A folder of one's own presets, as it is now. Any thread may look.
-
-    A file is read once, and again when it has changed: then it is another voice, and who still
-    speaks with the old one keeps that. `taken` are names that no file can have.
-    """
-
-    def __init__(self, folder: str | None, facts: ModelFacts, taken: Iterable[str]):
-        self.folder = Path(folder).expanduser() if folder else None
-        self.facts, self.taken = facts, {name.lower(): name for name in taken}
-        self._read: dict[Hashable, Voice | str] = {}  # by file and what it was like
-        self._told: dict[Hashable, object] = {}
-
-    def look(self) -> Presets:
-        if not self.folder:
-            return Presets()
-        voices: dict[str, Voice] = {}
-        refused: dict[str, str] = {}
-        used, files = dict(self.taken), self._files(self.folder, refused)
-        for file, mark in files:
-            try:
-                name = preset_name(file)
-                if other := used.get(name.lower()):
-                    raise PresetError(f"has the name of another voice, {other}: rename it")
-                voices[name] = self._voice(self.folder / file, (file, mark))
-                used[name.lower()] = name
-            except PresetError as error:
-                refused[os.fsencode(file).decode(errors="replace")] = str(error)
-        keep_only(self._read, files)
-        for told in refused.items():
-            token = object()
-            if self._told.setdefault(told, token) is token:  # in one step: there is no lock here
-                log.warning("%s %s", shown(str(self.folder / told[0]), 200), told[1])
-        keep_only(self._told, refused.items())
-        return Presets(voices, refused)
-
-    def _files(self, folder: Path, refused: dict[str, str]) -> list[tuple[str, Hashable]]:
-        """Presets and what they are like; what is wrong with the folder itself is of file "."."""
-        try:
-            with os.scandir(folder) as entries:
-                files = sorted((entry.name, mark_of(entry)) for entry in entries if re.fullmatch(
-                    r"[^.].*\.npz", entry.name, re.IGNORECASE | re.DOTALL))
-        except OSError as error:
-            refused["."] = f"cannot be read: {error.strerror}"
-            return []
-        if len(files) > MAX_PRESETS:
-            refused["."] = f"holds {len(files)} presets, of which the first {MAX_PRESETS} are used"
-        return files[:MAX_PRESETS]
-
-    def _voice(self, path: Path, key: Hashable) -> Voice:
-        if (found := self._read.get(key)) is None:
-            found = self._read.setdefault(key, self._read_file(path))
-        if isinstance(found, str):
-            raise PresetError(found)
-        return found
-
-    def _read_file(self, path: Path) -> Voice | str:
-        try:
-            if path.is_symlink():
-                folder, path = path.parent.resolve(), path.resolve(strict=True)
-                if not path.is_relative_to(folder):
-                    return "is a link that leads out of the folder"
-            return read_preset(path, self.facts)
-        except PresetError as error:
-            return str(error)
-        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
-            return f"is a link that leads nowhere ({type(error).__name__})"
-
-
-def mark_of(entry: os.DirEntry[str]) -> tuple[int, ...]:
-    """Another one when a file may have changed."""
-    try:
-        status = entry.stat()
-    except OSError as error:
-        return (error.errno or 0,)
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def keep_only(known: dict[Any, Any], wanted: Iterable[Any]) -> None:
-    for key in set(known) - set(wanted):
-        known.pop(key, None)  # another thread may have been here
 
 
 def load_weights(folder: Path, device: torch.device, dtype: torch.dtype,
@@ -5445,19 +5275,19 @@ def slots_for(model: BarkModel) -> int:
 
 
 # -----------------------------------------------------------------------------
-# Narrator: what a request asks for, as segments
+# Voices: which there are and what they are called; presets of one's own, from a folder
 #
-# A request's text becomes segments: cut, with cues and emphasis put in, tokenized, each with its
-# voice, seed and sampling. All of that is decided here and now, before anything waits, so that the
-# same request is the same segments and gives the same audio.
+# Nothing in that folder is believed: what is no preset is refused, with the reason, and nothing in
+# it is ever run.
 
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
-RANDOM_SEED = -1
-
-# Against audio invented after the text's end: Suno's long-form notebook takes 0.6 and, by its own
-# rule, 0.05; of transformers' rule 0.1 was best in jbrick2070's comparison (ComfyUI-OldTimeRadio).
-SEMANTIC_TEMPERATURE, MIN_EOS_P = 0.6, 0.1
-
+MAX_PRESETS, MAX_PRESET = 1000, 1_000_000  # files; bytes of a file, and of an array in it
+PRESET_SECONDS = (0.5, 120.0)  # of which Bark looks at the last ten
+MAX_NAME = 64  # characters
+VOICE_ALIASES = {
+    "male": ("v2/en_speaker_6", "natural male narrator"),
+    "female": ("v2/en_speaker_9", "natural female narrator"),
+    "narrator": ("v2/en_speaker_1", "calm male voice"),
+}
 
 # OpenAI's voices, by what its guide calls them: men's, a narrator's (fable), women's, of which
 # Bark's English presets have one. alloy, which clients send where nobody has chosen, is BARK_VOICE.
@@ -5497,50 +5327,167 @@ LANGUAGES = {
 }
 
 
-class Manner(NamedTuple):
-    """How a request wants its text spoken; None is as the narrator has it."""
-
-    expressive: bool = True
-    temperature: float | None = None
-    min_eos_p: float | None = None
-
-
-AS_USUAL = Manner()
-
-
-@dataclass(frozen=True)
-class Speech:
-    """A request, planned: for each segment, in order, its span of the text and what Bark gets."""
-
-    text: str
-    voice: str
-    seed: int
-    spans: list[Span]
-    segments: list[Segment]
-    spoken: list[str]
-    rate: int = 24_000
-    wanted: list[Wanted] = field(default_factory=list)  # none: takes are not judged
-    warnings: list[tuple[str, ...]] = field(default_factory=list)  # of what is left out
-    seeds: Mapping[int, int] = field(default_factory=dict)  # of single segments, before `seed`
+def read_regular(path: Path, most: int) -> bytes:
+    """A file's content, of at most so many bytes. Raises OSError, and PresetError for what is no
+    file: it follows no link and waits for no pipe.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(
+            name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise PresetError("is no regular file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise PresetError(f"has more than {most} bytes")
+    return content
 
 
-class Piece(NamedTuple):
-    """A segment before it has a voice: its span of the script, and what is told of it."""
+def read_array(archive: zipfile.ZipFile, prompt: str) -> np.ndarray:
+    """An array of an .npz, unpacked no further than one may be long, and never by pickle."""
+    try:
+        member = archive.getinfo(f"{prompt}.npy")
+    except KeyError:
+        raise PresetError(f"lacks {prompt}") from None
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise PresetError(f"{prompt} is packed in a way that NumPy does not use")  # unbounded
+    with archive.open(member) as file:
+        data = file.read(MAX_PRESET + 1)
+    if len(data) > MAX_PRESET:
+        raise PresetError(f"{prompt} unpacks to more than {MAX_PRESET} bytes")
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):  # later ones are for heads of other types
+        raise PresetError(f"{prompt} has a head of another kind than whole numbers have")
+    shape, is_fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=1000)
+    if kind.kind not in "iu":
+        raise PresetError(f"{prompt} holds {shown(kind.str)}, not whole numbers")
+    if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize != len(data) - file.tell():
+        raise PresetError(f"{prompt} has another length than its head says")
+    ids = np.frombuffer(data, kind, offset=file.tell())
+    return ids.reshape(shape, order="F" if is_fortran else "C")
 
-    span: Span
-    spoken: str
-    ids: list[int]
-    warnings: tuple[str, ...]
+
+def read_preset(path: Path, facts: ModelFacts) -> Voice:
+    """A preset as Suno's `save_as_prompt` and voice cloning tools write it: an .npz that holds
+    PROMPTS, whatever else beside. Raises PresetError with what is wrong, whatever that is.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(read_regular(path, MAX_PRESET))) as archive:
+            voice = facts.voice_of([read_array(archive, prompt) for prompt in PROMPTS])
+    except OSError as error:
+        raise PresetError(f"cannot be read: {error.strerror or first_line(error)}") from error
+    except PresetError:
+        raise
+    except Exception as error:  # for a hostile file zipfile and NumPy raise all kinds
+        raise PresetError(f"is no .npz of NumPy's, or damaged ({type(error).__name__}:"
+                          f" {shown(first_line(error))})") from error
+    low, high = PRESET_SECONDS
+    for prompt, count, rate in (
+            ("semantic_prompt", len(voice.semantic), facts.semantic.semantic_rate_hz),
+            ("coarse_prompt", voice.coarse.shape[1], facts.coarse.coarse_rate_hz),
+            ("fine_prompt", voice.fine.shape[1], facts.coarse.coarse_rate_hz)):
+        if not low <= count / rate <= high:
+            raise PresetError(f"{prompt} is {count / rate:.1f} s long; allowed are {low:g} to"
+                              f" {high:g} s")
+    return voice
 
 
-def derived_seed(*parts: object) -> int:
-    """A seed in 0 to MAX_SEED that depends on `parts` alone."""
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") & MAX_SEED
+def preset_name(file: str) -> str:
+    """The voice's name from its file's. Raises PresetError for one that is no name."""
+    name = unicodedata.normalize("NFC", Path(file).stem)
+    signs = all(char in " ._-" or unicodedata.category(char)[0] in "LMN" for char in name)
+    if not signs or len(name) > MAX_NAME or not name[:1].isalnum() or name.endswith((" ", ".")):
+        raise PresetError(f"is no name for a voice: at most {MAX_NAME} letters, digits, blanks and"
+                          " . _ -, of which it begins with a letter or digit")
+    return name
 
 
-def settled_seed(seed: int) -> int:
-    return secrets.randbelow(MAX_SEED + 1) if seed == RANDOM_SEED else seed
+class Presets(NamedTuple):
+    """What a folder of one's own presets holds: voices by name; by file what is wrong with it."""
+
+    voices: Mapping[str, Voice] = MappingProxyType({})
+    refused: Mapping[str, str] = MappingProxyType({})
+
+
+class PresetFolder:
+    """A folder of one's own presets, as it is now. Any thread may look.
+
+    A file is read once, and again when it has changed: then it is another voice, and who still
+    speaks with the old one keeps that. `taken` are names that no file can have.
+    """
+
+    def __init__(self, folder: str | None, facts: ModelFacts, taken: Iterable[str]):
+        self.folder = Path(folder).expanduser() if folder else None
+        self.facts, self.taken = facts, {name.lower(): name for name in taken}
+        self._read: dict[Hashable, Voice | str] = {}  # by file and what it was like
+        self._told: dict[Hashable, object] = {}
+
+    def look(self) -> Presets:
+        if not self.folder:
+            return Presets()
+        voices: dict[str, Voice] = {}
+        refused: dict[str, str] = {}
+        used, files = dict(self.taken), self._files(self.folder, refused)
+        for file, mark in files:
+            try:
+                name = preset_name(file)
+                if other := used.get(name.lower()):
+                    raise PresetError(f"has the name of another voice, {other}: rename it")
+                voices[name] = self._voice(self.folder / file, (file, mark))
+                used[name.lower()] = name
+            except PresetError as error:
+                refused[os.fsencode(file).decode(errors="replace")] = str(error)
+        keep_only(self._read, files)
+        for told in refused.items():
+            token = object()
+            if self._told.setdefault(told, token) is token:  # in one step: there is no lock here
+                log.warning("%s %s", shown(str(self.folder / told[0]), 200), told[1])
+        keep_only(self._told, refused.items())
+        return Presets(voices, refused)
+
+    def _files(self, folder: Path, refused: dict[str, str]) -> list[tuple[str, Hashable]]:
+        """Presets and what they are like; what is wrong with the folder itself is of file "."."""
+        try:
+            with os.scandir(folder) as entries:
+                files = sorted((entry.name, mark_of(entry)) for entry in entries if re.fullmatch(
+                    r"[^.].*\.npz", entry.name, re.IGNORECASE | re.DOTALL))
+        except OSError as error:
+            refused["."] = f"cannot be read: {error.strerror}"
+            return []
+        if len(files) > MAX_PRESETS:
+            refused["."] = f"holds {len(files)} presets, of which the first {MAX_PRESETS} are used"
+        return files[:MAX_PRESETS]
+
+    def _voice(self, path: Path, key: Hashable) -> Voice:
+        if (found := self._read.get(key)) is None:
+            found = self._read.setdefault(key, self._read_file(path))
+        if isinstance(found, str):
+            raise PresetError(found)
+        return found
+
+    def _read_file(self, path: Path) -> Voice | str:
+        try:
+            if path.is_symlink():
+                folder, path = path.parent.resolve(), path.resolve(strict=True)
+                if not path.is_relative_to(folder):
+                    return "is a link that leads out of the folder"
+            return read_preset(path, self.facts)
+        except PresetError as error:
+            return str(error)
+        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+            return f"is a link that leads nowhere ({type(error).__name__})"
+
+
+def mark_of(entry: os.DirEntry[str]) -> tuple[int, ...]:
+    """Another one when a file may have changed."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        return (error.errno or 0,)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def keep_only(known: dict[Any, Any], wanted: Iterable[Any]) -> None:
+    for key in set(known) - set(wanted):
+        known.pop(key, None)  # another thread may have been here
 
 
 class Voices:
@@ -5607,6 +5554,101 @@ class Voices:
         foreign = voice_language(self.default) != "en"
         return {name: target if target in self.presets and not foreign else self.default
                 for name, target in OPENAI_VOICES.items() if name not in self.presets}
+
+
+def look_up(name: str, known: Mapping[str, str]) -> str | None:
+    """What a name stands for, as it is or with blanks around it and in other letters."""
+    if name in known:
+        return known[name]
+    folded = {other.lower(): target for other, target in known.items()}
+    return folded.get(unicodedata.normalize("NFC", name).strip().lower())
+
+
+def voice_language(name: str) -> str:
+    """Two letters from a name such as v2/de_speaker_3 or de_anna; English where it tells none."""
+    match = re.search(r"(?:^|/)([a-z]{2})_(speaker_)?", name)
+    return match[1] if match and (match[2] or match[1] in LANGUAGES) else "en"
+
+
+def told_voice(name: str, voice: str, **more: Any) -> dict[str, Any]:
+    """What a listing has of `voice` under a name, which is its id; the gender where it is known."""
+    code = voice_language(voice)
+    language = LANGUAGES.get(code)
+    told = {"id": name, "name": name, "language": code,
+            "description": language.name if language else code}
+    if language and (match := re.fullmatch(r"v2/.._speaker_([0-9])", voice)):
+        told["gender"] = "female" if match[1] in language.women else "male"
+        told["description"] += f", {told['gender']}"
+    return told | more
+
+
+def unknown_voice(name: str, known: list[str], listing: str = "/voices") -> InvalidRequest:
+    near = [voice for voice in known if voice.endswith(f"/{name}")] or difflib.get_close_matches(
+        name[:100], known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InvalidRequest(f"voice {shown(name)} is unknown; {hint}GET {listing} lists all"
+                          f" {len(known)}", param="voice", code="unknown_voice")
+
+
+# -----------------------------------------------------------------------------
+# Narrator: what a request asks for, as segments
+#
+# A request's text becomes segments: cut, with cues and emphasis put in, tokenized, each with its
+# voice, seed and sampling. All of that is decided here and now, before anything waits, so that the
+# same request is the same segments and gives the same audio.
+
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+RANDOM_SEED = -1
+
+# Against audio invented after the text's end: Suno's long-form notebook takes 0.6 and, by its own
+# rule, 0.05; of transformers' rule 0.1 was best in jbrick2070's comparison (ComfyUI-OldTimeRadio).
+SEMANTIC_TEMPERATURE, MIN_EOS_P = 0.6, 0.1
+
+
+class Manner(NamedTuple):
+    """How a request wants its text spoken; None is as the narrator has it."""
+
+    expressive: bool = True
+    temperature: float | None = None
+    min_eos_p: float | None = None
+
+
+AS_USUAL = Manner()
+
+
+@dataclass(frozen=True)
+class Speech:
+    """A request, planned: for each segment, in order, its span of the text and what Bark gets."""
+
+    text: str
+    voice: str
+    seed: int
+    spans: list[Span]
+    segments: list[Segment]
+    spoken: list[str]
+    rate: int = 24_000
+    wanted: list[Wanted] = field(default_factory=list)  # none: takes are not judged
+    warnings: list[tuple[str, ...]] = field(default_factory=list)  # of what is left out
+    seeds: Mapping[int, int] = field(default_factory=dict)  # of single segments, before `seed`
+
+
+class Piece(NamedTuple):
+    """A segment before it has a voice: its span of the script, and what is told of it."""
+
+    span: Span
+    spoken: str
+    ids: list[int]
+    warnings: tuple[str, ...]
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed in 0 to MAX_SEED that depends on `parts` alone."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") & MAX_SEED
+
+
+def settled_seed(seed: int) -> int:
+    return secrets.randbelow(MAX_SEED + 1) if seed == RANDOM_SEED else seed
 
 
 class Narrator:
@@ -5748,40 +5790,6 @@ def nothing_to_speak() -> NothingToSpeak:
 def unknown_segment(index: int, count: int) -> InvalidRequest:
     return InvalidRequest(f'seeds has "{index}"; segments of this text: {count}, counted from "0"',
                           param="seeds", code="invalid_value")
-
-
-def look_up(name: str, known: Mapping[str, str]) -> str | None:
-    """What a name stands for, as it is or with blanks around it and in other letters."""
-    if name in known:
-        return known[name]
-    folded = {other.lower(): target for other, target in known.items()}
-    return folded.get(unicodedata.normalize("NFC", name).strip().lower())
-
-
-def voice_language(name: str) -> str:
-    """Two letters from a name such as v2/de_speaker_3 or de_anna; English where it tells none."""
-    match = re.search(r"(?:^|/)([a-z]{2})_(speaker_)?", name)
-    return match[1] if match and (match[2] or match[1] in LANGUAGES) else "en"
-
-
-def told_voice(name: str, voice: str, **more: Any) -> dict[str, Any]:
-    """What a listing has of `voice` under a name, which is its id; the gender where it is known."""
-    code = voice_language(voice)
-    language = LANGUAGES.get(code)
-    told = {"id": name, "name": name, "language": code,
-            "description": language.name if language else code}
-    if language and (match := re.fullmatch(r"v2/.._speaker_([0-9])", voice)):
-        told["gender"] = "female" if match[1] in language.women else "male"
-        told["description"] += f", {told['gender']}"
-    return told | more
-
-
-def unknown_voice(name: str, known: list[str], listing: str = "/voices") -> InvalidRequest:
-    near = [voice for voice in known if voice.endswith(f"/{name}")] or difflib.get_close_matches(
-        name[:100], known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return InvalidRequest(f"voice {shown(name)} is unknown; {hint}GET {listing} lists all"
-                          f" {len(known)}", param="voice", code="unknown_voice")
 
 
 # -----------------------------------------------------------------------------
