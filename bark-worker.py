@@ -31,7 +31,7 @@ The map: sections in order. Each uses what stands above it, and of the world wha
   Decoding       one token a step in slots of a KV cache    tensors               test_batching
   Stages         semantic, coarse and fine, and the codec   tensors               test_engine
   Engine         the stages' order; segments in, PCM out    tensors               test_batching
-  Voices         which there are; presets of one's own      -                     test_voices
+  Voices         which there are; presets of one's own      threads               test_voices
   Narrator       a request's text as segments               -                     test_openai
   Metrics        what Prometheus is told                    prometheus            test_metrics
   Hearing        takes heard and judged, beside the device  tensors, threads      test_hearing
@@ -5370,7 +5370,10 @@ def read_preset(path: Path, facts: ModelFacts) -> Voice:
     PROMPTS, whatever else beside. Raises PresetError with what is wrong, whatever that is.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(read_regular(path, MAX_PRESET))) as archive:
+        real = Path(os.path.realpath(path, strict=True))
+        if not real.is_relative_to(path.parent.resolve()):
+            raise PresetError("is a link that leads out of the folder")
+        with zipfile.ZipFile(io.BytesIO(read_regular(real, MAX_PRESET))) as archive:
             voice = facts.voice_of([read_array(archive, prompt) for prompt in PROMPTS])
     except OSError as error:
         raise PresetError(f"cannot be read: {error.strerror or first_line(error)}") from error
@@ -5380,13 +5383,12 @@ def read_preset(path: Path, facts: ModelFacts) -> Voice:
         raise PresetError(f"is no .npz of NumPy's, or damaged ({type(error).__name__}:"
                           f" {shown(first_line(error))})") from error
     low, high = PRESET_SECONDS
-    for prompt, count, rate in (
-            ("semantic_prompt", len(voice.semantic), facts.semantic.semantic_rate_hz),
-            ("coarse_prompt", voice.coarse.shape[1], facts.coarse.coarse_rate_hz),
-            ("fine_prompt", voice.fine.shape[1], facts.coarse.coarse_rate_hz)):
-        if not low <= count / rate <= high:
-            raise PresetError(f"{prompt} is {count / rate:.1f} s long; allowed are {low:g} to"
-                              f" {high:g} s")
+    rate, codes = facts.semantic.semantic_rate_hz, facts.coarse.coarse_rate_hz
+    lengths = (len(voice.semantic) / rate, voice.coarse.shape[1] / codes,
+               voice.fine.shape[1] / codes)
+    for prompt, length in zip(PROMPTS, lengths, strict=True):
+        if not low <= length <= high:
+            raise PresetError(f"{prompt} is {length:.1f} s long; allowed are {low:g} to {high:g} s")
     return voice
 
 
@@ -5403,8 +5405,8 @@ def preset_name(file: str) -> str:
 class Presets(NamedTuple):
     """What a folder of one's own presets holds: voices by name; by file what is wrong with it."""
 
-    voices: Mapping[str, Voice] = MappingProxyType({})
-    refused: Mapping[str, str] = MappingProxyType({})
+    voices: dict[str, Voice]
+    refused: dict[str, str]
 
 
 class PresetFolder:
@@ -5417,31 +5419,30 @@ class PresetFolder:
     def __init__(self, folder: str | None, facts: ModelFacts, taken: Iterable[str]):
         self.folder = Path(folder).expanduser() if folder else None
         self.facts, self.taken = facts, {name.lower(): name for name in taken}
-        self._read: dict[Hashable, Voice | str] = {}  # by file and what it was like
-        self._told: dict[Hashable, object] = {}
+        self._lock = threading.Lock()
+        self._read: dict[tuple[str, Hashable], tuple[str, Voice | str]] = {}
+        self._told: dict[str, str] = {}
 
     def look(self) -> Presets:
+        found, used = Presets({}, {}), dict(self.taken)
         if not self.folder:
-            return Presets()
-        voices: dict[str, Voice] = {}
-        refused: dict[str, str] = {}
-        used, files = dict(self.taken), self._files(self.folder, refused)
-        for file, mark in files:
-            try:
-                name = preset_name(file)
+            return found
+        with self._lock:
+            self._read = {file: self._read.get(file) or self._read_file(self.folder / file[0])
+                          for file in self._files(self.folder, found.refused)}
+            for (file, _), (name, voice) in self._read.items():
                 if other := used.get(name.lower()):
-                    raise PresetError(f"has the name of another voice, {other}: rename it")
-                voices[name] = self._voice(self.folder / file, (file, mark))
-                used[name.lower()] = name
-            except PresetError as error:
-                refused[os.fsencode(file).decode(errors="replace")] = str(error)
-        keep_only(self._read, files)
-        for told in refused.items():
-            token = object()
-            if self._told.setdefault(told, token) is token:  # in one step: there is no lock here
-                log.warning("%s %s", shown(str(self.folder / told[0]), 200), told[1])
-        keep_only(self._told, refused.items())
-        return Presets(voices, refused)
+                    voice = f"has the name of another voice, {other}: rename it"
+                if isinstance(voice, str):
+                    found.refused[os.fsencode(file).decode(errors="replace")] = voice
+                else:
+                    found.voices[name] = voice
+                    used[name.lower()] = name
+            for file, reason in found.refused.items():
+                if self._told.get(file) != reason:
+                    log.warning("%s %s", shown(str(self.folder / file), 200), reason)
+            self._told = found.refused
+        return found
 
     def _files(self, folder: Path, refused: dict[str, str]) -> list[tuple[str, Hashable]]:
         """Presets and what they are like; what is wrong with the folder itself is of file "."."""
@@ -5456,24 +5457,12 @@ class PresetFolder:
             refused["."] = f"holds {len(files)} presets, of which the first {MAX_PRESETS} are used"
         return files[:MAX_PRESETS]
 
-    def _voice(self, path: Path, key: Hashable) -> Voice:
-        if (found := self._read.get(key)) is None:
-            found = self._read.setdefault(key, self._read_file(path))
-        if isinstance(found, str):
-            raise PresetError(found)
-        return found
-
-    def _read_file(self, path: Path) -> Voice | str:
+    def _read_file(self, path: Path) -> tuple[str, Voice | str]:
+        """Its name, and the voice; or none, and what is wrong."""
         try:
-            if path.is_symlink():
-                folder, path = path.parent.resolve(), path.resolve(strict=True)
-                if not path.is_relative_to(folder):
-                    return "is a link that leads out of the folder"
-            return read_preset(path, self.facts)
+            return preset_name(path.name), read_preset(path, self.facts)
         except PresetError as error:
-            return str(error)
-        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
-            return f"is a link that leads nowhere ({type(error).__name__})"
+            return "", str(error)
 
 
 def mark_of(entry: os.DirEntry[str]) -> tuple[int, ...]:
@@ -5483,11 +5472,6 @@ def mark_of(entry: os.DirEntry[str]) -> tuple[int, ...]:
     except OSError as error:
         return (error.errno or 0,)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def keep_only(known: dict[Any, Any], wanted: Iterable[Any]) -> None:
-    for key in set(known) - set(wanted):
-        known.pop(key, None)  # another thread may have been here
 
 
 class Voices:
@@ -5504,20 +5488,16 @@ class Voices:
         self.folder = PresetFolder(
             folder, facts, [*self.presets, *VOICE_ALIASES, *OPENAI_VOICES, "default"])
         self.default = "default"
-        self.default = self.find(default)
+        self.default, _ = self.find(default)
 
     def find(self, name: str, also: Mapping[str, str] = MappingProxyType({}),
-             listing: str = "/voices") -> str:
-        """The voice's own name for `name`: as it stands, else trimmed and in any case.
+             listing: str = "/voices") -> tuple[str, Voice]:
+        """The voice's own name for `name`, as it stands, else trimmed and in any case; and its
+        preset as it is now.
 
         `also` are further names and what they stand for; "default" is the default voice. Raises
         InvalidRequest with the nearest names and the listing that has all.
         """
-        return self.choose(name, also, listing)[0]
-
-    def choose(self, name: str, also: Mapping[str, str] = MappingProxyType({}),
-               listing: str = "/voices") -> tuple[str, Voice]:
-        """As `find`, with the preset as it is now."""
         known = {**{voice: voice for voice in self.presets}, **self.aliases, **also}
         found = look_up(name, {"default": self.default, **known})
         if found in self.presets:
@@ -5680,7 +5660,7 @@ class Narrator:
 
         Raises NothingToSpeak, and InvalidRequest for a voice or a segment that is not there.
         """
-        voice, preset = self.voices.choose(self.voices.default if voice is None else voice)
+        voice, preset = self.voices.find(self.voices.default if voice is None else voice)
         seed = derived_seed(voice, text) if seed is None else settled_seed(seed)
         script, pieces = self._pieces(text, voice_language(voice), manner.expressive)
         if not pieces:
@@ -5700,7 +5680,7 @@ class Narrator:
 
     def plan_sample(self, voice: str) -> Speech:
         """A line to hear the voice by: in its own language, if the model can write that."""
-        voice = self.voices.find(voice)
+        voice, _ = self.voices.find(voice)
         line = LANGUAGES.get(voice_language(voice), LANGUAGES["en"]).line
         if self.facts.unknown(line):
             line = LANGUAGES["en"].line
@@ -8118,7 +8098,7 @@ class RequestHandler(HttpHandler):
         voice, narrator = check_voice(payload), self.narrator()
         if voice is not None:
             voices = narrator.voices
-            voice = voices.find(voice, voices.openais(), "/v1/audio/voices")
+            voice, _ = voices.find(voice, voices.openais(), "/v1/audio/voices")
         with self.delivery(payload, "input", text, voice, form, SILENCE_SECONDS) as delivery:
             if events:
                 rate = narrator.facts.semantic.semantic_rate_hz

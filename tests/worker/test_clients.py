@@ -201,7 +201,7 @@ def test_every_name_that_is_listed_can_be_sent(bark: ModuleType, toy: Path) -> N
     for listed, also in ((voices.listed(), {}), (voices.listed_for_openai(), voices.openais())):
         for voice in listed:
             assert voice["name"] == voice["id"]
-            target = voices.find(voice["id"], also)
+            target, _ = voices.find(voice["id"], also)
             assert narrator.plan("Hi.", target, 1).voice == voice.get("alias_of", voice["id"])
 
 
@@ -230,8 +230,8 @@ def test_an_exact_name_comes_before_one_in_other_letters(bark: ModuleType, toy: 
     facts = bark.ModelFacts(toy)
     facts.voices["MALE"] = facts.voices["v2/en_speaker_2"]
     voices = bark.Narrator(facts, "v2/en_speaker_6").voices
-    assert voices.find("MALE") == "MALE"
-    assert voices.find("male") == "v2/en_speaker_6"
+    assert voices.find("MALE")[0] == "MALE"
+    assert voices.find("male")[0] == "v2/en_speaker_6"
 
 
 @pytest.mark.parametrize("form", ["FLAC", " flac\n", "Flac"])
