@@ -6502,62 +6502,41 @@ def not_ready(state: State) -> Unavailable:
 
 SAMPLE_FORMAT = "mp3"  # which every browser plays
 MAX_SAMPLE = 1_000_000  # bytes; a line takes some 50,000
-SAMPLES_IN_MEMORY = 16_000_000  # bytes, where the disk takes none
-
-
-class Sample(NamedTuple):
-    """A line in a voice, planned, and the name of all that decides its sound."""
-
-    key: str
-    speech: Speech
 
 
 class SampleFiles:
-    """Samples by key, each a file, whole or not there; in memory where the disk takes none.
-
-    Not for several threads at once, but for several workers.
-    """
+    """Samples by key, each a file, whole or not there. Any thread may ask, and any worker."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self._memory: dict[str, bytes] = {}
-        self._is_told = False
+        self.folder, self._is_told = folder, False
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> bytes:
+        """The audio; empty if there is none."""
         try:
             content = read_regular(self.folder / key, MAX_SAMPLE)
         except (OSError, PresetError):
-            content = b""
+            return b""
         seal, audio = content[:32], content[32:]
-        return audio if seal == self._seal(key, audio) else self._memory.get(key)
+        return audio if seal == self._seal(key, audio) else b""
 
     def put(self, key: str, audio: bytes) -> None:
+        """Keeps it if the disk takes it."""
+        path = self.folder / key
+        part = path.with_suffix(f".{secrets.token_hex(4)}")
         try:
-            self._write(self.folder / key, self._seal(key, audio) + audio)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(self._seal(key, audio) + audio)
+            part.replace(path)
         except OSError as error:
-            self._memory[key] = audio
-            while sum(map(len, self._memory.values())) > SAMPLES_IN_MEMORY:
-                del self._memory[next(iter(self._memory))]  # the oldest
+            with contextlib.suppress(OSError):
+                part.unlink()
             if not self._is_told:
                 self._is_told = True
-                log.warning("samples of voices cannot be kept in %s (%s): they stay in memory, and"
-                            " the next start makes them anew", self.folder, error.strerror)
+                log.warning("samples of voices cannot be kept in %s (%s): they are made at each"
+                            " asking", self.folder, error.strerror)
 
     def _seal(self, key: str, audio: bytes) -> bytes:
         return hashlib.sha256(key.encode() + audio).digest()
-
-    def _write(self, path: Path, content: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{secrets.token_hex(4)}")
-        try:
-            with part.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
 
 
 class Making(NamedTuple):
@@ -6578,36 +6557,34 @@ class Samples:
         self._lock = threading.Lock()
         self._making: dict[str, Making] = {}
 
-    def plan(self, narrator: Narrator, voice: str) -> Sample:
-        """Raises InvalidRequest for an unknown voice."""
+    def plan(self, narrator: Narrator, voice: str) -> tuple[str, Speech]:
+        """A line in the voice, and the name of all that decides its sound, under which `files` has
+        it. Raises InvalidRequest for an unknown voice.
+        """
         speech, details = narrator.plan_sample(voice), self.scheduler.state.details
         decides = (VERSION, SAMPLE_FORMAT, self.manner, details.get("device"), details.get("dtype"),
                    narrator.facts.origin, speech.rate, speech.spans, speech.wanted, speech.segments)
-        return Sample(hashlib.sha256(repr(decides).encode()).hexdigest(), speech)
+        return hashlib.sha256(repr(decides).encode()).hexdigest(), speech
 
-    def find(self, sample: Sample) -> bytes | None:
-        with self._lock:
-            return self.files.get(sample.key)
-
-    def make(self, sample: Sample, deadline: float, has_left: Callable[[], bool]) -> bytes:
+    def make(self, key: str, speech: Speech, deadline: float,
+             has_left: Callable[[], bool]) -> bytes:
         """The sample, once for all who ask meanwhile. Raises what a request's end may be."""
         while True:
             with self._lock:
-                if sample.key not in self._making:
-                    if audio := self.files.get(sample.key):  # made since it was looked for
-                        return audio
-                    self._making[sample.key] = self._ask(sample.speech, deadline, has_left)
-                making = self._making[sample.key]
-                making.askers.append(has_left)
-            audio = b""
+                if audio := self.files.get(key):  # made since it was looked for
+                    return audio
+                if making := self._making.get(key):
+                    making.askers.append(has_left)
+                else:
+                    making = self._making[key] = self._ask(speech, deadline, has_left)
             try:
-                audio = joined_takes(sample.speech, list(making.request.results()))
+                audio = joined_takes(speech, list(making.request.results()))
                 return audio
             except (Abandoned, RequestTimeout):  # of who asked first: others ask anew
                 if has_left() or time.monotonic() >= deadline:
                     raise
             finally:
-                self._end(sample.key, making, audio)
+                self._end(key, making, audio)
 
     def _ask(self, speech: Speech, deadline: float, has_left: Callable[[], bool]) -> Making:
         askers = [has_left]
@@ -8025,18 +8002,18 @@ class RequestHandler(HttpHandler):
             raise self.unknown_path(path)
         narrator, samples = self.narrator(), self.server.samples
         try:
-            sample = samples.plan(narrator, unquote(name))
+            key, speech = samples.plan(narrator, unquote(name))
         except InvalidRequest as error:
             raise HttpError(HTTPStatus.NOT_FOUND, error.code, str(error)) from None
-        audio, kind = samples.find(sample), FORMATS[SAMPLE_FORMAT].mime
+        audio, kind = samples.files.get(key), FORMATS[SAMPLE_FORMAT].mime
         if not audio and self.command == "HEAD":
             self.send_head(HTTPStatus.OK, {"Content-Type": kind, "Accept-Ranges": "bytes"})
             return
         if not audio:
             with self.server.guard.work():
-                audio = samples.make(sample, self.began + self.server.config.timeout,
+                audio = samples.make(key, speech, self.began + self.server.config.timeout,
                                      lambda: has_left(self.connection))
-        is_own = sample.speech.voice not in narrator.facts.voices
+        is_own = speech.voice not in narrator.facts.voices
         self.send_kept(kind, audio, {"ETag": tag_of(audio), "Cache-Control": (
             "private, no-cache" if is_own else "private, max-age=3600")})  # own ones may change
 
