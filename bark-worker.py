@@ -6374,11 +6374,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Fills free slots. Turns make it fair; within a turn, who came first goes first."""
         self._make_way()
-        while self._engine.free_slots > 0:
-            open_requests = [r for r in self._requests if r.todo]
-            if not open_requests:
-                return
-            request = min(open_requests, key=lambda r: (r.patient, r.turn))
+        while self._engine.free_slots > 0 and (unserved := [r for r in self._requests if r.todo]):
+            request = min(unserved, key=lambda r: (r.patient, r.turn))
             index = request.todo.popleft()
             segment = request.trials[index].next_segment()
             self._owner[segment] = (request, index)
@@ -6388,7 +6385,8 @@ class Scheduler:
             self._engine.add(segment, urgent=not request.patient and (again or not request.started))
             if not request.started:
                 request.started = time.monotonic()
-                self.metrics.started(request.wait)
+                if not request.patient:  # which waits by intent, and may start more than once
+                    self.metrics.started(request.wait)
 
     def _collect(self, done: Finished) -> None:
         if done.segment not in self._owner:
@@ -6441,7 +6439,7 @@ class Scheduler:
     def _end(self, request: Request, error: WorkerError | None = None) -> None:
         self._requests.remove(request)
         request.ended = time.monotonic()
-        if request.audio and not error:
+        if request.audio and not (error or request.patient):
             self.metrics.spoke(request.compute, request.audio)
         for segment in [s for s, (owner, _) in self._owner.items() if owner is request]:
             del self._owner[segment]
@@ -7376,6 +7374,7 @@ class HttpHandler(HttpAnswers):
         except OSError:
             self.close_connection = True
             self.notes["broken_off"], self.outcome = True, "client_closed_request"
+            self.sent_status = self.sent_status or 499
         except Exception as error:
             log.error("request failed", exc_info=error)
             self.send_failure(WorkerError("internal error; the worker's log has more",

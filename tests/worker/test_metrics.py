@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import socket
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,9 +158,15 @@ def test_a_full_worker_and_one_whose_clients_left_are_told(metered: Worker) -> N
         told = [value(busy, f"bark_{name}") for name in (
             "requests_running", "requests_waiting", "queue_capacity", "segments_running", "slots")]
         assert told == [1, 1, 1, 1, 1]
+    with connect(metered) as resetting:
+        head, _, _ = synthesis({"text": "So it is."}, f"{key}\r\nExpect: 100-continue").partition(
+            b"\r\n\r\n")
+        resetting.sendall(head + b"\r\n\r\n")
+        assert b" 100 " in resetting.recv(100)  # now it waits for the body
+        resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     idle = wait_until(
         lambda: answers(after := scrape(metered))["/synthesize", "499", "client_closed_request"]
-        == 2 and after, "two who left", 30)
+        == 3 and after, "three who left", 30)
     assert (answers(idle) - answers(before))["/synthesize", "503", "queue_full"] == 1
     assert [value(idle, f"bark_{name}") for name in (
         "requests_running", "requests_waiting", "segments_running")] == [0, 0, 0]
@@ -289,6 +297,13 @@ def test_every_query_asks_for_what_there_is(bark: ModuleType) -> None:
     for query in queries:
         for name, selected in re.findall(r"\b((?:bark|process)_\w+)(?:\{([^}]*)\})?", query):
             assert set(re.findall(r"(\w+)[=!]", selected)) <= labels[name], query
+
+
+def test_our_faults_are_all_that_answers_of_500_and_more_may_say() -> None:
+    errors = (ROOT / "docs/http.md").read_text(encoding="utf-8").split("## Errors")[1]
+    ours = " ".join(re.findall(r"^\| 50\d \| ([^|]+) \|", errors, re.M))
+    (asked,) = re.findall(r'outcome=~"([^"]+)"', PAGE)
+    assert set(asked.split(r"\|")) == set(re.findall(r"`(\w+)`", ours))
 
 
 def test_names_and_units_are_as_prometheus_has_them(bark: ModuleType) -> None:

@@ -231,7 +231,9 @@ def test_a_patient_request_waits_for_all_others_also_for_later_ones(
 
 def test_a_patient_request_makes_way_for_others_and_is_taken_up_again(
         make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench()
+    bench, waits, paces = make_bench(), [], []
+    bench.scheduler.metrics.started = waits.append
+    bench.scheduler.metrics.spoke = lambda compute, audio: paces.append(compute / audio)
     patient = bench.submit("p", 2, steps=3, patient=True)
     bench.engine.wait_for_step()
     bench.submit("a", 1)
@@ -241,6 +243,7 @@ def test_a_patient_request_makes_way_for_others_and_is_taken_up_again(
     bench.engine.run_free()
     assert names(patient) == ["p0", "p1"]
     assert bench.engine.added() == ["p0", "a0", "p0", "p1"]
+    assert len(waits) == len(paces) == 1, "that of the other: patience is not what people wait"
 
 
 def test_a_patient_request_stays_where_there_is_a_slot_for_all(
