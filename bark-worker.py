@@ -236,11 +236,9 @@ def open_log(form: str) -> None:
     """The log goes to stderr from here on, as "text" or "json"; once is enough."""
     if logging.root.handlers:
         return
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if form == "json":
-        handler.setFormatter(JsonLine())
+        logging.root.handlers[0].setFormatter(JsonLine())
         logging.captureWarnings(True)
         logging.raiseExceptions = False  # a line that cannot be written would be about itself
         sys.excepthook = lambda *error: log.error("the worker broke", exc_info=error)
@@ -5820,11 +5818,11 @@ class Metrics:
         self._durations = seconds(
             "bark_http_request_duration_seconds", "From a request's head to the end of its answer,"
             " of those that went well.", ["path"])
-        self._waits = seconds(
-            "bark_queue_wait_seconds", "Until a request got its first slot.")
-        self._firsts = seconds(
+        self.started = seconds(
+            "bark_queue_wait_seconds", "Until a request got its first slot.").observe
+        self.sounded = seconds(
             "bark_first_segment_seconds", "From a request's head until its first segment could be"
-            " sent.")
+            " sent.").observe
         self._paces = prometheus.Histogram(
             "bark_real_time_factor_ratio", "Seconds from a request's first slot to its last take,"
             " by its seconds of speech that were generated.", registry=registry, buckets=RATIOS)
@@ -5832,8 +5830,9 @@ class Metrics:
             "bark_segments_total", "Segments spoken: by the model, or from the cache in memory.",
             ["source"])
         self._audio = counter("bark_audio_seconds_total", "Seconds of speech in them.", ["source"])
-        self._takes = counter("bark_takes_total", "Takes generated.")
-        self._busy = counter("bark_busy_seconds_total", "Seconds in which the device was at work.")
+        self.take = counter("bark_takes_total", "Takes generated.").inc
+        self.worked = counter(
+            "bark_busy_seconds_total", "Seconds in which the device was at work.").inc
         for source in ("model", "cache"):  # there from the start, so that the first one is a rise
             for each in (self._segments, self._audio):
                 each.labels(source)
@@ -5845,13 +5844,6 @@ class Metrics:
         if outcome == "ok":
             self._durations.labels(path).observe(seconds)
 
-    def started(self, wait: float) -> None:
-        self._waits.observe(wait)
-
-    def sounded(self, seconds: float) -> None:
-        """The first segment of a request could be sent."""
-        self._firsts.observe(seconds)
-
     def spoke(self, compute: float, audio: float) -> None:
         """A request was spoken to its end."""
         self._paces.observe(compute / audio)
@@ -5859,12 +5851,6 @@ class Metrics:
     def segment(self, source: str, audio: float) -> None:
         self._segments.labels(source).inc()
         self._audio.labels(source).inc(audio)
-
-    def take(self) -> None:
-        self._takes.inc()
-
-    def worked(self, seconds: float) -> None:
-        self._busy.inc(seconds)
 
     def page(self, accept: str, health: Mapping[str, Any]) -> tuple[bytes, str]:
         """All of it, as OpenMetrics if an Accept header names that; and its media type."""
@@ -6993,10 +6979,8 @@ def wanted_part(asked: str, length: int) -> range | None:
     first, last = match.groups() if match else ("", "")
     if not (first or last) or (first and last and int(first) > int(last)):
         return None
-    if not first:  # the last so many
-        part = range(max(0, length - int(last)), length)
-    else:
-        part = range(int(first), min(int(last or length - 1) + 1, length))
+    part = range(length)[int(first) : int(last or length) + 1] if first else (
+        range(length)[max(0, length - int(last)) :])  # the last so many
     if not part:
         raise HttpError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "range_not_satisfiable",
                         f"Range is {shown(asked)}, but there are {length} bytes",
@@ -7226,7 +7210,7 @@ class HttpAnswers(BaseHTTPRequestHandler):
         self.notes: dict[str, Any] = {}
         self.outcome = "ok"  # or the code of what went wrong
         self.request_id, self.body_pending = secrets.token_hex(8), body_pending
-        self.known_path = "?"  # of whatever the client sent
+        self.known_path, self.below = "?", ""  # of whatever the client sent
 
     def version_string(self) -> str:
         return f"bark-worker/{VERSION}"
@@ -7280,10 +7264,9 @@ class HttpAnswers(BaseHTTPRequestHandler):
         if names_tag(self.headers.get("If-None-Match", ""), tag):
             self.send_head(HTTPStatus.NOT_MODIFIED, headers)
             return
+        part = None
         if self.headers.get("If-Range", tag).strip() == tag:
             part = wanted_part(self.headers.get("Range", ""), len(body))
-        else:
-            part = None
         if part is None:
             self.send_body(HTTPStatus.OK, kind, body, headers)
         else:
@@ -7411,7 +7394,7 @@ class HttpHandler(HttpAnswers):
             above = (p for p in self.routes if p[1:].endswith("/") and asked.startswith(p))
             known = asked if asked in self.routes else next(above, None)
             if known:
-                self.known_path = known
+                self.known_path, self.below = known, asked.removeprefix(known)
                 return self.routes[known]
         return None
 
@@ -7994,11 +7977,9 @@ class RequestHandler(HttpHandler):
     def get_sample(self) -> None:
         """A voice's own line. HEAD never has it made: of one that is not, it tells the kind alone.
         """
-        path = urlsplit(self.path).path
-        name, _, what = re.sub("/{2,}", "/", path).rstrip("/").removeprefix(
-            SAMPLES_PATH).rpartition("/")
+        name, _, what = self.below.rpartition("/")
         if what != "sample":
-            raise self.unknown_path(path)
+            raise self.unknown_path(SAMPLES_PATH + self.below)
         narrator, samples = self.narrator(), self.server.samples
         try:
             key, speech = samples.plan(narrator, unquote(name))
@@ -8027,7 +8008,7 @@ class RequestHandler(HttpHandler):
         self.send_json({"object": "list", listed: models})
 
     def get_model(self) -> None:
-        name = unquote(urlsplit(self.path).path.partition("/models/")[2].rstrip("/"))
+        name = unquote(self.below)
         if name not in self.models():
             raise HttpError(HTTPStatus.NOT_FOUND, "model_not_found", f"there is no model"
                             f" {shown(name)}; there are {', '.join(self.models())}, which are one")
