@@ -48,6 +48,9 @@ def archive(**members: np.ndarray | bytes) -> bytes:
     return file.getvalue()
 
 
+GOOD = archive(**prompts())
+
+
 @pytest.fixture(scope="module")
 def facts(bark: ModuleType, toy: Path) -> Any:
     return bark.ModelFacts(toy)
@@ -107,45 +110,37 @@ def test_the_language_is_what_the_name_tells(bark: ModuleType, name: str, langua
     assert bark.voice_language(name) == language
 
 
-@pytest.mark.parametrize("file", [
-    "anna.npz", "Anna Karenina.npz", "Zoë.NPZ", "हिन्दी.npz", "田中.npz", "v1.2_b-c.npz", "7.npz"])
-def test_a_name_is_what_people_call_a_voice(voices: Any, folder: Path, file: str) -> None:
-    np.savez(folder / "x.npz", **prompts())
-    decomposed = unicodedata.normalize("NFD", file)  # as macOS may have it
-    (folder / "x.npz").rename(folder / decomposed)
-    name = file[:-4]
-    assert list(voices.folder.look().voices) == [name]
-    assert voices.find(decomposed[:-4].upper())[0] == name
-    assert {"id": name, "own": True}.items() <= voices.listed()[3].items(), "behind three aliases"
+def test_a_name_is_what_people_call_a_voice(voices: Any, folder: Path) -> None:
+    names = ["7", "Anna Karenina", "Zoë", "anna", "v1.2_b-c", "हिन्दी", "田中"]
+    for name in names:
+        file = f"{name}.npz" if name != "Zoë" else "Zoë.NPZ"
+        (folder / unicodedata.normalize("NFD", file)).write_bytes(GOOD)  # as macOS may have it
+    assert sorted(voices.folder.look().voices) == names
+    assert [voice["id"] for voice in voices.listed() if voice.get("own")] == [
+        voice["id"] for voice in voices.listed()[3:10]], "behind three aliases"
+    for name in names:
+        assert voices.find(unicodedata.normalize("NFD", name).upper())[0] == name
 
 
 # Files that are none
 
-BAD_NAMES = ["../x", "a/b", "..", ".hidden", " blank", "blank ", "dot.", "a\tb", "a\nb", "-rf",
-             "a\u200bb", "a\u202eb", "x" * 65, "a:b", "a*b", "a\\b", "a%2Fb", "\udcff"]
-
-
-@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize("name", [
+    "..", ".hidden", " blank", "blank ", "dot.", "a\tb", "a\nb", "-rf", "a\u200bb", "a\u202eb",
+    "x" * 65, "a:b", "a*b", "a\\b", "a%2Fb", "\udcff"])
 def test_what_is_no_name_is_refused(bark: ModuleType, name: str) -> None:
-    if "/" in name:  # no file can have it
-        return
     with pytest.raises(bark.PresetError, match="no name for a voice"):
         bark.preset_name(f"{name}.npz")
 
 
-@pytest.mark.parametrize("file", ["male", "MALE", "default", "Onyx", "alloy"])
-def test_a_file_that_has_the_name_of_another_voice_is_refused(
-        voices: Any, folder: Path, file: str) -> None:
-    np.savez(folder / f"{file}.npz", **prompts())
+def test_a_file_that_has_the_name_of_another_voice_is_refused(voices: Any, folder: Path) -> None:
+    others = {"male": "male", "MALE": "male", "default": "default", "Onyx": "onyx",
+              "alloy": "alloy", "anna": "Anna"}
+    for name in ("Anna", *others):
+        (folder / f"{name}.npz").write_bytes(GOOD)
     found = voices.folder.look()
-    assert not found.voices and "name of another voice" in found.refused[f"{file}.npz"]
-
-
-def test_of_two_files_that_differ_in_case_alone_one_is_refused(voices: Any, folder: Path) -> None:
-    for name in ("Anna", "anna"):
-        np.savez(folder / f"{name}.npz", **prompts())
-    found = voices.folder.look()
-    assert list(found.voices) == ["Anna"] and "another voice, Anna" in found.refused["anna.npz"]
+    assert list(found.voices) == ["Anna"]
+    assert found.refused == {f"{name}.npz": f"has the name of another voice, {other}: rename it"
+                             for name, other in others.items()}
 
 
 class Bomb:
@@ -181,8 +176,8 @@ GOOD_FINE = prompts()["fine_prompt"]
 BAD_FILES = {
     "empty": (b"", "no .npz"),
     "no zip": (b"RIFF....WAVE", "no .npz"),
-    "cut short": (archive(**prompts())[:-30], "no .npz"),
-    "a flipped bit": (flipped(archive(**prompts())), "no .npz"),
+    "cut short": (GOOD[:-30], "no .npz"),
+    "a flipped bit": (flipped(GOOD), "no .npz"),
     "too big": (b"x" * 1_000_001, "more than 1000000 bytes"),
     "lacks one": (archive(**{n: a for n, a in prompts().items() if n != "coarse_prompt"}),
                   "lacks coarse_prompt"),
@@ -218,7 +213,7 @@ def test_a_file_that_is_no_preset_is_told_with_what_is_wrong(
         voices: Any, folder: Path, what: str) -> None:
     content, reason = BAD_FILES[what]
     (folder / "bad.npz").write_bytes(content)
-    np.savez(folder / "good.npz", **prompts())
+    (folder / "good.npz").write_bytes(GOOD)
     found = voices.folder.look()
     assert list(found.voices) == ["good"] and list(found.refused) == ["bad.npz"]
     told = found.refused["bad.npz"]
@@ -266,7 +261,7 @@ def test_a_folder_of_entries_without_number_takes_no_memory(voices: Any, folder:
 
 
 def test_an_encrypted_member_is_refused(voices: Any, folder: Path) -> None:
-    data = bytearray(archive(**prompts()))
+    data = bytearray(GOOD)
     for sign, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         data[data.index(sign) + at] |= 1
     (folder / "bad.npz").write_bytes(data)
@@ -275,8 +270,8 @@ def test_an_encrypted_member_is_refused(voices: Any, folder: Path) -> None:
 
 def test_what_is_no_file_or_lies_elsewhere_is_refused(
         voices: Any, folder: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "secret.npz", **prompts())
-    np.savez(folder / "real.npz", **prompts())
+    for path in (tmp_path / "secret.npz", folder / "real.npz"):
+        path.write_bytes(GOOD)
     (folder / "out.npz").symlink_to(tmp_path / "secret.npz")
     (folder / "up.npz").symlink_to("../secret.npz")
     (folder / "zero.npz").symlink_to("/dev/zero")
@@ -352,7 +347,7 @@ def test_a_folder_that_cannot_be_read_is_told_and_may_come_later(
     assert caplog.text.count("cannot be read") == 1
     folder.unlink(missing_ok=True)
     folder.mkdir()
-    np.savez(folder / "anna.npz", **prompts())
+    (folder / "anna.npz").write_bytes(GOOD)
     assert list(voices.folder.look().voices) == ["anna"]
 
 
@@ -360,13 +355,13 @@ def test_of_too_many_files_the_first_are_used(
         bark: ModuleType, voices: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bark, "MAX_PRESETS", 2)
     for name in "cab":
-        np.savez(folder / f"{name}.npz", **prompts())
+        (folder / f"{name}.npz").write_bytes(GOOD)
     found = voices.folder.look()
     assert list(found.voices) == ["a", "b"] and "holds 3 presets" in found.refused["."]
 
 
 def test_many_threads_that_look_at_once_get_the_same_voice(voices: Any, folder: Path) -> None:
-    np.savez(folder / "anna.npz", **prompts())
+    (folder / "anna.npz").write_bytes(GOOD)
     (folder / "bad.npz").write_bytes(b"no")
     gate, seen = threading.Barrier(8), []
 
@@ -456,15 +451,15 @@ def test_who_has_the_key_sees_ones_own_voices_and_what_is_refused(keyed: Worker)
     assert {"name": "de_Quirin Süß", "language": "de"} in named
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
 @pytest.mark.parametrize("path", [*OPEN, "/voices/Zuleika/sample", "/voices/zulei/sample"])
 def test_who_lacks_the_key_learns_no_name_and_no_file(
-        keyed: Worker, path: str, headers: dict[str, str]) -> None:
-    answer = keyed.call(path, headers=headers)
-    assert answer.status == (401 if path.endswith("sample") else 200)
-    told = answer.body.decode() + str(answer.headers)
-    for secret in ("uleika", "uirin", "anthippe", "refused", "voices_dir", '"own"'):
-        assert secret not in told
+        keyed: Worker, path: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        answer = keyed.call(path, headers=headers)
+        assert answer.status == (401 if path.endswith("sample") else 200)
+        told = answer.body.decode() + str(answer.headers)
+        for secret in ("uleika", "uirin", "anthippe", "refused", "voices_dir", '"own"'):
+            assert secret not in told
     if path == "/voices":
         assert answer.json["default"] == "default" and len(answer.json["voices"]) == 133
     if path == "/health":
@@ -504,7 +499,7 @@ def test_a_name_is_never_a_path(keyed: Worker, name: str) -> None:
 def test_a_default_voice_that_is_refused_stops_the_start_and_is_named_in_the_log_alone(
         toy: Path, folder: Path) -> None:
     (folder / "Ottilie.npz").write_bytes(b"no")
-    np.savez(folder / "Ottilia.npz", **prompts())
+    (folder / "Ottilia.npz").write_bytes(GOOD)
     with running_worker(BARK_MODEL=str(toy), BARK_VOICES_DIR=str(folder), BARK_API_KEY=KEY,
                         BARK_VOICE="Ottilie") as worker:
         told = worker.wait_for("failed")
@@ -595,12 +590,6 @@ def test_who_has_a_sample_is_not_sent_it_again(
     assert answer.headers["Cache-Control"] == male.headers["Cache-Control"]
 
 
-@pytest.mark.parametrize("tags", ['"x"', "x", "", 'W/"x"', "{tag}"])
-def test_who_has_another_one_is_sent_it(keyed: Worker, male: Answer, tags: str) -> None:
-    bare = tags.format(tag=male.headers["ETag"].strip('"'))
-    assert get(keyed, "/voices/male/sample", If_None_Match=bare).body == male.body
-
-
 @pytest.mark.parametrize(("asked", "part"), [
     ("bytes=0-99", slice(0, 100)), ("bytes=100-", slice(100, None)), ("bytes=-7", slice(-7, None)),
     ("bytes=0-0", slice(0, 1)), ("bytes=5-99999999", slice(5, None)), ("Bytes = 1-2", slice(1, 3)),
@@ -608,7 +597,8 @@ def test_who_has_another_one_is_sent_it(keyed: Worker, male: Answer, tags: str) 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_a_part_is_sent_to_who_wants_a_part(
         keyed: Worker, male: Answer, asked: str, part: slice, method: str) -> None:
-    answer = get(keyed, "/voices/male/sample", method, Range=asked)
+    answer = get(keyed, "/voices/male/sample", method, Range=asked,
+                 **({"If_Range": male.headers["ETag"]} if "0-" in asked else {}))
     start, stop, _ = part.indices(len(male.body))
     assert answer.status == 206
     assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{len(male.body)}"
@@ -616,10 +606,17 @@ def test_a_part_is_sent_to_who_wants_a_part(
     assert answer.body == (male.body[part] if method == "GET" else b"")
 
 
-@pytest.mark.parametrize("asked", ["bytes=0-1,5-6", "bytes=9-5", "bytes=-", "bytes=a-b", "0-5",
-                                   "lines=0-5", "bytes=0x1-5", "bytes=1-2-3", "", "bytes=+1-5"])
-def test_what_is_no_single_part_brings_the_whole(keyed: Worker, male: Answer, asked: str) -> None:
-    answer = get(keyed, "/voices/male/sample", Range=asked)
+@pytest.mark.parametrize("asked", [
+    *({"If_None_Match": tags} for tags in ('"x"', "x", "", 'W/"x"', "{bare}")),
+    *({"Range": part} for part in ("bytes=0-1,5-6", "bytes=9-5", "bytes=-", "bytes=a-b", "0-5", "",
+                                   "lines=0-5", "bytes=0x1-5", "bytes=1-2-3", "bytes=+1-5")),
+    *({"Range": "bytes=0-9", "If_Range": since} for since in (
+        "W/{tag}", '"x"', "Wed, 21 Oct 2026 07:28:00 GMT"))])
+def test_who_has_another_one_or_wants_no_single_part_is_sent_the_whole(
+        keyed: Worker, male: Answer, asked: dict[str, str]) -> None:
+    tag = male.headers["ETag"]
+    headers = {name: value.format(tag=tag, bare=tag.strip('"')) for name, value in asked.items()}
+    answer = get(keyed, "/voices/male/sample", **headers)
     assert (answer.status, answer.body) == (200, male.body)
 
 
@@ -628,15 +625,6 @@ def test_a_part_that_is_not_there_is_416(keyed: Worker, male: Answer, asked: str
     answer = get(keyed, "/voices/male/sample", Range=asked.format(len(male.body)))
     assert (answer.status, answer.json["error"]["code"]) == (416, "range_not_satisfiable")
     assert answer.headers["Content-Range"] == f"bytes */{len(male.body)}"
-
-
-@pytest.mark.parametrize(("since", "status"), [
-    ("{}", 206), ("W/{}", 200), ('"x"', 200), ("Wed, 21 Oct 2026 07:28:00 GMT", 200)])
-def test_a_part_of_another_sample_than_one_has_is_the_whole(
-        keyed: Worker, male: Answer, since: str, status: int) -> None:
-    answer = get(keyed, "/voices/male/sample", Range="bytes=0-9",
-                 If_Range=since.format(male.headers["ETag"]))
-    assert answer.status == status
 
 
 def test_two_who_ask_at_once_have_it_made_once_and_behind_real_requests(keyed: Worker) -> None:
@@ -748,14 +736,7 @@ def test_without_a_disk_a_sample_comes_from_the_segments_in_memory(
     assert [line for line in worker.log if "WARNING" in line and "cannot be kept" in line]
 
 
-def test_a_worker_that_cannot_speak_makes_no_samples() -> None:
-    with running_worker(BARK_MODEL="/nothing") as worker:
-        worker.wait_for("failed")
-        answer = worker.call("/voices/male/sample")
-        assert (answer.status, answer.json["error"]["code"]) == (503, "not_ready")
-        assert worker.call("/voices/male/sample", method="HEAD").status == 503
-
-
+@pytest.mark.long  # run.sh has no room for it
 def test_a_sample_behind_too_much_is_504_as_speech_is(toy: Path, tmp_path: Path) -> None:
     with started(tmp_path / "own", toy, BARK_MAX_BATCH="1", BARK_TIMEOUT="1",
                  TTS_MAX_LENGTH="100000") as worker, ThreadPoolExecutor(1) as pool:
