@@ -76,19 +76,15 @@ def live(worker: Worker) -> None:
     assert worker.stop() == 0
 
 
-def lived(folder: Path, toy: Path, form: str) -> list[str]:
-    """All that was logged by a worker to its end."""
-    with running_worker(with_bugs(folder, BUGS), BARK_MODEL=str(toy), BARK_API_KEY=KEY,
-                        BARK_LOG_FORMAT=form) as worker:
-        live(worker)
-        wait_until(lambda: "status=draining" in "".join(worker.log), "last line")
-    return worker.log
-
-
 @pytest.fixture(scope="module")
 def log(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Every line of a worker's life, each of which is an object of JSON."""
-    return [json.loads(line) for line in lived(tmp_path_factory.mktemp("json"), toy, "json")]
+    """Every line of a worker's life to its end, each of which is an object of JSON."""
+    script = with_bugs(tmp_path_factory.mktemp("json"), BUGS)
+    with running_worker(script, BARK_MODEL=str(toy), BARK_API_KEY=KEY,
+                        BARK_LOG_FORMAT="json") as worker:
+        live(worker)
+        wait_until(lambda: "status=draining" in "".join(worker.log), "last line")
+    return [json.loads(line) for line in worker.log]
 
 
 def of_requests(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,14 +151,15 @@ def test_whatever_a_record_holds_is_one_line(bark: ModuleType) -> None:
     assert json.loads(line)["message"] == "a\n\u2028\x85\ud800"
 
 
-def test_as_text_a_request_is_one_line_with_the_same_facts(toy: Path, tmp_path: Path) -> None:
-    lines = lived(tmp_path, toy, "text")
-    spoken = next(line for line in lines if "POST /synthesize" in line)
+def test_as_text_a_request_is_one_line_with_the_same_facts(worker: Worker) -> None:
+    answer = worker.call("/synthesize", {"text": TEXT, "seed": 7})
+    name = answer.headers["X-Request-Id"]
+    line = wait_until(lambda: next((line for line in worker.log if name in line), ""), "its line")
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO POST /synthesize status=200 ms=\d+"
-        r" id=[0-9a-f]{16} segments=1 takes=1 audio_s=[\d.]+ wait_s=[\d.]+ first_s=[\d.]+"
-        r" compute_s=[\d.]+ seed=7\n", spoken)
-    assert "Quixotic" not in "".join(lines) and KEY not in "".join(lines)
+        rf" id={name} segments=1 takes=1 audio_s=[\d.]+ wait_s=[\d.]+ first_s=[\d.]+"
+        r" compute_s=[\d.]+ seed=7\n", line)
+    assert "Quixotic" not in "".join(worker.log)
 
 
 def ended(script: Path, **settings: str) -> tuple[int, list[str]]:

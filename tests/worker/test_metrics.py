@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import socket
 import struct
@@ -17,7 +16,6 @@ from conftest import ROOT, WORKER, Worker, running_worker, wait_until
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from test_server import KEY, LONG, being_served, connect, exchange, queue, synthesis
-from test_takes import DIGITS
 
 PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 OPEN_METRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
@@ -174,7 +172,7 @@ def test_a_full_worker_and_one_whose_clients_left_are_told(metered: Worker) -> N
 
 def test_a_stream_sounds_before_it_ends(metered: Worker) -> None:
     before = scrape(metered)
-    body = {"text": LONG[:400], "stream": True}
+    body = {"text": "One.\n\nTwo.\n\nThree.\n\nFour.", "stream": True}
     key = {"Authorization": f"Bearer {KEY}", "Accept": "audio/wav"}
     assert metered.call("/synthesize", body, headers=key).status == 200
     wait_until(lambda: rise(before, scrape(metered), "bark_first_segment_seconds_count") == 1,
@@ -185,6 +183,7 @@ def test_a_stream_sounds_before_it_ends(metered: Worker) -> None:
     assert 0 < first < 0.7 * whole
 
 
+@pytest.mark.long  # run.sh has no room for it
 def test_what_took_too_long_counts_as_that(toy: Path) -> None:
     with running_worker(BARK_MODEL=str(toy), BARK_TIMEOUT="0.001") as worker:
         worker.wait_for("ready")
@@ -194,19 +193,6 @@ def test_what_took_too_long_counts_as_that(toy: Path) -> None:
     assert value(after, "bark_real_time_factor_ratio_count") == 0
 
 
-def test_takes_made_again_count_by_their_fault(toy: Path) -> None:
-    with running_worker(BARK_MODEL=str(toy), BARK_QUALITY="on", BARK_RETRIES="2") as worker:
-        worker.wait_for("ready")
-        reply = worker.speak(f"{DIGITS}\n\n{DIGITS}", min_eos_p=0.001).json
-        series, health = scrape(worker), worker.health()
-    assert [segment["takes"] for segment in reply["segments"]] == [3, 3]
-    assert value(series, "bark_takes_total") == 6
-    assert value(series, "bark_retakes_total", fault="no_speech") == 4 == health["quality"][
-        "retakes"]
-    assert sum(count for (name, _), count in series.items() if name == "bark_retakes_total") == 4
-    assert value(series, "bark_flawed_segments_total") == 2
-
-
 # States and access
 
 def status_of(series: Series) -> str:
@@ -214,12 +200,6 @@ def status_of(series: Series) -> str:
     (status,) = [dict(labels)["status"] for (name, labels), count in series.items()
                  if name == "bark_status" and count]
     return status
-
-
-def test_it_answers_after_a_failure() -> None:
-    with running_worker(BARK_MODEL="/nothing") as worker:
-        worker.wait_for("failed")
-        assert status_of(scrape(worker)) == "failed"
 
 
 def test_it_wants_the_key_unless_it_is_open(metered: Worker, toy: Path) -> None:
@@ -315,13 +295,9 @@ def test_names_and_units_are_as_prometheus_has_them(bark: ModuleType) -> None:
 
 
 def test_every_fault_and_status_that_there_is_has_its_series(bark: ModuleType) -> None:
-    calls = [call for call in ast.walk(ast.parse(WORKER.read_text(encoding="utf-8")))
-             if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant)]
-    named = [(getattr(call.func, "id", getattr(call.func, "attr", "")), call.args[0].value)
-             for call in calls]
-    assert {value for name, value in named if name in ("Fault", "hopeless")} == set(bark.FAULTS)
-    entered = {value for name, value in named if name == "enter"}
-    assert entered | {"failed"} == set(bark.STATUSES)
+    named = re.findall(r'\b(Fault|hopeless|enter)\(\s*"(\w+)"', WORKER.read_text(encoding="utf-8"))
+    assert {kind for name, kind in named if name != "enter"} == set(bark.FAULTS)
+    assert {kind for name, kind in named if name == "enter"} | {"failed"} == set(bark.STATUSES)
 
 
 # The GPU's memory

@@ -91,6 +91,7 @@ class Failure:
 
     health: dict[str, Any]
     answer: Answer
+    metrics: str
     status: int
     log: str
 
@@ -98,8 +99,9 @@ class Failure:
 def watch_failure(script: Path, settings: dict[str, str]) -> Failure:
     with running_worker(script, **settings) as worker:
         health, answer = worker.wait_for("failed"), worker.speak("Hi.")
+        metrics = worker.call("/metrics").body.decode()
         status = worker.process.wait(30)
-    return Failure(health, answer, status, "".join(worker.log))
+    return Failure(health, answer, metrics, status, "".join(worker.log))
 
 
 @pytest.fixture(scope="module")
@@ -938,7 +940,8 @@ def test_loading_worker_says_so_and_obeys_sigint(stuck_toy: Path) -> None:
         health = worker.wait_for("loading")
         assert health["slots"] is None
         assert health["ready"] is False and health["model_id"] == stuck_toy.name
-        for answer in (worker.call("/ready"), worker.call("/voices"), worker.speak("Hi.")):
+        for answer in (worker.call("/ready"), worker.call("/voices"),
+                       worker.call("/voices/male/sample"), worker.speak("Hi.")):
             assert "loading" in expect_error(answer, 503, "not_ready")
         expect_error(worker.speak(""), 400, "empty_text", "text")
         assert worker.call("/").status == 200
@@ -951,6 +954,7 @@ def test_missing_model_is_told_on_health_and_then_exits_1(failures: list[Failure
     failure = failures[0]
     assert failure.health["ready"] is False and "nothing" in failure.health["error"]
     assert "nothing" in expect_error(failure.answer, 503, "not_ready")
+    assert '\nbark_status{status="failed"} 1.0\n' in failure.metrics
     assert failure.status == failure.health["exit_status"] == 1
     assert "nothing" in failure.log and "Traceback" not in failure.log
     assert "/" not in failure.health["error"].replace("suno/bark", "")

@@ -282,16 +282,21 @@ def judging(toy: Path) -> Iterator[Worker]:
 
 def test_what_stays_bad_is_made_again_as_often_as_may_be_and_then_told_of(
         judging: Worker) -> None:
-    before = judging.health()["quality"]
+    def told() -> dict[str, int]:
+        health, metrics = judging.health(), judging.call("/metrics").body.decode()
+        return {**health["quality"], "no_speech": health["retakes"].get("no_speech", 0),
+                "takes": int(float(re.search(r"^bark_takes_total (\S+)", metrics, re.M)[1]))}
+
+    before = told()
     fields = {"text": f"{DIGITS}\n\n{DIGITS}", "min_eos_p": 0.001}
     reply = judging.speak(**fields).json
     assert [segment["takes"] for segment in reply["segments"]] == [2, 2]
     assert [segment["warnings"] for segment in reply["segments"]] == [["no speech"]] * 2
     again = judging.speak(**fields).json
     assert again["segments"] == reply["segments"]  # from memory
-    after = judging.health()["quality"]
+    after = told()
     assert {name: after[name] - before[name] for name in after} == {
-        "segments": 2, "retakes": 2, "warnings": 2}
+        "segments": 2, "retakes": 2, "warnings": 2, "no_speech": 2, "takes": 4}
 
 
 def test_temperature_and_eos_can_be_asked_for(judging: Worker) -> None:
