@@ -8197,7 +8197,9 @@ def load_engine(config: Config, state: State, judge: Judge, model_id: str,
         voice, _ = VOICE_ALIASES.get(config.voice, (config.voice, ""))
         if voice not in (known := list(names)) and not has_preset(config.voices_dir, voice):
             few = f"; this model has {', '.join(known)}" if len(known) < 10 else ""
-            raise ConfigError(f"BARK_VOICE: {unknown_voice(voice, known)}{few}")
+            own = (f"; BARK_VOICES_DIR has no {shown(f'{voice}.npz')}"
+                   if config.voices_dir and "/" not in voice else "")
+            raise ConfigError(f"BARK_VOICE: {unknown_voice(voice, known)}{few}{own}")
 
     def on_download(total: int, blobs: Path) -> None:
         state.progress = lambda: {"bytes_done": min(total, folder_bytes(blobs)),

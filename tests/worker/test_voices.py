@@ -496,6 +496,13 @@ def test_a_name_is_never_a_path(keyed: Worker, name: str) -> None:
     assert (answer.status, answer.json["error"]["code"]) == (400, "unknown_voice")
 
 
+def test_a_default_voice_that_is_nowhere_is_told_with_where_it_could_be(
+        bark: ModuleType, toy: Path, folder: Path) -> None:
+    config = bark.Config(voice="anna", voices_dir=str(folder), quality=False)
+    with pytest.raises(bark.ConfigError, match=r"'anna' is .*VOICES_DIR has no 'anna\.npz'"):
+        bark.load_engine(config, bark.State(), None, str(toy), bark.torch.device("cpu"))
+
+
 def test_a_default_voice_that_is_refused_stops_the_start_and_is_named_in_the_log_alone(
         toy: Path, folder: Path) -> None:
     (folder / "Ottilie.npz").write_bytes(b"no")
