@@ -20,6 +20,7 @@ from test_server import KEY, LONG, being_served, connect, exchange, queue, synth
 PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 OPEN_METRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
 AUTHORIZED = f"Authorization: Bearer {KEY}"
+HAS_KEY = {"Authorization": f"Bearer {KEY}"}
 MARK = "Quetzalcoatl"  # is sent wherever a client may send something
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 GIB = 1 << 30
@@ -47,7 +48,7 @@ def parsed(page: str, parse: Callable[[str], Iterator[Any]] = text_string_to_met
 
 
 def scrape(worker: Worker) -> Series:
-    answer = worker.call("/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    answer = worker.call("/metrics", headers=HAS_KEY)
     assert answer.status == 200 and answer.headers["Cache-Control"] == "no-store"
     return parsed(answer.body.decode())
 
@@ -118,16 +119,14 @@ def test_each_request_counts_once_where_it_belongs(metered: Worker) -> None:
             del now[path, "200", "ok"]
         return now
     wait_until(lambda: counted() == expected, f"{expected}, but {counted()}", 10)
-    assert MARK not in metered.call(
-        "/metrics", headers={"Authorization": f"Bearer {KEY}"}).body.decode()
+    assert MARK not in metered.call("/metrics", headers=HAS_KEY).body.decode()
 
 
 def test_what_comes_from_memory_costs_no_take_and_no_wait(metered: Worker) -> None:
     before = scrape(metered)
     length = 0.0
     for _ in range(3):
-        reply = metered.call("/synthesize", {"text": "Yes. No.", "seed": 5},
-                             headers={"Authorization": f"Bearer {KEY}"}).json
+        reply = metered.call("/synthesize", {"text": "Yes. No.", "seed": 5}, headers=HAS_KEY).json
         length = sum(each["end"] - each["start"] for each in reply["segments"])
     segments = len(reply["segments"])
     wait_until(lambda: rise(before, scrape(metered), "bark_first_segment_seconds_count") == 3,
@@ -173,7 +172,7 @@ def test_a_full_worker_and_one_whose_clients_left_are_told(metered: Worker) -> N
 def test_a_stream_sounds_before_it_ends(metered: Worker) -> None:
     before = scrape(metered)
     body = {"text": "One.\n\nTwo.\n\nThree.\n\nFour.", "stream": True}
-    key = {"Authorization": f"Bearer {KEY}", "Accept": "audio/wav"}
+    key = {**HAS_KEY, "Accept": "audio/wav"}
     assert metered.call("/synthesize", body, headers=key).status == 200
     wait_until(lambda: rise(before, scrape(metered), "bark_first_segment_seconds_count") == 1,
                "end of the stream", 10)
@@ -205,27 +204,25 @@ def status_of(series: Series) -> str:
 def test_it_wants_the_key_unless_it_is_open(metered: Worker, toy: Path) -> None:
     assert metered.call("/metrics").status == 401
     assert metered.call("/metrics", headers={"Authorization": "Bearer no"}).status == 401
-    assert metered.call("/metrics", headers={"Authorization": f"Bearer {KEY}"}).status == 200
+    assert metered.call("/metrics", headers=HAS_KEY).status == 200
     with running_worker(BARK_MODEL=str(toy), BARK_API_KEY=KEY, BARK_METRICS="open") as worker:
         assert worker.call("/metrics").status == 200
         assert worker.speak("Hi.").status == 401
 
 
 def test_head_is_get_without_a_body_and_nothing_else_is_taken(metered: Worker) -> None:
-    key = {"Authorization": f"Bearer {KEY}"}
-    head = metered.call("/metrics", method="HEAD", headers=key)
+    head = metered.call("/metrics", method="HEAD", headers=HAS_KEY)
     assert (head.status, head.body) == (200, b"") and int(head.headers["Content-Length"]) > 1000
-    refused = metered.call("/metrics", {}, headers=key)
+    refused = metered.call("/metrics", {}, headers=HAS_KEY)
     assert (refused.status, refused.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 # Form
 
 def test_prometheus_gets_the_form_that_it_asks_for(metered: Worker) -> None:
-    key = {"Authorization": f"Bearer {KEY}"}
-    plain = metered.call("/metrics", headers=key)
+    plain = metered.call("/metrics", headers=HAS_KEY)
     assert plain.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-    asked = metered.call("/metrics", headers={**key, "Accept": OPEN_METRICS})
+    asked = metered.call("/metrics", headers={**HAS_KEY, "Accept": OPEN_METRICS})
     assert asked.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
     series = parsed(asked.body.decode(), openmetrics.text_string_to_metric_families)
     assert {name for name, _ in series} == {name for name, _ in scrape(metered)}
