@@ -381,7 +381,7 @@ def test_many_threads_that_look_at_once_get_the_same_voice(voices: Any, folder: 
 
 KEY = "sesame-9f2c"
 HAS_KEY = {"Authorization": f"Bearer {KEY}"}
-OPEN = ("/voices", "/health", "/v1/audio/voices", "/v1/models/tts-1", "/v1/models", "/")
+OPEN = ("/voices", "/health", "/v1/audio/voices", "/v1/models/tts-1", "/v1/models", "/", "/metrics")
 LAUNCHER = """\
 import importlib.util, pathlib, sys
 spec = importlib.util.spec_from_file_location("bark_worker", {worker!r})
@@ -426,7 +426,7 @@ def keyed(home: Path, toy: Path) -> Iterator[Worker]:
     """With a key, presets of one's own, one of them by default, and a single slot."""
     with started(home / "own", toy, BARK_API_KEY=KEY, BARK_VOICES_DIR=str(home / "voices"),
                  BARK_VOICE="zuleika", BARK_MAX_BATCH="1", BARK_CORS_ORIGINS="*",
-                 TTS_MAX_LENGTH="5000") as worker:
+                 BARK_METRICS="open", TTS_MAX_LENGTH="5000") as worker:
         yield worker
 
 
