@@ -1309,7 +1309,8 @@ note() {
       [[ -f "$file" && -O "$file" ]] || exit 1    # what is no file of this user's may be a trap
       if (($(wc -c <"$file") > JOURNAL_BYTES)); then mv "$file" "$file.old" || exit 1; fi
     fi
-    printf '%s\n' "$line" >>"$file" && chmod 600 "$file"    # one write, so that none mix
+    printf '%s\n' "$line" >>"$file" && chmod 600 "$file" || exit 1    # one write, so that none mix
+    case "$1" in order | wake) sync "$file" || true ;; esac    # so that it outlives a power cut
   ) 2>/dev/null
 }
 
@@ -1323,12 +1324,13 @@ disk must not be full; XDG_STATE_HOME names another place. $(what_is_left)"
 }
 
 # usage: journal FILTER    (of its lines, as one list; what is none is left out)
+# A line may follow what is left of one that was cut, with nothing or NUL bytes between.
 journal() {
   local folder file
   folder="$(state_folder)"
   for file in "$folder/orders.log.old" "$folder/orders.log"; do
-    if [[ -f "$file" && -r "$file" ]]; then cat "$file"; fi
-  done | facts "[inputs | fromjson? | objects] | $1" -Rn
+    if [[ -f "$file" && -r "$file" ]]; then tail -c "$((2 * JOURNAL_BYTES))" "$file"; fi
+  done | facts "[inputs | (split(\"{\") | last | \"{\" + . | fromjson?) | objects] | $1" -Rn
 }
 
 # Says of each order of which the journal does not tell the end, unless Vast's list has it as ended.
