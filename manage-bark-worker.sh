@@ -67,6 +67,7 @@ readonly LOST_APART=4
 readonly DRAIN_SECONDS=60         # that `stop` gives running requests
 readonly STOP_SECONDS=120         # that Vast may take to stop an instance
 readonly LOG_SECONDS=30           # between looks at the log of a worker that is silent
+readonly TIMEOUT=1200             # that an instance may take to get healthy
 readonly IDLE_STOP=30 START_LIMIT=60    # minutes; by these an instance stops itself
 readonly MOST_MINUTES=10080 MOST_HOURS=8760    # that the worker takes for them
 readonly HOURS_A_MONTH=720        # of Vast's storage price, which is per month
@@ -1028,8 +1029,8 @@ def open_orders: reduce .[] as $line ({}; ($line.order | tostring) as $order
       | is_one_of(["ready", "refused", "nothing", "destroyed", "stopped", "gone"]) then
       with_entries(select(.key != $order and (.value.id == null or .value.id != $line.id)))
     else . end) | [.[] | select(.label == env.our_label)];
-def failed_machines: map(select(.event == "failed" and .machine and now - at < 86400).machine)
-  | unique;
+def failed_machines: map(select(.event == "failed" and .machine and (now - at | fabs) < 86400)
+  | .machine) | unique;
 def slept($id; $sleeps): reduce (.[] | select(.id == $id)) as $line ({seconds: 0, since: null};
     if $line.event == "stopped" then .since = (.since // ($line | at))
     elif $line.event == "wake" and .since then
@@ -1977,6 +1978,7 @@ judge_state() {
       else
         conclude failed "instance $1: $message"
       fi ;;
+    outbid) conclude taken "instance $1 is outbid${message:+: $message}" ;;
     *) conclude failed "instance $1 is $state${message:+: $message}" ;;
   esac
 }
@@ -2059,7 +2061,7 @@ without_keys() {
 # -----------------------------------------------------------------------------
 # start
 
-model="${BARK_MODEL:-}" voice="${BARK_VOICE:-}" listen="${BARK_LISTEN:-}" timeout=1200
+model="${BARK_MODEL:-}" voice="${BARK_VOICE:-}" listen="${BARK_LISTEN:-}" timeout="$TIMEOUT"
 idle_stop="${BARK_IDLE_STOP:-$IDLE_STOP}"           # minutes; 0 is never, here and below
 start_limit="${BARK_START_LIMIT:-$START_LIMIT}"     # minutes
 max_hours="${BARK_MAX_HOURS:-0}"
@@ -2452,13 +2454,24 @@ try_rented() {
   if [[ -n "$running_since" && "$reason" != *$'\n'* && "$outcome" != lost ]]; then
     show_last_words "$rented_id"
   fi
-  case "$outcome" in failed | dead | late) note failed "$rented_id" || true ;; esac
+  if is_fault_of_machine; then note failed "$rented_id" || true; fi
   give_back || leave "$EX_REFUSED"
   case "$outcome" in
     no-image) die "$EX_REFUSED" "the image $image cannot be pulled; $(what_is_left)" ;;
     settings) die "$EX_REFUSED" "the worker refuses its settings, as it would on every machine;\
  $(what_is_left)" ;;
     lost) join "$rival" ;;
+    *) return 1 ;;
+  esac
+}
+
+# Whether it is the machine's, for all that is known: a model of one's own may be wrong on every
+# machine, and a time below the usual one too short for a good one.
+is_fault_of_machine() {
+  case "$outcome" in
+    dead) return 0 ;;
+    late) ((timeout >= TIMEOUT)) ;;
+    failed) [[ -z "$model$listen" || "$reason" != 'the worker '* ]] ;;
     *) return 1 ;;
   esac
 }

@@ -273,11 +273,24 @@ def test_what_is_no_line_of_ours_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "bark-worker/orders.log"
     file.parent.mkdir()
     file.write_text('{"event": "failed"}\nnonsense\n[1]\n{"time": 7, "id": "x"}\n{"ti')
-    code = ("for reading in open_orders failed_machines 'slept(7; true)'; do"
-            " journal \"$reading | tojson\"; done; printf '\\0\\0' >>\"$(state_folder)/orders.log\";"
-            " note order 7; journal 'map(.id | numbers) | tojson'")
+    code = ("for reading in open_orders failed_machines 'slept(7; true)'; do journal \"$reading"
+            " | tojson\"; done; printf '\\0\\0' >>\"$(state_folder)/orders.log\"; note"
+            " order 7; journal 'map(.id | numbers) | tojson'")
     done = shell(code, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n[]\n0\n[7]\n", "")
+
+
+def test_only_what_is_its_own_fault_counts_against_a_machine(tmp_path: Path) -> None:
+    faults = {"outcome=dead": "yes", "outcome=late": "yes", "outcome=late timeout=60": "no",
+              "outcome=failed reason='the worker failed'": "yes",
+              "outcome=failed reason='the worker failed' model=a/b": "no",
+              "outcome=failed reason='instance 7: no CDI' model=a/b": "yes",
+              "row='{\"state\": \"outbid\"}'; judge_state 7": "no",
+              "row='{\"state\": \"exited\"}'; judge_state 7": "yes",
+              **{f"outcome={other}": "no" for other in ("no-image", "settings", "dear", "taken")}}
+    code = "".join(f"({one}; if is_fault_of_machine; then echo yes; else echo no; fi); "
+                   for one in faults)
+    assert shell(code, tmp_path).stdout.split() == list(faults.values())
 
 
 HOUR = 3600
