@@ -1096,7 +1096,7 @@ def ranked: map(.in_all = .cost + .first / 24) | sort_by(.in_all) | if . == [] t
 # A row that is not as Vast has them is no offer.
 def offers: map(select((objects | .dph_total | numbers) and (env.interruptible == "" or .min_bid))
   | (try offer catch empty) | select([.id, .vram, .reliability, .down, .first, .cost, .storage]
-    | all(type == "number"))) | ranked;
+    | all(type == "number" and . >= 0))) | ranked;
 def sentence: "\(.gpu), \(.vram | round) GB, \(.region): \(.cost | fixed(4)) $/h"
   + " (\(.cost * 24 | fixed(2)) $ a day)";
 
@@ -1702,7 +1702,7 @@ leave_out_failed() {
   if [[ -n "$any_machine" ]]; then return 0; fi
   failed="$(journal 'failed_machines | tojson' 2>/dev/null)" || return 0
   offers="$(failed="$failed" feed "$all" facts '(env.failed | fromjson) as $failed
-    | map(select(.machine | is_one_of($failed) | not)) | tojson')"
+    | map(select(.machine | is_one_of($failed) | not)) | ranked | tojson')"
   if [[ "$offers" == "$all" ]]; then return 0; fi
   say "left out, as their machines failed here within a day (--any-machine takes them): offers" \
     "$(left="$offers" feed "$all" facts '. - (env.left | fromjson) | map(.id | tostring)

@@ -170,7 +170,7 @@ def offers_that_are_none(stage: Scene) -> None:
     offer = stage.vast.add_offer()
     row = {**stage.vast.offers[offer], "dph_total": 0.07}
     odd = [None, 7, {**row, "dph_total": "0.01"}, {**row, "inet_down_cost": "0.01"},
-           {**row, "gpu_ram": []}]
+           {**row, "gpu_ram": []}, {**row, "dph_total": -0.07}]
     json = {"Content-Type": "application/json"}
     stage.vast.fault("POST", "/bundles/", status=200, headers=json, body={"offers": [*odd, row]})
     assert stage.search() == [offer]

@@ -891,11 +891,15 @@ def test_offers_come_cheapest_first_with_what_they_cost_in_all() -> None:
 
 def test_of_offers_nearly_as_cheap_the_more_reliable_comes_first() -> None:
     """Within 10 % of the cheapest; those behind them are compared with the next that is left."""
-    rows = [offer(id=number, dph_total=price, reliability2=reliability, inet_down_cost=0)
+    rows = [offer(id=number, machine_id=number, dph_total=price, reliability2=reliability,
+                  inet_down_cost=0)
             for number, price, reliability in (
                 (1, 0.100, 0.96), (2, 0.109, 0.99), (3, 0.105, 0.99), (4, 0.111, 0.999),
                 (5, 0.120, 0.9991), (6, 0.130, 1.0))]
     assert [one["id"] for one in facts("offers", rows)] == [3, 2, 1, 5, 4, 6]
+    told = answer("offers=\"$(facts 'offers | tojson')\"; journal() { echo '[1]'; };"
+                  " leave_out_failed 2>/dev/null; echo \"$offers\"", stdin=json.dumps(rows))
+    assert [one["id"] for one in json.loads(told)] == [4, 3, 2, 6, 5]  # as if that were not there
 
 
 def test_the_table_of_offers_fits_80_columns() -> None:
