@@ -383,10 +383,8 @@ die() {
 
 # usage: usage_error MESSAGE COMMAND    (of an option that it begins with, also the line of help)
 usage_error() {
-  local usage line
-  usage="$(usage_of "$2")"
-  line="${usage#*$'\n'"  ${1%% *} "}"
-  if [[ "$line" == "$usage" ]]; then line=''; else line=$'\n'"  ${1%% *} ${line%%$'\n'*}"; fi
+  local line='' pattern=$'\n'"  (-., )?${1%% *}[ ,]"$'[^\n]*'
+  if [[ "$1" == -* && "$(usage_of "$2")" =~ $pattern ]]; then line="${BASH_REMATCH[0]}"; fi
   die "$EX_USAGE" "$1$line"$'\n'"its help: $CALLED help $2"
 }
 
@@ -1814,13 +1812,16 @@ begin_wait() {
 # Shows what happens, for how long of the time that there is, and what it cost so far if that can be
 # told. Forks nothing: it also runs where a signal waits.
 show_phase() {
-  local so_far="$((now - wait_began)) of $wait_limit s" cost=0 room text="$phase"
+  local so_far="$((now - wait_began)) of $wait_limit s" cost=0 room width=80 text="$phase"
   if [[ -n "$gpu_price" ]]; then
     add_cost
     printf -v so_far '%s, %d.%04d $' "$so_far" "$((cost / 1000000))" "$((cost % 1000000 / 100))"
   fi
   if [[ -t 2 ]]; then
-    room=$((77 - ${#so_far}))    # a wrapped line cannot go; the end of a long one tells most
+    # A wrapped line cannot go. From bash 5 on COLUMNS follows the terminal.
+    if [[ "${COLUMNS:-}" =~ ^[1-9][0-9]{1,3}$ ]]; then width="$COLUMNS"; fi
+    room=$((width - 3 - ${#so_far}))
+    if ((room < 16)); then room=16; fi    # the end of a long one tells most
     if ((${#text} > room)); then text="${text:0:12}...${text:$((${#text} - room + 15))}"; fi
     printf '\r\033[K%s: %s' "$so_far" "$text" >&2 || true
     line_open=yes

@@ -259,10 +259,12 @@ def test_the_line_that_shows_how_far_all_is_goes_on_every_second_and_asks_nobody
 
 
 def test_a_long_phase_fits_the_line_and_keeps_its_end() -> None:
-    (line,) = on_a_terminal(f"{WAITING} phase='loading: {'x' * 99} 7f3a: Downloading 1.2GB/4.8GB';"
-                            " show_phase")
-    assert len(line) < 80 and line.startswith("0 of 1200 s, 0.0000 $: loading: xxx...")
-    assert line.endswith("7f3a: Downloading 1.2GB/4.8GB")
+    lines = on_a_terminal(f"{WAITING} phase='loading: {'x' * 99} 7f3a: Downloading 1.2GB/4.8GB';"
+                          " show_phase; for COLUMNS in 70 odd; do show_phase; done")
+    assert [len(line) for line in lines] == [79, 69, 79]
+    for line in lines:
+        assert line.startswith("0 of 1200 s, 0.0000 $: loading: xxx...")
+        assert line.endswith("7f3a: Downloading 1.2GB/4.8GB")
 
 
 def test_what_nothing_is_known_of_yet_costs_nothing_that_could_be_shown() -> None:
@@ -1344,6 +1346,8 @@ def test_a_wrong_value_is_told_with_the_line_of_help_that_is_about_it(bare_path:
     assert done.stderr.splitlines()[1:] == ["  --min-vram GB          (8)",
                                             f"its help: {SCRIPT} help start"]
     assert done.stderr.startswith("manage-bark-worker.sh: --min-vram is 'lots'; it must be")
+    done = command("logs", "-n", "few", path=bare_path)
+    assert done.stderr.splitlines()[1] == "  -n, --tail N    the last N lines (1000)"
 
 
 @pytest.mark.parametrize("words", [["destroy"], ["endpoint", "down"]])
