@@ -79,7 +79,7 @@ plan_ssh() {
   read -r host port name <<<"$1"
   folder="$(state_folder)"
   (umask 077 && mkdir -p "$folder") 2>/dev/null || true    # else ssh says that it cannot write it
-  ssh_words=(ssh -o StrictHostKeyChecking=accept-new
+  ssh_words=(ssh -o StrictHostKeyChecking=accept-new -o CheckHostIP=no
     -o "UserKnownHostsFile=\"${folder//%/%%}/known_hosts\""
     -o "HostKeyAlias=vast-$(fact "$row" .id)-$name" -o "ConnectTimeout=$CONNECT_SECONDS"
     -o PermitLocalCommand=yes -o "LocalCommand=$2" ${ssh_options[@]+"${ssh_options[@]}"}

@@ -23,7 +23,7 @@ trace_call() {
     time {
       "${@:2}" 2>&6 || status=$?
       if ((status > 0)); then kind="no answer (status $status)"; fi
-      TIMEFORMAT="$start$1: %R s, ${kind:-an answer}"
+      TIMEFORMAT="$start${1//%/%%}: %R s, ${kind:-an answer}"
     }
   } 6>&2 2>&5
   return "$status"

@@ -422,8 +422,8 @@ def test_a_traced_call_by_curl_is_told_without_what_stands_behind_the_address(
         tmp_path: Path) -> None:
     executable(tmp_path / "curl", "#!/bin/sh\ncat >/dev/null; printf 'sorry\\n401'\n")
     code = 'load trace; PATH="$1:$PATH"; web secret "$2" || true'
-    done = shell(code, str(tmp_path), "http://vast.example/route/?api_key=secret")
-    assert re.fullmatch(r"http://vast.example/route/: [0-9.,]+ s, HTTP 401\n", done.stderr)
+    done = shell(code, str(tmp_path), "http://vast.example/a%20b/?api_key=secret")
+    assert re.fullmatch(r"http://vast.example/a%20b/: [0-9.,]+ s, HTTP 401\n", done.stderr)
 
 
 @pytest.mark.parametrize(("words", "settings", "told"), [

@@ -758,7 +758,7 @@ def host_keys(stage: Scene) -> None:
         run(stage, "ssh", str(number), PATH=stub_ssh(stage, 0), XDG_STATE_HOME=folder)
         read = real_ssh_reads(ssh_words(stage))
         if read:
-            assert read["stricthostkeychecking"] == "accept-new"
+            assert read["stricthostkeychecking"] == "accept-new" and read["checkhostip"] == "no"
             assert read["userknownhostsfile"] .strip('"') == f"{folder}/bark-worker/known_hosts"
             seen.append(read["hostkeyalias"])
     assert seen == [f"vast-{one.id}-direct" for one in (first, second)][:len(seen)]
