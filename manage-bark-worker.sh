@@ -1008,7 +1008,7 @@ def state_is_live: .state | is_one_of(["running", "loading", "provisioning", "re
 # The instance of another start that came first.
 def is_rival: .known and .key != env.key and .id < (env.rented | tonumber) and (is_before | not)
   and (state_is_live or .state == "scheduling");
-def hours: if .started then (now - .started) / 3600 else null end;
+def hours: if .started then [(now - .started) / 3600, 0] | max else null end;
 # What it costs now: its storage alone while it sleeps. Of what is not known nothing is said.
 def sleeps: .state | is_one_of(["stopped", "outbid"]);
 def costs_now: if sleeps then .storage else .price end;
@@ -1040,7 +1040,8 @@ def of_the_journal($rows): .id as $id | .machine as $machine | at as $at
       and (.started // now) > $at - 600))][0];
 
 # Of a row and the health of its worker.
-def visible: ((env.slept // "0" | tonumber) / 3600) as $slept | .[1] as $health | .[0]
+def visible: .[1] as $health | .[0]
+  | ([(env.slept // "0" | tonumber) / 3600, hours // 0] | min) as $slept
   | {id, state, gpu, region, address, interruptible,
   price_per_hour: .price, storage_per_hour: .storage, hours: hours,
   cost_at_most: (if hours and .price

@@ -73,7 +73,7 @@ def billed_instance: label_of as $name | is_ours as $ours
     what: "\(.gpu)\(if .region == "" then "" else ", " + .region end)", costs_now: costs_now};
 def billed_volume: {kind: "volume", id, label: label_of, ours: false, state: (.status | clean),
   what: "\(.disk_space // "?") GB\(.geolocation | clean | if . == "" then "" else ", " + . end)",
-  costs_now: (storage | numbers // null)};
+  costs_now: ((try storage catch null) | numbers // null)};
 def account: {label: env.our_label, billed: ., cost_per_hour: (map(.costs_now) | add // 0)}
   | .cost_per_day = .cost_per_hour * 24
   | .without_price = (.billed | map(select(.costs_now == null).id));

@@ -300,7 +300,7 @@ HOUR = 3600
     ([], "true", 0), ([("stopped", 5)], "true", 5), ([("stopped", 5)], "false", 0),
     ([("stopped", 9), ("wake", 6)], "false", 3), ([("stopped", 9), ("wake", 6)], "true", 3),
     ([("stopped", 9), ("wake", 6), ("ready", 5.9), ("stopped", 2)], "true", 5),
-    ([("stopped", 9), ("stopped", 8)], "true", 9),
+    ([("stopped", 9), ("stopped", 8)], "true", 9), ([("stopped", 99)], "true", 99),
 ])
 def test_hours_asleep_cost_storage_alone(told: list[tuple[str, float]], sleeps: str, hours: float,
                                          tmp_path: Path) -> None:
@@ -315,4 +315,4 @@ def test_hours_asleep_cost_storage_alone(told: list[tuple[str, float]], sleeps: 
     row = {"state": "stopped", "price": 0.07, "storage": 0.01, "started": time.time() - 10 * HOUR}
     code = f"slept={hours * HOUR} facts 'visible.cost_at_most' <<<'{json.dumps([row, None])}'"
     assert float(shell(code, tmp_path).stdout) == pytest.approx(
-        0.07 * (10 - hours) + 0.01 * hours, abs=1e-3)
+        0.07 * max(10 - hours, 0) + 0.01 * min(hours, 10), abs=1e-3)
