@@ -885,11 +885,18 @@ require_tools() {
   if [[ -n "$missing" ]]; then die "$EX_MISSING" "missing, and how to get it:$missing"; fi
 }
 
+# usage: xdg_folder VALUE USUAL    (prints the one meant; for XDG a relative VALUE is none)
+xdg_folder() {
+  local folder=~/"$2"    # without HOME, as for a timer of systemd, that of this user
+  if [[ "$1" == /* ]]; then folder="$1"; fi
+  printf '%s\n' "$folder"
+}
+
 # Prints the file in which `vastai` keeps the account's key; nothing if it has none.
 key_file() {
-  local home=~ stored file    # without HOME, as for a timer of systemd, the one of this user
-  stored="${XDG_CONFIG_HOME:-$home/.config}/vastai"
-  for file in "$stored/vast_tfa_key" "$stored/vast_api_key" "$home/.vast_api_key"; do
+  local stored file
+  stored="$(xdg_folder "${XDG_CONFIG_HOME:-}" .config)/vastai"
+  for file in "$stored/vast_tfa_key" "$stored/vast_api_key" ~/.vast_api_key; do
     if [[ -s "$file" ]]; then
       printf '%s\n' "$file"
       return 0
@@ -1013,6 +1020,7 @@ def hours: if .started then [(now - .started) / 3600, 0] | max else null end;
 def sleeps: .state | is_one_of(["stopped", "outbid"]);
 def costs_now: if sleeps then .storage else .price end;
 def known($before): if . then "\($before)\(fixed(4)) $/h" else "" end;
+def with_credit: if (env.credit // "") == "" then . else .credit = (env.credit | tonumber) end;
 def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
 
 # Of the journal: the time of a line; the orders of which no line tells how they ended, and the row
@@ -1289,11 +1297,7 @@ find_running() {
 order_note='{}'    # what the lines of the order under way have in common
 
 # Prints the folder of what outlives a run.
-state_folder() {
-  local home=~ state="${XDG_STATE_HOME:-}"    # without HOME, the one of this user
-  if [[ "$state" != /* ]]; then state="$home/.local/state"; fi
-  printf '%s/bark-worker\n' "$state"
-}
+state_folder() { printf '%s/bark-worker\n' "$(xdg_folder "${XDG_STATE_HOME:-}" .local/state)"; }
 
 # usage: note EVENT [ID]    (fails if the line cannot be written; only an order minds)
 note() {
@@ -2564,9 +2568,8 @@ cmd_status() {
   if is_loaded account; then hear_credit; fi
   if [[ -n "$json" ]]; then
     tell "$(printf '%s' "$found" | credit="$credit" odd="$odd_rows" facts '
-      (env.odd | fromjson | map(.id)) as $odd | {label: env.our_label, instances: .}
-        + if env.credit == "" then {} else {credit: (env.credit | tonumber)} end
-        + if $odd == [] then {} else {unreadable: $odd} end' -s)"
+      {label: env.our_label, instances: .} | with_credit
+        + (env.odd | fromjson | if . == [] then {} else {unreadable: map(.id)} end)' -s)"
   elif [[ -n "$credit" ]]; then
     tell "$(credit_words "$(feed "$targets" facts 'map(costs_now) | add // 0' -s)")"
   fi

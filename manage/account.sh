@@ -18,19 +18,12 @@ readonly CREDIT_SECONDS=3    # that its answer is waited for when all else is th
 
 credit=''    # in dollars; nothing where Vast does not tell, or the key may not know it
 
-# The CLI makes its folders when it starts, and breaks if another call makes them just then.
-make_folders_of_cli() {
-  local home=~ folder
-  for folder in "${XDG_CONFIG_HOME:-}:$home/.config" "${XDG_CACHE_HOME:-}:$home/.cache" \
-    "${XDG_STATE_HOME:-}:$home/.local/state"; do
-    if [[ "$folder" == /* ]]; then folder="${folder%:*}"; else folder="${folder##*:}"; fi
-    mkdir -p "$folder/vastai" 2>/dev/null || true
-  done
-}
-
-# Begins to ask for it, beside what else is asked.
+# Begins to ask for it, beside what else is asked. The CLI makes its folders when it starts, and
+# breaks if another call makes them just then.
 ask_credit() {
-  make_folders_of_cli
+  mkdir -p "$(xdg_folder "${XDG_CONFIG_HOME:-}" .config)/vastai" \
+    "$(xdg_folder "${XDG_CACHE_HOME:-}" .cache)/vastai" \
+    "$(xdg_folder "${XDG_STATE_HOME:-}" .local/state)/vastai" 2>/dev/null || true
   exec 8< <({ run_vast show user | tail -n +4 | jq -r 'objects
     | if has("credit") then .credit else .balance end | numbers'; } 2>/dev/null)
 }
@@ -95,8 +88,7 @@ status_all() {
     die "$EX_REFUSED" "Vast's lists cannot be read"
   hear_credit
   if [[ -n "$1" ]]; then
-    tell "$(credit="$credit" feed "$found" facts \
-      '. + if env.credit == "" then {} else {credit: (env.credit | tonumber)} end | tojson')"
+    tell "$(credit="$credit" feed "$found" facts 'with_credit | tojson')"
   else
     tell "$(describe_account "$found")"
   fi
