@@ -284,13 +284,6 @@ option says otherwise.
 While an order is on its way, this machine's list of processes shows the worker's own key to others
 who use it, as Vast's CLI takes it no other way; the account's key never shows."
 
-readonly USAGE_SEARCH="usage: $PROGRAM search [OPTIONS]
-
-Prints the offers that start would consider, in its order: the cheapest first, but of those within
-10 % of its price the most reliable.
-
-$USAGE_SEARCH_OPTIONS"
-
 readonly USAGE_STATUS="usage: $PROGRAM status [ID | --all] [--json]
 
 Prints what is rented under the label '$LABEL' and how long the account's credit lasts; on
@@ -397,7 +390,7 @@ loaded=''    # the files that are loaded, by blanks; each adds its own name at i
 load() {
   local part="$1"
   case "$1" in
-    endpoint | local | test | speak | completion | hints | trace | account) ;;
+    search | endpoint | local | test | speak | completion | hints | trace | account) ;;
     reach | ssh | tunnel | open | env) part=reach ;;
     *) return 0 ;;
   esac
@@ -1107,23 +1100,6 @@ def offers: map(select((objects | .dph_total | numbers) and (env.interruptible =
 def sentence: "\(.gpu), \(.vram | round) GB, \(.region): \(.cost | fixed(4)) $/h"
   + " (\(.cost * 24 | fixed(2)) $ a day)";
 
-# The options that keep an offer out, each with the value that would let it in.
-def country: .region | split(" ") | last // "";
-def widenings: . as $offer
-  | [if .winning then empty else "--bid \(.min_bid)" end,
-     if .cost > (env.max_price | tonumber) then "--max-price \(.cost * 100 | ceil / 100)"
-     else empty end,
-     if .traffic > (env.max_traffic | tonumber)
-     then "--max-traffic \(.traffic * 1000 | ceil / 1000)" else empty end,
-     if .vram < (env.min_vram | tonumber) * 1000 / 1024 then "--min-vram \(.vram | floor)"
-     else empty end,
-     if env.gpus != "" and (.gpu | is_one_of(env.gpus | split(",")) | not)
-     then "--gpu \(.gpu | @sh)" else empty end,
-     if env.region != "" and (country | is_one_of(env.region | split(",")) | not)
-     then "--region \(country)" else empty end,
-     if .reliability <= (env.min_reliability | tonumber)
-     then "--min-reliability \((.reliability - 0.0001) * 1000 | floor / 1000)" else empty end];
-
 # How Vast, which knows these names, spells those that a person typed, by commas; and the first
 # that it does not know, with what comes nearest. Case, blanks, the family and how "super" is
 # written make no difference.
@@ -1679,7 +1655,6 @@ check_gpus() {
 # Sets offers to those that start would take; ends with advice if there is none.
 # Vast's own filter is not the last word on what costs money.
 find_offers() {
-  local advice
   check_gpus
   search_offers "$(hard_query) $(soft_query)" 64
   offers="$(feed "$offers" facts 'map(select(.winning and .cost <= (env.max_price | tonumber)
@@ -1688,12 +1663,7 @@ find_offers() {
     leave_out_failed "$@"
     return 0
   fi
-  pause 1
-  search_offers "$(hard_query)" 500
-  say "no offer fits; Vast has $(feed "$offers" facts length) with one GPU, $disk GB of disk," \
-    "a fast line and a driver for the image"
-  advice="$(advice)"
-  if [[ -n "$advice" ]]; then say "$advice"; fi
+  if can_load search; then say_what_would_fit; fi
   die "$EX_REFUSED" "No suitable GPU found; widen --max-price, --min-vram, --gpu, --region,
 --max-traffic or --min-reliability, or ask for less --disk${bid:+ or a higher --bid}\
 ${1:+; $1}"
@@ -1715,16 +1685,6 @@ leave_out_failed() {
   fi
 }
 
-# Prints, for each option, what widening it alone would bring, then the nearest offer of all.
-advice() {
-  feed "$offers" facts 'map(. + {wide: widenings} | select(.wide != []))
-    | if . == [] then empty else
-      (map(select(.wide | length == 1)) | group_by(.wide[0] | split(" ")[0])
-        | map(min_by(.cost)) | sort_by(.cost)[] | "  with \(.wide[0]): \(sentence)"),
-      (min_by([(.wide | length), .cost]) | "the nearest: \(.wide | join(" ")): \(sentence)")
-      end'
-}
-
 # usage: show_offer OFFER
 show_offer() {
   fact "$1" '"offer \(.id): \(sentence)
@@ -1733,27 +1693,6 @@ show_offer() {
     | fixed(3)) $/GB)
   \(if .bid then "interruptible, bid \(.bid) $/h" else "on demand" end), "
     + "reliability \(.reliability * 100 | fixed(1)) %, download \(.down | round) Mb/s"'
-}
-
-offer_line() { printf '%-8s %-15.15s %3s %7s %6s %-14s %6s %5s %7s\n' "$@"; }    # 79 columns
-
-cmd_search() {
-  read_options search "$SEARCH_OPTIONS" "$@"
-  check_search search
-  offer_vastai
-  open_account
-  find_offers
-  tell "$(offer_table)"
-}
-
-offer_table() {
-  local cells=()
-  offer_line OFFER GPU GB '$/HOUR' '$/DAY' WHERE RELIAB 'Mb/s' '$/GB IN'
-  while IFS='|' read -r -a cells; do
-    offer_line "${cells[@]}"
-  done < <(feed "$offers" facts '.[] | [.id, .gpu, (.vram | round), (.cost | fixed(4)),
-    (.cost * 24 | fixed(2)), .region[-14:], (.reliability | fixed(3)), (.down | round),
-    (.traffic | fixed(3))] | join("|")')
 }
 
 # -----------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_jq_knows_all_that_its_definitions_name() -> None:
     calls = definitions()
     assert len(calls) > 50
     program = ", ".join(f"(try ({call}) catch null)" for call in calls)
-    code = 'feed null endpoint_facts "$JQ_SPOKEN $JQ_SOUND $JQ_ACCOUNT $1"'
+    code = 'feed null endpoint_facts "$JQ_SPOKEN $JQ_SOUND $JQ_ACCOUNT $JQ_SEARCH $1"'
     done = subprocess.run(sourcing(code, f"[{program}] | length"), capture_output=True, text=True,
                           timeout=60, env=clean_environment())
     assert (done.returncode, done.stderr) == (0, "")

@@ -26,7 +26,7 @@ from manager import BASH, PARTS, SCRIPT, executable, folder_of, sourcing
 RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
 TOOLS = ("awk", "sed", "tr")  # all that reading the options takes
-APART = {"test": "test", "ssh": "reach", "tunnel": "reach", "open": "reach",
+APART = {"search": "search", "test": "test", "ssh": "reach", "tunnel": "reach", "open": "reach",
          "env": "reach", "endpoint": "endpoint", "local": "local",
          "speak": "speak", "completion": "completion"}  # lie in manage/
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "open",
@@ -52,7 +52,8 @@ def answer(code: str, *arguments: str, stdin: str = "", **settings: str) -> str:
 def facts(filter_: str, rows: object, **settings: str) -> Any:
     """What the script's jq filter makes of rows of Vast's; `settings` are its global variables."""
     names = "".join(f"{name}={settings[name]!r}; " for name in settings)
-    return json.loads(answer(f'{names}facts "$1 | tojson"', filter_, stdin=json.dumps(rows)))
+    code = f'{names}facts "$JQ_SEARCH $1 | tojson"'
+    return json.loads(answer(code, filter_, stdin=json.dumps(rows)))
 
 
 def command(*arguments: str, path: Path, script: Path = SCRIPT, **settings: str,
