@@ -849,18 +849,11 @@ find_vastai() {
 # Where vastai is missing, asks a person whether to install it. Only commands that order something
 # new call this: what ends a rent at night must not wait for pip.
 offer_vastai() {
-  local packages_before list="$VENV/requirements-renting.txt"
   if find_vastai || [[ ! -t 0 || ! -f "$ROOT/requirements.txt" ]]; then return 0; fi
-  if [[ ! -r "$ROOT/manage/local.sh" ]]; then return 0; fi
-  says_yes 'vastai is missing: install it into .venv (32 packages, borb among them under the'\
-' AGPL)?' || return 0    # `require_tools` says what to do
-  load local
-  if ! venv_works; then make_venv; fi
-  requirements_of renting >"$list"
-  say 'installing vastai into .venv'
-  packages_before="$(packages)"
-  install_packages vastai -r "$list"
-  say_what_came "$packages_before"
+  if can_load local && says_yes 'vastai is missing: install it into .venv (32 packages, borb among'\
+' them under the AGPL)?'; then
+    install_part renting vastai
+  fi    # else `require_tools` says what to do
 }
 
 # Fails unless every tool is there; names each one that is not.

@@ -350,6 +350,17 @@ print(sum(os.lstat(os.path.join(folder, name)).st_size
   say "fetched $count packages$torch into $VENV, which has $size MB now (local --clean removes it)"
 }
 
+# usage: install_part PART NAMES    (of requirements.txt, into .venv; NAMES are for people)
+install_part() {
+  local packages_before list="$VENV/requirements-$1.txt"
+  if ! venv_works; then make_venv; fi
+  requirements_of "$1" >"$list"
+  say "installing $2 into .venv"
+  packages_before="$(packages)"
+  install_packages "$2" -r "$list"
+  say_what_came "$packages_before"
+}
+
 # Prints the ids of processes that run from .venv, as far as can be told.
 users_of_venv() {
   local place
