@@ -1257,7 +1257,7 @@ find_running() {
   address="$(fact "$row" .address)"
   if [[ -n "$address" ]]; then return 0; fi
   die "$EX_UNHEALTHY" "$(fact "$row" '"instance \(.id) cannot be called: it is \(.state)"
-    + if .message then " (\(.message))" else "" end'); run: $AGAIN start"
+    + if .message then " (\(.message))" else "" end'); run: $AGAIN start${target_id:+ $target_id}"
 }
 
 # -----------------------------------------------------------------------------
@@ -2112,7 +2112,7 @@ say_what_does_not_count() {
   names="$(rent_options)"
   if [[ -n "$names" ]]; then
     say "it keeps what it was rented with; for a new one with $names, destroy it first:" \
-      "$AGAIN destroy"
+      "$AGAIN destroy${target_id:+ $target_id}"
   fi
 }
 
@@ -2150,7 +2150,7 @@ respect_others() {
   case "$outcome" in
     gone) die "$EX_NO_INSTANCE" "$reason$kept" ;;
     stopped) die "$EX_REFUSED" "$reason: it is left as it is, and $(storage_cost "$row")$kept
-To wake it: $AGAIN start; to end that, too: $(rescue destroy "$1")" ;;
+To wake it: $AGAIN start${target_id:+ $target_id}; to end that, too: $(rescue destroy "$1")" ;;
   esac
 }
 
@@ -2193,7 +2193,7 @@ ask_to_start() {
 replace_or_die() {
   if [[ -z "$replace" ]]; then
     die "$2" "$3
-To rent another and destroy this one then: $AGAIN start --replace
+To rent another and destroy this one then: $AGAIN start --replace${target_id:+ $target_id}
 While Vast lists it, its storage is billed; to end that: $(rescue destroy "$1")"
   fi
   say "$3: renting another"
@@ -2437,21 +2437,22 @@ show_last_words() {
 
 # usage: announce ID    (prints the address)
 announce() {
-  local facts_line
+  local facts_line on="${target_id:+ $target_id}"
   facts_line="$(fact "$(row_of "$1")" '"\(.gpu)\(.price | known(", "))"' 2>/dev/null)" || true
   say "ready after $((now - wait_began)) s: instance $1${facts_line:+, $facts_line}"
   tell "$address"
   if [[ -n "$reader_left" ]]; then say "nobody reads the answer, which is $address"; fi
-  say "its key: $AGAIN env; try it: $AGAIN test; end the rent: $AGAIN stop, or destroy"
+  say "its key: $AGAIN env$on; try it: $AGAIN test${on:+ --id$on}; end the rent: $AGAIN stop$on," \
+    "or destroy"
   say_guards "$1"
 }
 
 # usage: say_guards ID    (tells what stops it, if something does)
 say_guards() {
-  local guards
+  local guards on="${target_id:+ $target_id}"
   guards="$(fact "$(row_of "$1")" 'guards | ltrimstr("\n  ")' 2>/dev/null)" || true
   if [[ -z "$guards" ]]; then return 0; fi
-  say "it $guards: from then on an application gets no connection until $AGAIN start wakes it.
+  say "it $guards: from then on an application gets no connection until $AGAIN start$on wakes it.
 Vast documents that it may stop itself; we have not tried it live yet, so look: $AGAIN status"
 }
 
@@ -2503,7 +2504,7 @@ cmd_status() {
       {label: env.our_label, instances: .} | with_credit
         + (env.odd | fromjson | if . == [] then {} else {unreadable: map(.id)} end)' -s)"
   elif [[ -n "$credit" ]]; then
-    tell "$(credit_words "$(feed "$targets" facts 'map(costs_now) | add // 0' -s)")"
+    tell "$(credit_words "$(feed "$instances" facts 'map(costs_now) | add // 0')")"
   fi
   say_odd_rows || true
   if [[ "$instances$odd_rows" == '[][]' ]]; then leave "$EX_NO_INSTANCE"; fi

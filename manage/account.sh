@@ -117,6 +117,7 @@ no_instance_but_perhaps_an_endpoint() {
   else
     what="$what: $complaint"
   fi
+  say_credit 0
   no_instance "$what"
 }
 

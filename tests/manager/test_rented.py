@@ -673,12 +673,16 @@ def one_that_is_named(stage: Scene) -> None:
     told = says(stage, "env", str(second.id))
     assert f"BARK_URL={second.worker_url}\n" in told
     stage.manager.runs[-1].stdout = ""
-    assert f"instance {first.id}" not in says(stage, "status", str(second.id))
+    told = says(stage, "status", str(second.id))
+    assert f"instance {first.id}" not in told and f" at {2 * (0.06 + GB_AT_50):.4f} $/h" in told
     port = str(second.container.ports["22/tcp"].getsockname()[1])
     for words in (("ssh", str(second.id), "ls", "7"), ("tunnel", str(second.id))):
         run(stage, *words, PATH=stub_ssh(stage, 0))
         assert port in ssh_words(stage)
-    assert run(stage, "start", str(second.id)).stdout == f"{second.worker_url}\n"
+    done = run(stage, "start", str(second.id))
+    assert done.stdout == f"{second.worker_url}\n"
+    number = second.id
+    assert re.search(rf"env {number}; .* test --id {number}; .* stop {number},", done.stderr)
     assert stage.changes() == []
 
 
