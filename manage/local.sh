@@ -205,8 +205,11 @@ venv_works() {
   python_is_new_enough "$VENV_PYTHON" && "$VENV_PYTHON" -c 'import pip' >/dev/null 2>&1
 }
 
+# Makes .venv if it is absent or broken.
 make_venv() {
   local python
+  if venv_works; then return 0; fi
+  say 'making .venv'
   python="$(find_python)" || leave "$?"
   run_child "$python" -m venv --clear "$VENV" ||
     die "$EX_MISSING" "$python -m venv could not make $VENV; its own message stands above"
@@ -259,13 +262,10 @@ install_files() {
 }
 
 # usage: ensure_venv REQUIREMENTS_FILE...
-# Makes .venv if it is absent or broken, and installs the files if one changed since last time.
+# Makes .venv if need be, and installs the files if one changed since last time.
 ensure_venv() {
   local file changed=''
-  if ! venv_works; then
-    say 'making .venv'
-    make_venv
-  fi
+  make_venv
   for file in "$@"; do
     if ! are_installed "$file"; then changed="$changed ${file#"$ROOT"/}"; fi
   done
@@ -350,14 +350,16 @@ print(sum(os.lstat(os.path.join(folder, name)).st_size
   say "fetched $count packages$torch into $VENV, which has $size MB now (local --clean removes it)"
 }
 
-# usage: install_part PART NAMES    (of requirements.txt, into .venv; NAMES are for people)
+# usage: install_part PART NAMES    (of requirements.txt; NAMES are for people)
 install_part() {
   local packages_before list="$VENV/requirements-$1.txt"
-  if ! venv_works; then make_venv; fi
+  make_venv
   requirements_of "$1" >"$list"
+  if are_installed "$list" || are_installed "$ROOT/requirements.txt"; then return 0; fi
   say "installing $2 into .venv"
   packages_before="$(packages)"
-  install_packages "$2" -r "$list"
+  forget_installed "$list"
+  install_files "$2" "$list"
   say_what_came "$packages_before"
 }
 
@@ -563,7 +565,7 @@ choose_torch() {
 # there is none, and is empty where there is one; LISTEN is as BARK_LISTEN.
 install_worker() {
   local version build=cpu driver='' packages_before torch_arguments=() torch_source='' part lists=()
-  if ! venv_works; then make_venv; fi
+  make_venv
   for part in $(parts_for "$2"); do
     requirements_of "$part" >"$VENV/requirements-$part.txt"
     lists+=("$VENV/requirements-$part.txt")

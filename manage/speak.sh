@@ -46,20 +46,6 @@ readonly SPEAK_OPTIONS='WORD -:from_stdin -o=out --out=out --url=url --endpoint:
 # -----------------------------------------------------------------------------
 # Speak
 
-# Installs what speak.py needs where it is missing: never torch.
-ensure_speaking() {
-  local list="$VENV/requirements-speaking.txt"
-  if ! venv_works; then
-    say 'making .venv'
-    make_venv
-  fi
-  requirements_of speaking >"$list"
-  if are_installed "$list" || are_installed "$ROOT/requirements.txt"; then return 0; fi
-  say 'installing what reads books and binds speech into .venv'
-  forget_installed "$list"
-  install_files 'what speak needs' "$list"
-}
-
 # Sets the way to the endpoint's workers, for speak.py.
 find_route() {
   local endpoint_key
@@ -87,7 +73,7 @@ cmd_speak() {
   ((${#operands[@]} == 1)) || usage_error 'speak takes one FILE; - is standard input' speak
   [[ -n "$out" ]] || usage_error 'speak needs a file to make: -o OUT' speak
   load local
-  ensure_speaking
+  install_part speaking 'what reads books and binds speech'    # never torch
   if [[ -n "$along_route" && -z "$url" ]]; then find_route; fi
   run_speaking "$@"
 }

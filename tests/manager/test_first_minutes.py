@@ -445,9 +445,9 @@ def test_no_other_command_offers_or_installs_anything(
 
 def test_speaking_installs_its_own_part_once_and_never_torch(
         clone: Path, bare: Path, indexes: Indexes) -> None:
-    done, again = (subprocess.run(
-        sourcing("load local; ensure_speaking", script=clone / SCRIPT.name), text=True,
-        env=pip_settings(bare), capture_output=True, timeout=START_SECONDS) for _ in range(2))
+    line = sourcing("install_part speaking 'what reads books'", script=clone / SCRIPT.name)
+    done, again = (subprocess.run(line, text=True, env=pip_settings(bare), capture_output=True,
+                                  timeout=START_SECONDS) for _ in range(2))
     assert done.returncode == 0 and "installing what reads books" in done.stderr, done.stderr
     assert len(fetched(indexes, "pages-")) == 1 == len(fetched(indexes, ".whl"))
     assert_nothing_to_do(again)
