@@ -244,7 +244,8 @@ readonly USAGE_SEARCH_OPTIONS="  --gpu NAMES            such as '3060,RTX 4060 T
   --any-machine          also those that failed here within a day
   --image IMAGE          ($DEFAULT_IMAGE)"
 
-readonly USAGE_START="usage: $PROGRAM start [ID] [OPTIONS]
+# In quotes with their names, by which `usage_of` finds them.
+readonly "USAGE_start=usage: $PROGRAM start [ID] [OPTIONS]
 
 Prints the address of a healthy worker. Where an instance labelled '$LABEL' runs, waits for it;
 where one is stopped, starts it again; else rents the cheapest offer that fits, or of those within
@@ -284,7 +285,7 @@ option says otherwise.
 While an order is on its way, this machine's list of processes shows the worker's own key to others
 who use it, as Vast's CLI takes it no other way; the account's key never shows."
 
-readonly USAGE_STATUS="usage: $PROGRAM status [ID | --all] [--json]
+readonly "USAGE_status=usage: $PROGRAM status [ID | --all] [--json]
 
 Prints what is rented under the label '$LABEL' and how long the account's credit lasts; on
 stderr of which orders the journal tells no end. Exit status 0 only if a worker is ready.
@@ -296,14 +297,14 @@ stderr of which orders the journal tells no end. Exit status 0 only if a worker 
             \"cost_per_hour\", \"cost_per_day\", \"without_price\": [ids], \"credit\"}
   ID        one of several instances"
 
-readonly USAGE_LOGS="usage: $PROGRAM logs [ID] [OPTIONS]
+readonly "USAGE_logs=usage: $PROGRAM logs [ID] [OPTIONS]
 
   -f, --follow    go on printing new lines until Ctrl-C
   -n, --tail N    the last N lines (1000)
   --daemon        what Vast's daemon says of the container instead
   ID              one of several instances"
 
-readonly USAGE_STOP="usage: $PROGRAM stop [ID] [--now]
+readonly "USAGE_stop=usage: $PROGRAM stop [ID] [--now]
 
 Waits until the worker has nothing to do, at most $DRAIN_SECONDS s, then ends the GPU's rent. Disk
 and models stay, and storage goes on costing; start wakes it again.
@@ -311,36 +312,19 @@ and models stay, and storage goes on costing; start wakes it again.
   --now    do not wait
   ID       one of several instances (all that are labelled '$LABEL')"
 
-readonly USAGE_DESTROY="usage: $PROGRAM destroy [ID] [--yes]
+readonly "USAGE_destroy=usage: $PROGRAM destroy [ID] [--yes]
 
 Destroys the instance with its disk, after asking. Nothing is billed any more.
 
   --yes    do not ask
   ID       one of several instances (all that are labelled '$LABEL')"
 
-readonly USAGE_HELP="usage: $PROGRAM help [COMMAND]"
+readonly "USAGE_help=usage: $PROGRAM help [COMMAND]"
 
 # usage: usage_of COMMAND    (fails for one that there is not; of manage/'s, of those loaded)
 usage_of() {
-  case "$1" in
-    start) printf '%s\n' "$USAGE_START" ;;
-    status) printf '%s\n' "$USAGE_STATUS" ;;
-    test) printf '%s\n' "$USAGE_TEST" ;;
-    logs) printf '%s\n' "$USAGE_LOGS" ;;
-    stop) printf '%s\n' "$USAGE_STOP" ;;
-    destroy) printf '%s\n' "$USAGE_DESTROY" ;;
-    search) printf '%s\n' "$USAGE_SEARCH" ;;
-    ssh) printf '%s\n' "$USAGE_SSH" ;;
-    tunnel) printf '%s\n' "$USAGE_TUNNEL" ;;
-    env) printf '%s\n' "$USAGE_ENV" ;;
-    open) printf '%s\n' "$USAGE_OPEN" ;;
-    speak) printf '%s\n' "$USAGE_SPEAK" ;;
-    endpoint) printf '%s\n' "$USAGE_ENDPOINT" ;;
-    local) printf '%s\n' "$USAGE_LOCAL" ;;
-    completion) printf '%s\n' "$USAGE_COMPLETION" ;;
-    help) printf '%s\n' "$USAGE_HELP" ;;
-    *) return 1 ;;
-  esac
+  local name="USAGE_$1"
+  [[ "$1" =~ ^[a-z]+$ && -n "${!name:-}" ]] && printf '%s\n' "${!name}"
 }
 
 # -----------------------------------------------------------------------------
@@ -1007,7 +991,6 @@ def sleeps: .state | is_one_of(["stopped", "outbid"]);
 def costs_now: if sleeps then .storage else .price end;
 def known($before): if . then "\($before)\(fixed(4)) $/h" else "" end;
 def with_credit: if (env.credit // "") == "" then . else .credit = (env.credit | tonumber) end;
-def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
 
 # Of the journal: the time of a line; the orders of which no line tells how they ended, and the row
 # of one; the machines that failed within a day; the seconds that an instance is known to have
@@ -1781,7 +1764,7 @@ add_cost() {
 
 # Asks the worker; fails if there is no answer. What ends with status 2 refuses its settings.
 hear_worker() {
-  local health ends
+  local health
   [[ -n "$address" ]] || return 1
   health="$(health_of "$address")" || return 1
   tick
@@ -1792,12 +1775,8 @@ hear_worker() {
   case "$phase" in
     ready*) conclude ready ;;
     failed*)
-      ends="$(feed "$health" facts '.exit_status // ""')"
-      if [[ "$ends" == 2 ]]; then
-        conclude settings "the worker $phase"
-      else
-        conclude failed "the worker $phase"
-      fi ;;
+      conclude "$(feed "$health" facts 'if .exit_status == 2 then "settings" else "failed" end')" \
+        "the worker $phase" ;;
   esac
 }
 

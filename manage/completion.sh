@@ -12,7 +12,7 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 # -----------------------------------------------------------------------------
 # completion
 
-readonly USAGE_COMPLETION="usage: $PROGRAM completion bash|zsh
+readonly "USAGE_completion=usage: $PROGRAM completion bash|zsh
 
 Prints what makes the shell complete commands and options:
   eval \"\$(./$PROGRAM completion bash)\""

@@ -15,7 +15,7 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 # -----------------------------------------------------------------------------
 # Constants and help
 
-readonly USAGE_ENDPOINT="usage: $PROGRAM endpoint up|status|test|logs|down [OPTIONS]
+readonly "USAGE_endpoint=usage: $PROGRAM endpoint up|status|test|logs|down [OPTIONS]
 
 More GPUs than one, and none while nobody speaks: Vast starts a worker when requests come, more of
 them when they queue, and lets them go after 10 minutes without one. The endpoint is called

@@ -37,13 +37,9 @@ did_you_mean() {
 
 # usage: near_option WORD SPEC    (of the options in SPEC, see read_options)
 near_option() {
-  local one
-  local names=()
   if [[ "$1" != --* ]]; then return 0; fi
-  for one in $2; do
-    if [[ "$one" == --* ]]; then names+=("${one%%[:=]*}"); fi
-  done
-  did_you_mean "$1" ${names[@]+"${names[@]}"}
+  # shellcheck disable=SC2046    # a word each
+  did_you_mean "$1" $(feed "$2" tr ' ' '\n' | sed -n 's/[:=].*//; /^--/p')
 }
 
 # Prints the names of all commands, a line each.

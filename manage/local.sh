@@ -24,7 +24,7 @@ readonly RUN_DIR="$VENV/run-$$"    # what the worker's log told, while it runs
 readonly END_SECONDS=15            # the worker may finish its work for 10 s after SIGTERM
 readonly SILENT_SECONDS=60         # without an answer from /health the worker counts as hung
 
-readonly USAGE_LOCAL="usage: $PROGRAM local [--model ID] [--listen NAME] [--verbose]
+readonly "USAGE_local=usage: $PROGRAM local [--model ID] [--listen NAME] [--verbose]
        $PROGRAM local --clean [--yes]
 
 Makes .venv beside this script, installs the worker's part of requirements.txt into it when that

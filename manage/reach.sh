@@ -13,14 +13,14 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 # -----------------------------------------------------------------------------
 # Constants and help
 
-readonly USAGE_SSH="usage: $PROGRAM ssh [ID] [COMMAND...]
+readonly "USAGE_ssh=usage: $PROGRAM ssh [ID] [COMMAND...]
 
 Opens a shell on the instance, or runs COMMAND there; ID is one of several instances. Your key must
 have been in your Vast account (https://cloud.vast.ai/manage-keys/) when the instance was rented.
 Goes to the instance itself or, where that does not answer, through Vast's proxy, and takes a new
 machine's host key as it comes: known_hosts beside the journal of orders keeps it (help start)."
 
-readonly USAGE_TUNNEL="usage: $PROGRAM tunnel [ID] [--port PORT]
+readonly "USAGE_tunnel=usage: $PROGRAM tunnel [ID] [--port PORT]
 
 Forwards a port of this machine to the worker through SSH until Ctrl-C, so that neither text nor key
 crosses the net in clear.
@@ -28,7 +28,7 @@ crosses the net in clear.
   --port PORT    on this machine ($WORKER_PORT)
   ID             one of several instances"
 
-readonly USAGE_OPEN="usage: $PROGRAM open [ID] [--port PORT | --direct]
+readonly "USAGE_open=usage: $PROGRAM open [ID] [--port PORT | --direct]
 
 Opens the worker's page in a browser of this machine, through SSH as tunnel does, until Ctrl-C. The
 browser gets the key from a file that only this user can read and that goes at the end: it shows in
@@ -39,7 +39,7 @@ no address, list of processes, history or log.
                  and the key
   ID             one of several instances"
 
-readonly USAGE_ENV="usage: $PROGRAM env [ID]
+readonly "USAGE_env=usage: $PROGRAM env [ID]
 
 Prints BARK_URL and BARK_API_KEY of the instance for an application's .env, and VASTAI_ENDPOINT_ID
 as it is set here: the number of an endpoint, which \`endpoint up\` prints.
@@ -249,7 +249,9 @@ cmd_open() {
 cmd_env() {
   read_target env '' "$@"
   find_running
-  tell "$(endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '"
+  tell "$(endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '
+def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
+"
 # instance \(.id) on Vast; its address changes when it is stopped and started
 BARK_URL=\(.address | quoted)
 BARK_API_KEY=\(.key | quoted)

@@ -14,7 +14,7 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 # -----------------------------------------------------------------------------
 # Help
 
-readonly USAGE_SEARCH="usage: $PROGRAM search [OPTIONS]
+readonly "USAGE_search=usage: $PROGRAM search [OPTIONS]
 
 Prints the offers that start would consider, in its order: the cheapest first, but of those within
 10 % of its price the most reliable.

@@ -13,7 +13,7 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 # -----------------------------------------------------------------------------
 # Constants and help
 
-readonly USAGE_SPEAK="usage: $PROGRAM speak FILE -o OUT [OPTIONS]
+readonly "USAGE_speak=usage: $PROGRAM speak FILE -o OUT [OPTIONS]
 
 Reads FILE (.txt, .md, .epub; - is standard input) through the rented worker into OUT (.wav, .mp3,
 .opus, .flac, or .m4b with chapters) and prints how long it is. Each paragraph that is spoken is

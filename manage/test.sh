@@ -14,7 +14,7 @@ if [[ -z "${PROGRAM:-}" ]]; then source "${BASH_SOURCE[0]%/*}/../manage-bark-wor
 # -----------------------------------------------------------------------------
 # Constants and help
 
-readonly USAGE_TEST="usage: $PROGRAM test [TEXT] [OPTIONS]
+readonly "USAGE_test=usage: $PROGRAM test [TEXT] [OPTIONS]
 
 Speaks TEXT, writes a WAV file, checks it and prints how long it took. A TEXT that begins with a
 dash comes after --.
