@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import START_SECONDS, clean_environment
 from manager import BASH, SCRIPT, executable, folder_of, sourcing
-from test_manage import TOOLS, clone_script, run, running_local, source, write_wheel
+from test_manage import TOOLS, WORKER, clone_script, run, running_local, source, write_wheel
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"),
                                 reason="elsewhere pip's own build of torch is the only one")
@@ -34,22 +34,6 @@ NO_PIP_SETTINGS = {**{name: "" for name in os.environ if name.startswith("PIP_")
                    "PIP_CONFIG_FILE": os.devnull, "HTTPS_PROXY": "http://127.0.0.1:9",
                    "https_proxy": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1",
                    "no_proxy": "127.0.0.1"}
-# A worker of the standard library alone, which writes the lines that the real one does.
-WORKER = """import http.server, json, os, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"status": "ready"}).encode())
-    def log_message(self, *arguments): pass
-server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-for line in ("WARNING no GPU: x on the CPU; BARK_MODEL chooses: another", "INFO model=x device=cpu",
-             f"INFO listening on http://127.0.0.1:{server.server_port}",
-             "INFO 8 segments at once in float32",
-             f"WARNING a warning, BARK_LISTEN={os.environ['BARK_LISTEN']}", "INFO status=ready"):
-    print("2026-11-25 10:00:00,000", line, file=sys.stderr, flush=True)
-server.serve_forever()
-"""
 
 
 class Indexes(http.server.ThreadingHTTPServer):

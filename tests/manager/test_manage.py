@@ -31,6 +31,26 @@ NVIDIA_SMI = """#!/bin/sh
 echo '| NVIDIA-SMI 550.54.14   Driver Version: 550.54.14   CUDA Version: 12.4 |'
 """
 
+# A worker of the standard library alone, which writes the lines that the real one does.
+WORKER = """import http.server, json, os, sys
+FAILS = os.environ.get("FAILS")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        status = "loading" if "NEVER_READY" in os.environ else "ready"
+        health = {"status": status, **({"status": "failed", "error": FAILS} if FAILS else {})}
+        self.wfile.write(json.dumps(health).encode())
+    def log_message(self, *arguments): pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+for line in ("WARNING no GPU: x on the CPU; BARK_MODEL chooses: another", "INFO model=x device=cpu",
+             f"INFO listening on http://127.0.0.1:{server.server_port}",
+             "INFO 8 segments at once in float32",
+             f"WARNING a warning, BARK_LISTEN={os.environ['BARK_LISTEN']}", "INFO status=ready"):
+    print("2026-11-25 10:00:00,000", line, file=sys.stderr, flush=True)
+server.serve_forever()
+"""
+
 
 @pytest.fixture(scope="module")
 def bare_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,6 +69,14 @@ def clone_script(folder: Path) -> Path:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     return clone_script(tmp_path)
+
+
+@pytest.fixture
+def quick(clone: Path) -> Path:
+    """A clone's script that runs WORKER, on the .venv of this one."""
+    (clone / "bark-worker.py").write_text(WORKER)
+    (clone / ".venv").symlink_to(ROOT / ".venv")
+    return clone / SCRIPT.name
 
 
 def run(*arguments: str, path: Path, script: Path = SCRIPT, **settings: str,
@@ -383,8 +411,8 @@ def test_each_state_before_ready_is_told_once() -> None:
     assert last.endswith(" s; listen in a browser: http://127.0.0.1:9/")
 
 
-def test_sigterm_while_it_starts_ends_the_worker_too(bare_path: Path) -> None:
-    with running_local(bare_path, "--verbose") as local:
+def test_sigterm_while_it_starts_ends_the_worker_too(quick: Path, bare_path: Path) -> None:
+    with running_local(bare_path, "--verbose", script=quick, NEVER_READY="1") as local:
         local.wait_for_log("listening on")
         worker = local.worker()
         local.process.terminate()
@@ -393,8 +421,8 @@ def test_sigterm_while_it_starts_ends_the_worker_too(bare_path: Path) -> None:
     assert not (ROOT / f".venv/run-{local.process.pid}").exists()
 
 
-def test_closed_terminal_ends_the_worker_too(bare_path: Path) -> None:
-    command = [BASH, str(SCRIPT), "local", "--verbose"]
+def test_closed_terminal_ends_the_worker_too(quick: Path, bare_path: Path) -> None:
+    command = [BASH, str(quick), "local", "--verbose"]
     with subprocess.Popen(command, env=clean_environment(PATH=str(bare_path)), text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert any("listening on" in line for line in iter(process.stderr.readline, ""))
@@ -413,8 +441,8 @@ def test_a_log_of_json_is_shown_whole_and_tells_the_address_all_the_same() -> No
     assert (done.stdout, done.stderr) == ("http://127.0.0.1:8081\n", log)
 
 
-def test_worker_that_dies_by_itself_is_reported_with_exit_1(bare_path: Path) -> None:
-    with running_local(bare_path) as local:
+def test_worker_that_dies_by_itself_is_reported_with_exit_1(quick: Path, bare_path: Path) -> None:
+    with running_local(bare_path, script=quick) as local:
         local.wait_until_callable()
         local.worker().kill()
         assert local.process.wait(30) == 1
@@ -422,8 +450,8 @@ def test_worker_that_dies_by_itself_is_reported_with_exit_1(bare_path: Path) -> 
 
 
 @pytest.mark.parametrize(("settings", "status", "reason"), [
-    ({"BARK_MODEL": "/nonexistent"}, 1, "/nonexistent"),
-    ({"BARK_VOICE": "nobody"}, 2, "nobody"),
+    pytest.param({"BARK_MODEL": "/nonexistent"}, 1, "/nonexistent", marks=pytest.mark.long),
+    pytest.param({"BARK_VOICE": "nobody"}, 2, "nobody", marks=pytest.mark.long),
     ({"BARK_TIMEOUT": "soon"}, 2, "BARK_TIMEOUT"),
 ])
 def test_worker_that_cannot_start_passes_its_reason_and_status_on(
@@ -432,6 +460,13 @@ def test_worker_that_cannot_start_passes_its_reason_and_status_on(
     assert (done.returncode, done.stdout) == (status, "")
     assert any(reason in line for line in done.stderr.splitlines()
                if not line.startswith(("starting", "no NVIDIA")))
+
+
+def test_worker_that_fails_on_its_way_is_told_of_with_exit_1(
+        quick: Path, bare_path: Path) -> None:
+    done = run("local", path=bare_path, script=quick, FAILS="no weights here")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the worker failed: no weights here" in done.stderr
 
 
 @pytest.mark.long  # the manager's part of it is the same as for a wrong setting
