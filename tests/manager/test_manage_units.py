@@ -70,6 +70,12 @@ def bare_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_of(TOOLS, tmp_path_factory.mktemp("bin"))
 
 
+@pytest.fixture(scope="module")
+def words() -> ModuleType:
+    """The worker without what imports torch."""
+    return load_words()
+
+
 def cli_module(name: str) -> ModuleType:
     """A module of the real CLI that stands alone, without the package, which talks to the net."""
     package = importlib.util.find_spec("vastai")
@@ -341,11 +347,11 @@ def test_a_guard_that_is_no_number_stops_the_start(
     assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
 
 
-def test_the_worker_takes_what_the_manager_takes(bark: ModuleType) -> None:
+def test_the_worker_takes_what_the_manager_takes(words: ModuleType) -> None:
     minutes, hours = answer('echo "$MOST_MINUTES $MOST_HOURS"').split()
     for value in ("0", ".5", "1.", "0.0000001", minutes):
-        assert bark.Config.from_env({"BARK_IDLE_STOP": value, "BARK_START_LIMIT": value})
-    assert bark.Config.from_env({"BARK_MAX_HOURS": hours}).max_hours == float(hours)
+        assert words.Config.from_env({"BARK_IDLE_STOP": value, "BARK_START_LIMIT": value})
+    assert words.Config.from_env({"BARK_MAX_HOURS": hours}).max_hours == float(hours)
 
 
 def test_the_builtin_voice_is_the_images() -> None:
@@ -363,19 +369,19 @@ def test_values_that_the_cli_would_mangle_are_refused(name: str, value: str,
     assert f"is '{value}'; it may have letters" in done.stderr
 
 
-def test_the_workers_settings_are_passed_on_and_no_others(bark: ModuleType) -> None:
+def test_the_workers_settings_are_passed_on_and_no_others(words: ModuleType) -> None:
     """The others are the manager's own choice: address, device, key; or options have them, too; or
     folders of this machine."""
     own = {"PORT", "HOST", "BARK_DEVICE", "BARK_API_KEY", "BARK_MODEL", "BARK_VOICE",
            "BARK_VOICES_DIR", "BARK_LISTEN", "BARK_IDLE_STOP", "BARK_START_LIMIT", "BARK_MAX_HOURS"}
     passed = answer('printf "%s\\n" "$PASSED_ON"').split()
-    assert sorted(passed) == sorted({v.name for v in bark.VARIABLES} - own)
+    assert sorted(passed) == sorted({v.name for v in words.VARIABLES} - own)
 
 
-def test_the_worker_knows_every_variable_of_the_manager(bark: ModuleType) -> None:
+def test_the_worker_knows_every_variable_of_the_manager(words: ModuleType) -> None:
     """It warns of BARK_ variables that it does not know."""
     read = set(re.findall(r"(?<!\\)\$\{?(BARK_[A-Z_]+)", SOURCE))
-    assert read - {v.name for v in bark.VARIABLES} == bark.MANAGER_VARIABLES
+    assert read - {v.name for v in words.VARIABLES} == words.MANAGER_VARIABLES
 
 
 # What a call of the CLI brings
@@ -1365,10 +1371,10 @@ def test_that_yes_may_be_needed_is_said_before_anything_is_called(words: list[st
     assert done.returncode == 3 and "without --yes no" in done.stderr.splitlines()[0]
 
 
-def test_the_version_is_the_workers(bark: ModuleType, tmp_path: Path) -> None:
+def test_the_version_is_the_workers(words: ModuleType, tmp_path: Path) -> None:
     script = shutil.copy(SCRIPT, tmp_path)  # alone, it has to know by itself
     done = command("--version", path=tmp_path, script=Path(script))
-    assert (done.returncode, done.stdout) == (0, f"manage-bark-worker.sh {bark.VERSION}\n")
+    assert (done.returncode, done.stdout) == (0, f"manage-bark-worker.sh {words.VERSION}\n")
 
 
 @pytest.mark.parametrize(("settings", "complaint"), [
@@ -1400,8 +1406,8 @@ def test_a_setting_that_cannot_go_along_stops_the_start(
     assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
 
 
-def test_every_listener_that_the_worker_knows_by_name_can_be_asked_for() -> None:
-    for name in ("off", *load_words().LISTENERS, "me/my-ears"):
+def test_every_listener_that_the_worker_knows_by_name_can_be_asked_for(words: ModuleType) -> None:
+    for name in ("off", *words.LISTENERS, "me/my-ears"):
         answer(f"listen={name}; check_listen start")
 
 
