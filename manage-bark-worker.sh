@@ -1606,13 +1606,13 @@ soft_query() {
 
 offers='[]'    # the cheapest first
 
-# usage: search_offers QUERY LIMIT    (sets offers)
+# usage: search_offers QUERY LIMIT [FILTER]    (sets offers)
 search_offers() {
   local type=on-demand
   if [[ -n "$interruptible" ]]; then type=bid; fi
   persist vast_json array search offers "$1" --type "$type" --storage "$disk" \
     --order dph_total --limit "$2" || die_by_vast 'the offers cannot be searched'
-  offers="$(feed "$reply" facts 'offers | tojson')"
+  offers="$(feed "$reply" facts "offers | ${3:-.} | tojson")"
 }
 
 # Gives the GPUs that a person typed the names that Vast has; ends if it has none like that.
@@ -1632,9 +1632,8 @@ check_gpus() {
 # Vast's own filter is not the last word on what costs money.
 find_offers() {
   check_gpus
-  search_offers "$(hard_query) $(soft_query)" 64
-  offers="$(feed "$offers" facts 'map(select(.winning and .cost <= (env.max_price | tonumber)
-    and .traffic <= (env.max_traffic | tonumber))) | tojson')"
+  search_offers "$(hard_query) $(soft_query)" 64 'map(select(.winning
+    and .cost <= (env.max_price | tonumber) and .traffic <= (env.max_traffic | tonumber)))'
   if [[ "$offers" != '[]' ]]; then
     leave_out_failed "$@"
     return 0
@@ -1783,22 +1782,22 @@ hear_worker() {
 # usage: see_instance ID    (asks Vast, and decides if the instance can no longer get healthy)
 # Fails if Vast does not answer.
 see_instance() {
-  local too_dear
+  local found too_dear state wanted message
   if ! look; then
     phase="$complaint"
     return 1
   fi
-  row="$(row_of "$1")"
+  found="$(feed "$instances" facts ".[] | select(.id == $1)"' | tojson, ((.storage // 0) as $storage
+    | [if .price then [.price - $storage, 0] | max * 1e6 | round else "" end,
+       ($storage * 1e6 | round), .address, (.price // 0) > (env.max_price | tonumber) * 1.001,
+       .state, .wanted, .message] | join("|"))')"
+  row="${found%%$'\n'*}"
   if [[ -z "$row" ]]; then
     judge_absence "$1"
     return 0
   fi
   was_listed=yes absent_looks=0
-  unpack "$(fact "$row" '(.storage // 0) as $storage
-    | [if .price then [.price - $storage, 0] | max * 1e6 | round else "" end,
-       ($storage * 1e6 | round),
-       .address, (.price // 0) > (env.max_price | tonumber) * 1.001] | join("|")')" \
-    gpu_price storage_price address too_dear
+  unpack "${found#*$'\n'}" gpu_price storage_price address too_dear state wanted message
   if [[ "$1" == "$rented_id" ]]; then check_rented "$1" "$too_dear"; fi
   if [[ -z "$outcome" || "$outcome" == ready ]]; then judge_state "$1"; fi
 }
@@ -1825,26 +1824,20 @@ judge_absence() {
 # usage: check_rented ID TOO_DEAR    (true or false)
 # What concerns only an instance of this run: it is its only one, the first one, within the price.
 check_rented() {
-  end_strays "$1"
-  rival="$(rented="$1" key="$run_key" before="$before" \
-    feed "$instances" facts 'map(select(is_rival)) | .[0].id // ""')"
+  local strays id
+  unpack "$(rented="$1" key="$run_key" before="$before" feed "$instances" facts '
+    "\(map(select(is_rival))[0].id // "")|\(map(select(.key != "" and .key == env.key
+      and "\(.id)" != env.rented) | .id) | join(" "))"')" rival strays
+  for id in $strays; do    # late fruit of unanswered orders
+    say "instance $id showed up late: destroying it"
+    destroy_once "$id" || true
+  done
   if [[ -n "$rival" ]]; then
     conclude lost "another start rented instance $rival at the same time"
   elif [[ "$2" == true ]]; then
     conclude dear \
       "instance $1 costs $(fact "$row" .price) \$/h, more than --max-price $max_price"
   fi
-}
-
-# usage: end_strays ID    (destroys this run's other instances: late fruit of unanswered orders)
-end_strays() {
-  local id
-  for id in $(own_ids); do
-    if [[ "$id" != "$1" ]]; then
-      say "instance $id showed up late: destroying it"
-      destroy_once "$id" || true
-    fi
-  done
 }
 
 # Whether the last look leaves no doubt: nothing else of this run, and no lower id that is bare yet.
@@ -1869,10 +1862,8 @@ may_settle() {
   fi
 }
 
-# usage: judge_state ID
+# usage: judge_state ID    (by state, wanted and message of its caller)
 judge_state() {
-  local state message wanted
-  unpack "$(fact "$row" '"\(.state)|\(.wanted)|\(.message)"')" state wanted message
   if [[ "$wanted" == running ]]; then meant_to_run=yes; fi
   if [[ "$wanted" == stopped && -n "$meant_to_run" ]]; then
     conclude stopped "instance $1 was stopped meanwhile, and not by this run"
@@ -2209,9 +2200,11 @@ rent() {
   run_key="$(od -An -N 24 -tx1 /dev/urandom | tr -d ' \n')"
   before="$(feed "$instances" facts 'map(.id | tostring) | join(" ")')"
   while ((rented < ATTEMPTS && orders < ORDERS)); do
-    offer="$(first_offer)"
-    if [[ -z "$offer" ]]; then break; fi
-    if ((orders > 0)); then say "$(show_offer "$offer")"; fi
+    if ((orders > 0)); then
+      offer="$(first_offer)"
+      if [[ -z "$offer" ]]; then break; fi
+      say "$(show_offer "$offer")"
+    fi
     orders=$((orders + 1))
     if order_instance "$offer"; then
       rented=$((rented + 1))
@@ -2323,14 +2316,13 @@ reply_says() { feed "$reply" jq -r "objects | $1" 2>/dev/null || true; }
 # while a signal was being handled, or one may break in here: so the last line is one command.
 # The answer holds a secret of the instance's.
 read_order() {
-  local contract left="$open_order"
+  local success contract said left="$open_order"
   order_time=$now
   read_reply
-  contract="$(reply_says 'select(.success == true) | .new_contract // "" | tostring
-    | select(test("^[0-9]+$"))')"
-  if [[ "$(reply_says .success)" == false ]]; then
-    complain "$(reply_says '.msg // .error // "no reason given"')" no
-  fi
+  unpack "$(reply_says '(.msg // .error // "no reason given" | tostring | gsub("[\\s|]+"; " "))
+    as $said | "\(.success | tojson)|\(.new_contract)|\($said)"')" success contract said
+  if [[ "$success" != true || ! "$contract" =~ ^[0-9]+$ ]]; then contract=''; fi
+  if [[ "$success" == false ]]; then complain "$said" no; fi
   if [[ -n "$contract" ]] || is_clear_no; then left=''; fi
   rented_id="$contract" open_order="$left" ordering=''
 }
@@ -2417,19 +2409,19 @@ show_last_words() {
 # usage: announce ID    (prints the address)
 announce() {
   local facts_line on="${target_id:+ $target_id}"
-  facts_line="$(fact "$(row_of "$1")" '"\(.gpu)\(.price | known(", "))"' 2>/dev/null)" || true
+  facts_line="$(fact "$row" '"\(.gpu)\(.price | known(", "))"' 2>/dev/null)" || true
   say "ready after $((now - wait_began)) s: instance $1${facts_line:+, $facts_line}"
   tell "$address"
   if [[ -n "$reader_left" ]]; then say "nobody reads the answer, which is $address"; fi
   say "its key: $AGAIN env$on; try it: $AGAIN test${on:+ --id$on}; end the rent: $AGAIN stop$on," \
     "or destroy"
-  say_guards "$1"
+  say_guards
 }
 
-# usage: say_guards ID    (tells what stops it, if something does)
+# Tells what stops the instance, if something does.
 say_guards() {
   local guards on="${target_id:+ $target_id}"
-  guards="$(fact "$(row_of "$1")" 'guards | ltrimstr("\n  ")' 2>/dev/null)" || true
+  guards="$(fact "$row" 'guards | ltrimstr("\n  ")' 2>/dev/null)" || true
   if [[ -z "$guards" ]]; then return 0; fi
   say "it $guards: from then on an application gets no connection until $AGAIN start$on wakes it.
 Vast documents that it may stop itself; we have not tried it live yet, so look: $AGAIN status"
@@ -2544,7 +2536,7 @@ new_lines() {
 # stop, destroy
 
 cmd_stop() {
-  local targets id failed=''
+  local targets ids id failed=''
   read_target stop --now:agreed "$@"
   find_targets
   [[ -n "$targets" ]] || no_instance
@@ -2552,8 +2544,9 @@ cmd_stop() {
     say_odd_rows
     leave "$EX_REFUSED"
   fi
-  stake stop "$(feed "$targets" facts .id)"
-  for id in $(feed "$targets" facts .id); do
+  ids="$(feed "$targets" facts .id)"
+  stake stop "$ids"
+  for id in $ids; do
     stop_one "$(row_of "$id")" || failed=$?
   done
   if say_odd_rows; then failed="${failed:-$EX_REFUSED}"; fi
@@ -2655,7 +2648,7 @@ has_stopped() {
 }
 
 cmd_destroy() {
-  local targets id failed=''
+  local targets ids id failed=''
   read_target destroy '-y:agreed --yes:agreed' "$@"
   need_yes destroying
   find_targets
@@ -2663,8 +2656,9 @@ cmd_destroy() {
   say "$(feed "$targets" facts '"instance \(.id): \(.state), \(.gpu)"
     + (if .why then ", " + .why else costs_now | known(", ") end)')"
   agree 'Destroy it, with its disk?' destroying destroyed
-  stake destroy "$(feed "$targets" facts .id)"
-  for id in $(feed "$targets" facts .id); do
+  ids="$(feed "$targets" facts .id)"
+  stake destroy "$ids"
+  for id in $ids; do
     destroy_confirmed "$id" || failed="$EX_REFUSED"
   done
   if [[ -z "$target_id" ]] && say_odd_rows; then failed="$EX_REFUSED"; fi

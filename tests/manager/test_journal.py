@@ -285,8 +285,8 @@ def test_only_what_is_its_own_fault_counts_against_a_machine(tmp_path: Path) -> 
               "outcome=failed reason='the worker failed'": "yes",
               "outcome=failed reason='the worker failed' model=a/b": "no",
               "outcome=failed reason='instance 7: no CDI' model=a/b": "yes",
-              "row='{\"state\": \"outbid\"}'; judge_state 7": "no",
-              "row='{\"state\": \"exited\"}'; judge_state 7": "yes",
+              "state=outbid wanted='' message=''; judge_state 7": "no",
+              "state=exited wanted='' message=''; judge_state 7": "yes",
               **{f"outcome={other}": "no" for other in ("no-image", "settings", "dear", "taken")}}
     code = "".join(f"({one}; if is_fault_of_machine; then echo yes; else echo no; fi); "
                    for one in faults)
