@@ -568,9 +568,8 @@ def test_a_digest_is_an_instances_and_not_a_templates(given: str, bare_path: Pat
     "name:", "name@", ":tag", "/name", "name/", "a//b", "a..b", "https://ghcr.io/owner/name",
     "ghcr.io/Owner/name", "name:a:b", "name@sha256:abc", f"name{DIGEST}:tag", "localhost:5000/",
     "name:-tag", "-name", "a b", "a;b"])
-@pytest.mark.parametrize("called", ["start", "search", "endpoint up"])
-def test_what_docker_could_not_pull_is_no_image(given: str, called: str, bare_path: Path) -> None:
-    done = command(*called.split(), "--image", given, path=bare_path)
+def test_what_docker_could_not_pull_is_no_image(given: str, bare_path: Path) -> None:
+    done = command("start", "--image", given, path=bare_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"--image is '{given}'; it must be a name in small letters" in done.stderr
 
@@ -578,6 +577,7 @@ def test_what_docker_could_not_pull_is_no_image(given: str, called: str, bare_pa
 # Each is refused by what several commands share.
 SHARED_FAULTS = [
     (["--gpu", "x;y"], ["start", "search", "endpoint up"]),
+    (["--image", "a//b"], ["start", "search", "endpoint up"]),
     (["--gpu="], ["start", "search", "endpoint up"]),
     (["--min-vram", "0"], ["start", "search", "endpoint up"]),
     (["--disk", "1"], ["start", "search", "endpoint up"]),
@@ -659,7 +659,7 @@ def row(**fields: object) -> dict[str, object]:
             "gpu_name": "RTX 3060", "num_gpus": 1, "dph_total": 0.07, **fields}
 
 
-@pytest.mark.parametrize(("actual", "intended", "message", "is_bid", "state"), [
+STATES = [  # actual_status, intended_status, status_msg, is_bid: state
     (None, "running", None, False, "provisioning"),
     ("", "running", "", False, "provisioning"),
     (None, "running", "Error response from daemon: no such image", False, "error"),
@@ -687,12 +687,14 @@ def row(**fields: object) -> dict[str, object]:
     ("scheduling", "stopped", None, False, "stopped"),
     ("running", "stopped", None, False, "stopping"),
     ("loading", "stopped", None, False, "stopping"),
-])
-def test_an_instances_state_is_what_vast_and_its_owner_make_of_it(
-        actual: str | None, intended: str | None, message: str | None, is_bid: bool, state: str,
-        ) -> None:
-    one = row(actual_status=actual, intended_status=intended, status_msg=message, is_bid=is_bid)
-    assert facts("instance.state", one) == state
+]
+
+
+def test_an_instances_state_is_what_vast_and_its_owner_make_of_it() -> None:
+    rows = [row(actual_status=actual, intended_status=intended, status_msg=message, is_bid=is_bid)
+            for actual, intended, message, is_bid, _ in STATES]
+    told = facts("map(instance.state)", rows)
+    assert [(*one[:4], state) for one, state in zip(STATES, told, strict=True)] == STATES
 
 
 PORTS = {"8080/tcp": [{"HostIp": "0.0.0.0", "HostPort": "40123"}],
@@ -744,7 +746,7 @@ def test_an_odd_row_does_not_break_the_list() -> None:
         == ["provisioning", "running", "running"]
 
 
-@pytest.mark.parametrize(("fields", "oddity"), [
+ODDITIES: list[tuple[dict[str, object], str]] = [
     ({}, ""), ({"extra_env": None}, ""), ({"extra_env": {"A": 1}}, ""), ({"ports": "none"}, ""),
     ({"extra_env": [["A", "b"], None]}, ""), ({"status_msg": 7}, ""), ({"ports": [1]}, ""),
     ({"id": None}, "it has no id"), ({"id": "7"}, "its id is no number"),
@@ -754,15 +756,17 @@ def test_an_odd_row_does_not_break_the_list() -> None:
     *[({"extra_env": value}, "its extra_env is no environment")
       for value in ("A=b", 7, [7], ["A=b"], [["A"]], [[1, 2]], [{"A": "b"}])],
     ({"extra_env": [["BARK_API_KEY", 7]]}, "it is of another shape"),
-])
-def test_what_of_a_row_cannot_be_read_is_told_without_its_value(fields: dict[str, object],
-                                                                oddity: str) -> None:
-    assert facts("oddity", row(**fields)) == oddity
+]
 
 
-@pytest.mark.parametrize("odd", [None, 7, "row", ["id", 7]])
-def test_what_is_no_row_at_all_is_told(odd: object) -> None:
-    assert facts("oddity", odd) == "it is no object"
+def test_what_of_a_row_cannot_be_read_is_told_without_its_value() -> None:
+    told = facts("map(oddity)", [row(**fields) for fields, _ in ODDITIES])
+    found = [(fields, oddity) for (fields, _), oddity in zip(ODDITIES, told, strict=True)]
+    assert found == ODDITIES
+
+
+def test_what_is_no_row_at_all_is_told() -> None:
+    assert facts("map(oddity)", [None, 7, "row", ["id", 7]]) == ["it is no object"] * 4
 
 
 @pytest.mark.parametrize(("image", "message", "state"), [
