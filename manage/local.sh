@@ -719,6 +719,7 @@ readonly HELLO='Good evening, and welcome.'    # is understood in both of the bu
 how_to_call() {
   local key='' play='listen to hello.wav' player
   if [[ -n "${BARK_API_KEY:-}" ]]; then key=" -H \"Authorization: Bearer \$BARK_API_KEY\""; fi
+  load test
   if player="$(find_player)"; then play="$player hello.wav"; fi
   printf '%s\n' "curl -sSf $1/synthesize$key -H 'Accept: audio/wav'\
  -H 'Content-Type: application/json' -d '{\"text\": \"$HELLO\"}' -o hello.wav"

@@ -74,12 +74,12 @@ say_what_would_fit() {
   search_offers "$(hard_query)" 500
   say "no offer fits; Vast has $(feed "$offers" facts length) with one GPU, $disk GB of disk," \
     "a fast line and a driver for the image"
-  advice="$(advice)"
+  advice="$(widening_advice)"
   if [[ -n "$advice" ]]; then say "$advice"; fi
 }
 
 # Prints, for each option, what widening it alone would bring, then the nearest offer of all.
-advice() {
+widening_advice() {
   feed "$offers" facts "$JQ_SEARCH"'map(. + {wide: widenings} | select(.wide != []))
     | if . == [] then empty else
       (map(select(.wide | length == 1)) | group_by(.wide[0] | split(" ")[0])

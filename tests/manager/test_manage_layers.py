@@ -68,6 +68,14 @@ def test_the_script_calls_functions_of_manage_only_where_they_are_loaded() -> No
         assert not used or re.search(r"\b(load|can_load|is_loaded) \w", body), (name, used)
 
 
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.name)
+def test_a_part_that_calls_functions_of_another_loads_it(path: Path) -> None:
+    used = set(re.findall(r"\b[a-z]\w+\b", " ".join(functions(path).values())))
+    for other in set(PARTS) - {path}:
+        shared = used & functions(other).keys()
+        assert not shared or re.search(rf"\b(load|can_load) {other.stem}\b", text_of(path)), shared
+
+
 def test_what_runs_the_worker_here_knows_no_vast() -> None:
     (local,) = [part for part in PARTS if part.stem == "local"]
     code = "\n".join(functions(local).values())

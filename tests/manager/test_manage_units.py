@@ -986,7 +986,7 @@ def test_the_advice_names_the_cheapest_for_each_option_and_the_nearest() -> None
     rows = [offer(id=1, dph_total=0.25), offer(id=2, dph_total=0.3),
             offer(id=3, gpu_name="RTX 4090", dph_total=0.19),
             offer(id=4, gpu_ram=4096, dph_total=0.4, gpu_name="GTX 1650")]
-    told = answer("offers=\"$(facts 'offers | tojson')\"; advice", stdin=json.dumps(rows))
+    told = answer("offers=\"$(facts 'offers | tojson')\"; widening_advice", stdin=json.dumps(rows))
     assert told.splitlines() == [
         "  with --gpu 'RTX 4090': RTX 4090, 12 GB, Sweden, SE: 0.1900 $/h (4.56 $ a day)",
         "  with --max-price 0.25: RTX 3060, 12 GB, Sweden, SE: 0.2500 $/h (6.00 $ a day)",
@@ -994,7 +994,7 @@ def test_the_advice_names_the_cheapest_for_each_option_and_the_nearest() -> None
 
 
 def test_there_is_no_advice_without_offers() -> None:
-    assert answer("offers='[]'; advice") == ""
+    assert answer("offers='[]'; widening_advice") == ""
 
 
 # Logs
