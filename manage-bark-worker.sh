@@ -1145,16 +1145,6 @@ list_instances() {
   done
 }
 
-# usage: list_rows endpoints|workergroups    (sets reply, to the rows by id)
-list_rows() {
-  vast show "$1" || return 1
-  reply="$(feed "$reply" jq -c 'select(type == "array" and all(type == "object" and .id))
-    | sort_by(.id)' 2>/dev/null)" || reply=''
-  if [[ -n "$reply" ]]; then return 0; fi
-  no_answer
-  return 1
-}
-
 # Fails, with a complaint, if Vast does not answer.
 look() {
   local rows
@@ -2462,7 +2452,8 @@ cmd_status() {
   find_targets
   say_open_orders
   if [[ -z "$targets$json" ]]; then
-    if is_loaded account; then no_instance_but_perhaps_an_endpoint; else no_instance; fi
+    if is_loaded account; then say_credit 0; fi
+    if can_load endpoint; then no_instance_but_perhaps_an_endpoint; else no_instance; fi
   fi
   for id in $(feed "$targets" facts 'select(.state != "unreadable").id'); do
     one="$(with_health "$(row_of "$id")")"

@@ -106,19 +106,4 @@ describe_account() {
   if [[ -n "$credit" ]]; then credit_words "$(fact "$1" .cost_per_hour)"; fi
 }
 
-# Ends as no_instance, but says whether an endpoint has our name, and so bills too.
-no_instance_but_perhaps_an_endpoint() {
-  local what="whether an endpoint has that name is not known"
-  if list_rows endpoints; then
-    what="$(again="$AGAIN" feed "$reply" facts 'map(select(.endpoint_name == env.our_label).id)
-      | if . == [] then "no endpoint has that name either: nothing is billed under it"
-        else "but endpoint \(map(tostring) | join(", ")) has that name, and may bill:"
-          + " \(env.again) endpoint status" end')"
-  else
-    what="$what: $complaint"
-  fi
-  say_credit 0
-  no_instance "$what"
-}
-
 loaded="$loaded account"

@@ -147,6 +147,16 @@ web_json() {
 # -----------------------------------------------------------------------------
 # What Vast lists
 
+# usage: list_rows endpoints|workergroups    (sets reply, to the rows by id)
+list_rows() {
+  vast show "$1" || return 1
+  reply="$(feed "$reply" jq -c 'select(type == "array" and all(type == "object" and .id))
+    | sort_by(.id)' 2>/dev/null)" || reply=''
+  if [[ -n "$reply" ]]; then return 0; fi
+  no_answer
+  return 1
+}
+
 # Fails, with a complaint, if Vast does not answer.
 look_endpoints() {
   list_rows endpoints || return 1
@@ -182,6 +192,20 @@ endpoint_names() {
 no_endpoint() {
   die "$EX_NO_INSTANCE" "no endpoint is called '$LABEL'; the account has: $(endpoint_names)
 To make one: $AGAIN endpoint up"
+}
+
+# Ends as no_instance, but says whether an endpoint has our name, and so bills too.
+no_instance_but_perhaps_an_endpoint() {
+  local what="whether an endpoint has that name is not known"
+  if list_rows endpoints; then
+    what="$(again="$AGAIN" feed "$reply" facts 'map(select(.endpoint_name == env.our_label).id)
+      | if . == [] then "no endpoint has that name either: nothing is billed under it"
+        else "but endpoint \(map(tostring) | join(", ")) has that name, and may bill:"
+          + " \(env.again) endpoint status" end')"
+  else
+    what="$what: $complaint"
+  fi
+  no_instance "$what"
 }
 
 need_endpoint() {
