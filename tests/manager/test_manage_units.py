@@ -116,18 +116,20 @@ def cli_gpu_names() -> list[str]:
 TYPED_GPU = 'read_options search "$SEARCH_OPTIONS" --gpu "$1"; read_gpus search'
 
 
-@pytest.mark.parametrize(("typed", "name"), [
+TYPED = [
     ("rtx4090", "RTX 4090"), ("RTX 4060ti", "RTX 4060 Ti"), ("3080Ti", "RTX 3080 Ti"),
     ("4070 super", "RTX 4070S"), ("RTX 4070 Super", "RTX 4070S"), ("4070 ti SUPER", "RTX 4070S Ti"),
     ("GeForce RTX 3060", "RTX 3060"), ("nvidia-rtx-3090", "RTX 3090"), ("a4000", "RTX A4000"),
     ("GTX1660", "GTX 1660"), ("1660 super", "GTX 1660 S"), ("tesla v100", "Tesla V100"),
     ("T4", "Tesla T4"), ("rtx 3060", "RTX 3060"), ("titan-xp", "Titan Xp"),
-])
-def test_a_gpu_is_known_however_it_is_typed(typed: str, name: str) -> None:
-    known = json.dumps(cli_gpu_names())
-    code = 'listed="$2"; known_gpus() { printf "%s\\n" "$listed"; }; ' \
-        f'{TYPED_GPU}; check_gpus; echo "$gpus"'
-    assert answer(code, typed, known) == f"{name}\n"
+]
+
+
+def test_a_gpu_is_known_however_it_is_typed() -> None:
+    code = 'listed="$1"; shift; known_gpus() { printf "%s\\n" "$listed"; }; for typed; do' \
+        f' (set -- "$typed"; {TYPED_GPU}; check_gpus; echo "$gpus"); done'
+    told = answer(code, json.dumps(cli_gpu_names()), *[typed for typed, _ in TYPED])
+    assert told.splitlines() == [name for _, name in TYPED]
 
 
 @pytest.mark.parametrize(("typed", "near"), [
@@ -361,12 +363,11 @@ def test_the_builtin_voice_is_the_images() -> None:
 
 @pytest.mark.parametrize("value", ["a b", "it's", 'say "x"', "a\nb", "a\tb", "$HOME", "`id`", "a=b",
                                    "a;b", "a*b", "höher", "a\\b", "a,b", " "])
-@pytest.mark.parametrize("name", ["BARK_VOICE", "BARK_DTYPE"])
-def test_values_that_the_cli_would_mangle_are_refused(name: str, value: str,
-                                                      bare_path: Path) -> None:
-    done = command("start", "--yes", path=bare_path, **{name: value})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"is '{value}'; it may have letters" in done.stderr
+def test_values_that_the_cli_would_mangle_are_refused(value: str, bare_path: Path) -> None:
+    for name in ("BARK_VOICE", "BARK_DTYPE") if value == "a b" else ("BARK_DTYPE",):
+        done = command("start", "--yes", path=bare_path, **{name: value})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"is '{value}'; it may have letters" in done.stderr
 
 
 def test_the_workers_settings_are_passed_on_and_no_others(words: ModuleType) -> None:
@@ -457,7 +458,7 @@ def http_error(status: int) -> tuple[str, str]:
     return f'0 {{"error": true, "status_code": {status}, "msg": "sorry"}}', ""
 
 
-@pytest.mark.parametrize(("call_end", "reply", "left"), [
+ANSWERS = [  # call_end, reply: open_order
     *[(*http_error(status), "") for status in (400, 401, 403, 404, 410, 429)],
     *[(*http_error(status), "yes") for status in (408, 500, 502, 504)],
     ("0 ", '{"success": false, "msg": "not now"}', ""),
@@ -471,10 +472,14 @@ def http_error(status: int) -> tuple[str, str]:
                                          '{"success": true, "new_contract": null}',
                                          '{"success": true, "new_contract": "soon"}',
                                          '{"success": null, "new_contract": 7}')],
-])
-def test_an_order_is_open_unless_the_answer_is_clear(call_end: str, reply: str, left: str) -> None:
-    code = 'call_end="$1" reply="$2" open_order=yes; read_order; echo "$open_order"'
-    assert answer(code, call_end, reply) == f"{left}\n"
+]
+
+
+def test_an_order_is_open_unless_the_answer_is_clear() -> None:
+    code = 'while (($#)); do call_end="$1" reply="$2" open_order=yes; read_order;' \
+        ' echo "$open_order"; shift 2; done'
+    told = answer(code, *[word for *words, _ in ANSWERS for word in words]).splitlines()
+    assert [(*words, left) for (*words, _), left in zip(ANSWERS, told, strict=True)] == ANSWERS
 
 
 # The on-start command
