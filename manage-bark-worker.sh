@@ -2425,7 +2425,8 @@ with_health() {
   local health='' url slept
   url="$(fact "$1" .address)"
   if [[ -n "$url" ]]; then health="$(health_of "$url")" || true; fi
-  slept="$(journal "slept($(fact "$1" '"\(.id); \(sleeps)"'))" 2>/dev/null)" || true
+  slept="$(row="$1" journal '(env.row | fromjson) as $row | slept($row.id; $row | sleeps)' \
+    2>/dev/null)" || true
   printf '%s\n%s\n' "$1" "${health:-null}" | slept="${slept:-0}" facts 'visible | tojson' -s
 }
 
