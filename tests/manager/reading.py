@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-from epubs import epub
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "manage"))
-
 from book import Book, BookError, read_book
+from epubs import epub
 
 LONG = ("It was a bright cold day in spring, and the clocks of the town struck one after the other "
         "while nobody was there to count them.")

@@ -24,8 +24,6 @@ from conftest import clean_environment, wait_until
 from manager import BASH, SCRIPT, Run, executable
 from test_manage import clone_script
 
-sys.path.insert(0, str(SCRIPT.parent / "manage"))  # its modules, for tests of their functions
-
 KEY = "sesame-4711"
 RUN_SECONDS = 120.0
 

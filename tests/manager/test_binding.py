@@ -16,13 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import binding
 import pytest
-
-MANAGE = Path(__file__).resolve().parents[2] / "manage"
-sys.path.insert(0, str(MANAGE))
-
-import binding  # noqa: E402
-from binding import (  # noqa: E402
+from binding import (
     FORMATS,
     RATE,
     BindingError,
@@ -335,8 +331,8 @@ def test_a_write_that_the_disk_refuses_is_said_and_leaves_the_old_file(
     """The system refuses what passes a limit of 20 kB, with EFBIG in place of ENOSPC."""
     out = tmp_path / f"a{suffix}"
     out.write_bytes(b"the old one")
-    done = subprocess.run([sys.executable, "-c", LIMITED, MANAGE, out], capture_output=True,
-                          text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", LIMITED, Path(binding.__file__).parent, out],
+                          capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == f"{out} could not be written: File too large\n" and done.stderr == ""
     assert os.listdir(tmp_path) == [out.name] and out.read_bytes() == b"the old one"
 

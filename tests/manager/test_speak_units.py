@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import speaking  # makes manage/ importable
 from binding import RATE, Loudness
 from book import Book, Chapter, Paragraph
 from calling import (
@@ -52,9 +51,6 @@ from parts import (
 )
 from progress import Progress
 from speak import parse_time
-
-assert speaking
-
 
 @pytest.fixture(scope="module")
 def words() -> ModuleType:
