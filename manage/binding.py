@@ -145,10 +145,6 @@ def silence(seconds: float) -> bytes:
     return bytes(2 * round(seconds * RATE))
 
 
-def seconds_of(pcm: bytes) -> float:
-    return len(pcm) / 2 / RATE
-
-
 # -----------------------------------------------------------------------------
 # The file
 
