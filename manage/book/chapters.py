@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-INVISIBLE = dict.fromkeys(map(ord, "\xad\u200b\u2060\ufeff\x1f"))  # soft hyphens and the like
+INVISIBLE = dict.fromkeys(map(ord, "\0\xad\u200b\u2060\ufeff\x1f"))  # soft hyphens and the like
 LINE_ENDS = str.maketrans("\r\n", "  ")
 STOPS = ".!?…:;,。！？：；，、।॥؟"
 CLOSING = "\"'”’»›“‘«‹)]}*_"

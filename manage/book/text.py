@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,10 +53,10 @@ def decoded(data: bytes, name: str) -> tuple[str, list[str]]:
     if b"\0" in data:
         raise BookError(f"{name} is no text: it has NUL bytes; if it is UTF-16 without a mark, "
                         f"convert it: iconv -f UTF-16LE -t UTF-8 {name}")
+    with suppress(UnicodeDecodeError):
+        return data.decode("utf-8"), []
     with_holes = data.decode("utf-8", "replace")
     holes, signs = with_holes.count("\ufffd"), sum(char > "\x7f" for char in with_holes)
-    if not holes:
-        return with_holes, []
     if signs > 5 * holes:
         line = with_holes[: with_holes.index("\ufffd")].count("\n") + 1
         return with_holes.replace("\ufffd", ""), [

@@ -27,6 +27,10 @@ def test_unicode_is_known_by_its_mark_or_by_being_valid(encoding: str, line_end:
     assert texts(book) == [["Größe, 山.", "Второй."]] and book.remarks == ()
 
 
+def test_a_sign_that_was_lost_before_is_no_other_encodings() -> None:
+    assert texts(txt("A caf\ufffd in town.".encode()))[0] == ["A caf\ufffd in town."]
+
+
 def test_what_is_not_unicode_is_read_as_western_and_said_to_be_guessed() -> None:
     book = txt(WESTERN.encode("cp1252"))
     assert texts(book) == [[WESTERN]]
