@@ -25,16 +25,14 @@ class BookError(ValueError):
 
 @dataclass(frozen=True)
 class Paragraph:
-    """`line` is where it begins in its source, from 1. `language` is a code as "de" where it is not
-    the book's own; a note's `label` is its number or sign. A "\\n" in `text` parts lines of verse.
-    `after_break`: a scene's end, as "* * *", stands before it.
+    """`line` is where it begins in its source, from 1; a note's `label` is its number or sign. A
+    "\\n" in `text` parts lines of verse. `after_break`: a scene's end as "* * *" stands before it.
     """
 
     text: str
     line: int
     kind: str = "text"  # or "heading", "note"
     label: str = ""
-    language: str = ""
     after_break: bool = False
 
 

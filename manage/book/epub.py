@@ -178,7 +178,7 @@ class EpubReader:
         if root is None:
             self.remarks.append(f"{item.path}: left out, as it is missing or broken")
             return
-        page = Page(item.path, self.package.language, notes)
+        page = Page(item.path, notes)
         page.read(root, item.path == self._toc)
         if page.left["contents"] and all(piece.level for piece in page.pieces):
             page.pieces.clear()  # no more than "Contents"

@@ -52,7 +52,7 @@ def html_page(body: str) -> Page:
     survey = Survey()
     survey.look(root, "")
     survey.decide()
-    page = Page("", "", survey.notes)
+    page = Page("", survey.notes)
     page.read(root)
     return page
 

@@ -17,7 +17,6 @@ from .chapters import (
     Piece,
     is_break,
     is_speakable,
-    primary,
     squeezed,
 )
 from .markup import (
@@ -46,7 +45,6 @@ NOTE_LISTS = frozenset(["footnotes", "endnotes", "rearnotes"])
 PAGE_CLASSES = frozenset(["pagenum", "pageno", "page-number", "pagebreak", "pagenumber"])
 BREAK_CLASSES = frozenset(["scene-break", "scenebreak", "ornamental-break", "asterism"])
 BACK_CLASSES = frozenset(["footnote-backref", "footnote-back", "backlink", "noteback"])
-XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 CELL = "\x1f"         # parts a row's cells
 
 
@@ -55,7 +53,6 @@ class Frame(NamedTuple):
 
     kind: str = "text"
     label: str = ""
-    language: str = ""
     level: int = 0
     line: int = 0
     verbatim: bool = False  # lines are kept
@@ -65,12 +62,12 @@ class Frame(NamedTuple):
 class Page:
     """Reads a page, element by element, into pieces; no depth of nesting can break it."""
 
-    def __init__(self, source: str, language: str, notes: dict[Place, str]):
+    def __init__(self, source: str, notes: dict[Place, str]):
         self.pieces: list[Piece] = []
         self.spots: dict[str, int] = {}  # the piece that an id stands in or before
         self.left: Counter[str] = Counter()
         self.images = 0
-        self._source, self._language, self._notes = source, language, notes
+        self._source, self._notes = source, notes
         self._contents: set[etree._Element] = set()
         self._entities: dict[str, str] = {}
         self._buffer: list[str] = []
@@ -153,8 +150,6 @@ class Page:
 
     def _open(self, element: etree._Element, frame: Frame) -> Frame:
         name = local(element)
-        if language := primary(element.get(XML_LANG) or element.get("lang")):
-            frame = frame._replace(language=language)
         self._line = (element.sourceline if self._source else
                       number(element.get("data-line", ""), 0)) or self._line
         frame = self._as_note(element, frame._replace(line=self._line))
@@ -236,9 +231,8 @@ class Page:
         label = frame.label
         if frame.kind == "note":
             label, text = without_label(text, label)
-        language = "" if frame.language == self._language else frame.language
         if is_speakable(text):
-            paragraph = Paragraph(text, frame.line, frame.kind, label, language, self._after_break)
+            paragraph = Paragraph(text, frame.line, frame.kind, label, self._after_break)
             self.pieces.append(Piece(paragraph, self._source, frame.level))
             self._after_break = False
 

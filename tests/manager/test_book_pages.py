@@ -108,13 +108,6 @@ def test_a_pages_encoding_is_what_it_says(encoding: str) -> None:
     assert texts(read_book(epub({"a.xhtml": whole}), "a.epub")) == [[word]]
 
 
-def test_a_paragraphs_language_is_told_where_it_is_another_than_the_books() -> None:
-    book = page("<p>One</p><p xml:lang='fr-FR'>Deux <i lang='de'>drei</i></p>"
-                "<div lang='DE'><p>Vier</p></div><p lang='en-GB'>Five</p><p lang='und'>Six</p>")
-    assert book.language == "en"
-    assert [each.language for each in book.chapters[0].paragraphs] == ["", "fr", "de", "", ""]
-
-
 def test_scripts_of_all_kinds_come_through() -> None:
     samples = ["مرحبا بالعالم", "שלום עולם", "नमस्ते दुनिया", "می‌خواهم", "สวัสดี", "안녕하세요",
                "你好，世界。", "Γειά", "👩‍🚀 go", "𝔘𝔫"]
