@@ -5,19 +5,37 @@ every now and then.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
+import unicodedata
+from itertools import accumulate
 from typing import TextIO
 
 BAR_SECONDS, LINE_SECONDS = 0.5, 30.0  # between two states, on a terminal and elsewhere
 BAR_WIDTH = 24
+# What would move a terminal's cursor, from whatever a book calls itself.
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n")}, "\ufffd")
 
 
 def clock(seconds: float) -> str:
     """H:MM:SS."""
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def moment(seconds: float) -> str:
+    """H:MM:SS.s, just after it, so that it lies within what begins then."""
+    tenths = int(10 * seconds) + 1
+    return f"{clock(tenths / 10)}.{tenths % 10}"
+
+
+def fitted(text: str, columns: int) -> str:
+    """As much of it as a terminal shows in so many columns."""
+    widths = (0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else
+              1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+    return text[: sum(end <= columns for end in accumulate(widths))]
 
 
 class Progress:
@@ -36,7 +54,7 @@ class Progress:
         self.spoken = 0.0  # seconds of speech, as they came
 
     def say(self, message: str) -> None:
-        self._write("\r\033[K" * self._is_open + message + "\n")
+        self._write("\r\033[K" * self._is_open + message.translate(CONTROLS) + "\n")
         self._is_open = False
 
     def _write(self, text: str) -> None:
@@ -98,6 +116,13 @@ class Progress:
         if not self._draws:
             self.say(self.line(chapter, trouble))
             return
-        width = shutil.get_terminal_size().columns - 1
-        self._write("\r\033[K" + self.line(chapter, trouble)[:width])
+        line = self.line(chapter, trouble).translate(CONTROLS)
+        self._write("\r\033[K" + fitted(line, self._columns() - 1))
         self._is_open = True
+
+    def _columns(self) -> int:
+        """Those of this stream's terminal: stdout may be none."""
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns
+        except OSError:
+            return shutil.get_terminal_size().columns

@@ -66,7 +66,7 @@ from parts import (
     spliced,
     timeline,
 )
-from progress import BAR_SECONDS, Progress, clock
+from progress import BAR_SECONDS, Progress, clock, moment
 
 PROGRAM = "manage-bark-worker.sh"
 MOST_SEED = 2**53 - 1
@@ -477,7 +477,7 @@ def warnings_of(book: Book, heard: Sequence[Heard]) -> Iterator[dict[str, Any]]:
         for segment in one.brief.segments if one.brief else ():
             if segment.get("warnings"):
                 at = one.start + segment["start"]
-                yield {**told_place(book, one.piece), "at": clock(at), "second": round(at, 2),
+                yield {**told_place(book, one.piece), "at": moment(at),
                        "text": segment["text"], "warnings": segment["warnings"]}
 
 

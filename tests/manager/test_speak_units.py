@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import socket
 import threading
@@ -35,7 +36,6 @@ from parts import (
     CLAUSE_PAUSE,
     PARAGRAPH_PAUSE,
     SENTENCE_PAUSE,
-    Brief,
     Heard,
     Manner,
     Part,
@@ -49,8 +49,9 @@ from parts import (
     spliced,
     timeline,
 )
-from progress import Progress
-from speak import parse_time
+from progress import Progress, moment
+from speak import Search, finder_for, parse_options, parse_time
+
 
 @pytest.fixture(scope="module")
 def words() -> ModuleType:
@@ -167,6 +168,14 @@ def test_each_time_belongs_to_the_sentence_that_is_heard_then() -> None:
     found = [segment_at(heard, at) for at in (0.0, 0.99, 1.1, 1.3, 3.0, 3.3, 4.5, 5.0)]
     assert [one and (one[0].piece.line, one[1]) for one in found] == [
         (0, 0), (0, 0), (0, 0), (0, 1), (0, 1), (2, 0), (2, 0), None]
+
+
+@pytest.mark.parametrize("start", [0.0, 1.2, 59.96, 754.8, 3599.999, 36_000.04])
+def test_the_time_that_is_told_of_a_sentence_finds_it(start: float) -> None:
+    _, heard = whole(part_of(0.3, 0.3, 0.3))
+    heard = [one._replace(start=start) for one in heard]
+    for index, segment in enumerate(heard[0].brief.segments):
+        assert segment_at(heard, parse_time(moment(start + segment["start"]))) == (heard[0], index)
 
 
 def test_chapters_begin_where_their_first_words_are_heard() -> None:
@@ -354,8 +363,8 @@ def test_progress_tells_share_chapter_speed_time_left_and_dollars() -> None:
     progress.pause()
     before = progress.worked
     assert progress.worked == before
-    progress.say("a word")
-    assert stream.getvalue() == "a word\n"
+    progress.say("a word\x1b[2J")
+    assert stream.getvalue() == "a word\ufffd[2J\n"
 
 
 class Terminal(io.StringIO):
@@ -373,13 +382,12 @@ def test_on_a_terminal_one_line_is_redrawn_and_makes_way_for_words(
     progress.show("chapter 1 of 2", "the worker is full")
     bar = "█" * 6 + "░" * 18 + "  25 %  chapter 1 of 2  the worker is full"
     assert terminal.getvalue() == "\r\033[K" + bar[:59]
+    progress._shown -= 1.0
+    progress.show("第一章 " * 9)
+    assert terminal.getvalue().endswith("25 %  " + "第一章 " * 3 + "第一章")
     progress.say("a word")
     assert terminal.getvalue().endswith("\r\033[Ka word\n")
     quiet = Progress(True, Terminal())
     quiet._shown -= 60.0
     quiet.show("chapter 1 of 2")
     assert quiet._stream.getvalue() == ""
-
-
-def test_a_brief_is_what_the_whole_needs_of_a_part() -> None:
-    assert part_of(1.0).in_brief() == Brief(1.0, part_of(1.0).segments)
