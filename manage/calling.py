@@ -140,7 +140,7 @@ class Line:
                     return self._exchange(kept, path, payload, seconds)
             self._own.connection = connect(self.url)
             return self._exchange(self._own.connection, path, payload, seconds)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # a host's name
             raise Gone(f"{self.url}: {why(error)}") from None
 
     def _exchange(self, connection: http.client.HTTPConnection, path: str, payload: object,

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import av
 from binding import RATE, BindingError, bind, check_output, gain_for, level, measure, silence
@@ -103,10 +104,12 @@ def parse_time(value: str) -> float:
 
 
 def parse_url(value: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", value):
-        raise argparse.ArgumentTypeError(f"'{value}' must be an address such as"
-                                         " http://127.0.0.1:8080")
-    return value.rstrip("/")
+    with contextlib.suppress(ValueError):  # of the port
+        parts = urlsplit(value)
+        if re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", value) and value.isascii() and \
+                parts.hostname and parts.port != 0:
+            return value.rstrip("/")
+    raise argparse.ArgumentTypeError(f"'{value}' must be an address such as http://127.0.0.1:8080")
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -523,7 +526,11 @@ def finder_for(options: argparse.Namespace, environ: Mapping[str, str]) -> Fixed
     timeout = environ.get("BARK_TIMEOUT", "")
     seconds = max(SPEECH_SECONDS, float(timeout) + 60 if timeout.isdigit() else 0.0)
     if options.url:
-        return Fixed(Worker(Place(options.url, environ.get("BARK_API_KEY", "")), seconds))
+        key = environ.get("BARK_API_KEY", "")
+        if not re.fullmatch("[!-~]*", key):
+            raise Hopeless(EX_USAGE, "BARK_API_KEY must be printable ASCII without blanks (its"
+                                     " value is not shown)")
+        return Fixed(Worker(Place(options.url, key), seconds))
     if options.endpoint:
         place = Place(environ["SPEAK_ROUTER"], environ["SPEAK_ENDPOINT_KEY"])
         return Fixed(Endpoint(place, environ["SPEAK_ENDPOINT"], seconds))

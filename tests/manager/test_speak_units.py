@@ -351,6 +351,29 @@ def test_times_are_read(text: str, seconds: float) -> None:
     assert parse_time(text) == seconds
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    ("--seed -1", "--seed: '-1' must be a whole number from 0 to 9007199254740991"),
+    ("--wait long", "--wait: 'long' must be a whole number"),
+    ("--again noon", "'noon' must be a time such as 12:34"),
+    ("--url http://h --start", "--url goes without --endpoint and --start"),
+    ("--endpoint --start", "--start goes without --endpoint"),
+    *((f"--url {url}", f"'{url}' must be an address such as http://127.0.0.1:8080") for url in (
+        "h:80", "http://", "http://:80", "http://h:0", "http://h:99999", "http://h:a", "http://[::1",
+        "http://me:secret@h", "http://h?x"))])
+def test_values_that_are_none_are_refused(words: str, said: str) -> None:
+    with pytest.raises(Hopeless, match=re.escape(said)) as raised:
+        parse_options(["t.txt", "-o", "o.wav", *words.split()])
+    assert raised.value.status == 2
+
+
+@pytest.mark.parametrize("key", ["sesame\n", "se same", "sésame"])
+def test_a_key_that_is_none_is_refused_and_not_shown(key: str) -> None:
+    options = parse_options(["t.txt", "-o", "o.wav", "--url", "http://h"])
+    with pytest.raises(Hopeless, match="BARK_API_KEY must be printable ASCII") as raised:
+        finder_for(options, {"BARK_API_KEY": key})
+    assert "same" not in str(raised.value)
+
+
 def test_progress_tells_share_chapter_speed_time_left_and_dollars() -> None:
     stream = io.StringIO()
     progress = Progress(stream=stream)
