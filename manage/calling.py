@@ -130,14 +130,18 @@ class Line:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._own = threading.local()
         self._open: set[http.client.HTTPConnection] = set()
+        self._cuts = 0
 
     def ask(self, path: str, payload: object = None, seconds: float = PROBE_SECONDS) -> Reply:
         """GET, or POST of JSON. Raises Gone if there is no whole answer."""
-        kept = getattr(self._own, "connection", None)
+        kept, cuts = getattr(self._own, "connection", None), self._cuts
         try:
             if kept is not None:
-                with contextlib.suppress(ConnectionError, http.client.BadStatusLine):
+                try:
                     return self._exchange(kept, path, payload, seconds)
+                except (ConnectionError, http.client.BadStatusLine):
+                    if self._cuts > cuts:
+                        raise  # else it was closed while nobody used it
             self._own.connection = connect(self.url)
             return self._exchange(self._own.connection, path, payload, seconds)
         except (OSError, http.client.HTTPException, UnicodeError) as error:  # a host's name
@@ -165,6 +169,7 @@ class Line:
 
     def cut(self) -> None:
         """Ends all that is under way, so that no thread waits for an answer that cannot come."""
+        self._cuts += 1
         for connection in list(self._open):
             with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)

@@ -221,22 +221,26 @@ def test_a_page_of_a_proxy_tells_that_the_worker_is_not_there() -> None:
         judged(Reply(502, {}, b"<html>\nBad"))
 
 
-def test_who_waits_for_an_answer_that_cannot_come_is_cut_off() -> None:
+def test_who_waits_for_an_answer_that_cannot_come_is_cut_off_and_asks_no_more() -> None:
+    """On a connection that served before, as one that is closed meanwhile would be made anew."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         line = Line(f"http://127.0.0.1:{server.getsockname()[1]}")
-        failures: list[Exception] = []
+        said: list[object] = []
 
         def ask() -> None:
+            said.append(line.ask("/health").json)
             with pytest.raises(Gone) as gone:
                 line.ask("/synthesize", {"text": "x"}, 60.0)
-            failures.append(gone.value)
+            said.append(gone.value)
         thread = threading.Thread(target=ask)
         thread.start()
         with server.accept()[0] as connection:
+            assert connection.recv(9999).startswith(b"GET /health HTTP/1.1")
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
             assert connection.recv(9999).startswith(b"POST /synthesize HTTP/1.1")
             line.cut()
             thread.join(10)
-        assert len(failures) == 1
+        assert len(said) == 2
 
 
 # Pace and crew
