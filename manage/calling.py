@@ -209,14 +209,14 @@ def judged(reply: Reply) -> dict[str, Any]:
         raise Faulty("the answer has no audio")
     if status in (401, 403):
         raise WrongKey(message)
-    if status == 404 or code in FATAL_CODES:
-        raise Hopeless(EX_UNHEALTHY, f"the worker refuses: {message}")
     if status == 429 or code == "queue_full":
         raise Busy(message, retry_after(reply))
     if code == "generation_failed":
         raise Faulty(message, reply.headers.get("X-Should-Retry") == "false")
-    if status == 503 or (status >= 500 and not code):  # or a proxy tells that it is not there
+    if status == 503 or not code:  # which no worker says, but a proxy, or who has its address now
         raise Gone(message)
+    if status == 404 or code in FATAL_CODES:
+        raise Hopeless(EX_UNHEALTHY, f"the worker refuses: {message}")
     if code == "nothing_to_speak":
         raise NothingToSpeak(message)
     raise Faulty(message) if status >= 500 or status == 408 else Refused(message)

@@ -203,7 +203,7 @@ def test_a_plan_names_each_text_once() -> None:
     (503, {}, "not_ready", Gone), (503, {}, "draining", Gone),
     (503, {"X-Should-Retry": "false"}, "generation_failed", Faulty),
     (500, {}, "internal_error", Faulty), (502, {}, "", Gone), (504, {}, "timeout", Faulty),
-    (200, {}, "", Faulty)])
+    (404, {}, "", Gone), (200, {}, "", Faulty)])
 def test_what_an_answer_means(
         status: int, headers: dict[str, str], code: str, kind: type[Exception]) -> None:
     body = json.dumps({"error": {"code": code, "message": "m"}}).encode()
