@@ -316,7 +316,10 @@ class Endpoint:
         ask = {"endpoint": self._name, "api_key": self.place.key, "cost": len(text),
                "request_idx": 0, "replay_timeout": 60}
         for _ in range(ROUTE_LOOKS):
-            reply = self._router.ask(f"/route/?api_key={quote(self.place.key)}", ask, 60.0)
+            try:
+                reply = self._router.ask(f"/route/?api_key={quote(self.place.key)}", ask, 60.0)
+            except Gone as error:
+                raise Busy(str(error)) from None
             if 400 <= reply.status < 500 and reply.status != 429:
                 raise Hopeless(EX_REFUSED, f"Vast routes no request: {words_of(reply)[1]}")
             if str(reply.json.get("url", "")).startswith("http"):
@@ -326,13 +329,13 @@ class Endpoint:
         raise Busy("no worker is ready; Vast starts one")
 
     def speak(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        way = self._route(request["text"])
+        line = self._lines.setdefault(way["url"], Line(way["url"]))
         try:
-            way = self._route(request["text"])
-            line = self._lines.setdefault(way["url"], Line(way["url"]))
             return judged(line.ask("/synthesize", {
                 "auth_data": way, "session_id": None, "payload": request}, self._seconds))
-        except Gone as error:  # the next one may do
-            raise Busy(str(error)) from None
+        except WrongKey as error:  # of that worker; the next one may do
+            raise Gone(str(error)) from None
 
     def cut(self) -> None:
         for line in list(self._lines.values()):
@@ -490,6 +493,7 @@ class Crew:
         self.failed: list[Task] = []
         self.broken: BaseException | None = None  # what ends all of it
         self.trouble: Exception = Gone("")  # the last, for people
+        self.busy_since: float | None = None  # a no that no success came after
 
     def join(self, worker: Any, at_once: int) -> None:
         """From now on this worker speaks."""
@@ -566,8 +570,9 @@ class Crew:
             case None:
                 self.done.append(task)
                 self.pace.succeeded()
+                self.busy_since = None
             case Busy():
-                self.trouble = error
+                self.trouble, self.busy_since = error, self.busy_since or time.monotonic()
                 self.pace.refused(error.seconds, self._at_work)
                 self._todo.appendleft(task)
             case Gone():

@@ -239,6 +239,13 @@ class Search:
                                         f" (--wait): {reason}")
             time.sleep(poll_seconds())
 
+    def check(self, crew: Crew) -> None:
+        """Raises Hopeless where every worker has been too busy for longer than one may be away."""
+        seconds = max(SPEECH_SECONDS, 60.0 * self.minutes)  # what is under way may take the former
+        if crew.busy_since and time.monotonic() > crew.busy_since + seconds:
+            raise Hopeless(EX_LATE, f"nothing was spoken for {seconds / 60:.0f} minutes (--wait):"
+                                    f" {crew.trouble}")
+
     def _wake(self) -> None:
         if self.may_start and time.monotonic() >= self.woken + WAKE_SECONDS:
             self.woken = time.monotonic()
@@ -393,6 +400,7 @@ class Job:
                 self._employ(crew, worker, facts)
                 missed = 0
             crew.wait(BAR_SECONDS)
+            self.search.check(crew)
             self.progress.show(self._chapter(), crew.complaint())
             if crew.worker and time.monotonic() > looked + LOOK_SECONDS:
                 looked, missed = time.monotonic(), self._look(crew, worker, missed)

@@ -305,7 +305,20 @@ def test_each_task_is_done_once_whatever_fails_on_the_way() -> None:
     crew = crew_of(make)
     finish(crew)
     assert sorted(made) == sorted(task.name for task in crew.done) == list("012345")
-    assert (crew.failed, crew.broken) == ([], None)
+    assert (crew.failed, crew.broken, crew.busy_since) == ([], None, None)
+
+
+def test_it_gives_up_where_nobody_takes_anything_for_as_long_as_it_may_wait() -> None:
+    crew = Crew([Task("a", "a"), Task("b", "b")], lambda worker, task: None)
+    crew._settle(None, Task("a", "a"), Busy("all are full", 0.0))
+    search = Search(None, Progress(True), minutes=30, may_start=False)  # type: ignore[arg-type]
+    search.check(crew)
+    crew.busy_since -= 1801
+    with pytest.raises(Hopeless, match=r"30 minutes \(--wait\): all are full") as raised:
+        search.check(crew)
+    assert raised.value.status == 6
+    crew._settle(None, Task("b", "b"), None)
+    search.check(crew)
 
 
 def test_what_is_refused_is_not_tried_again_and_what_fails_four_times() -> None:
