@@ -14,6 +14,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -249,7 +250,6 @@ class Parts:
 
     def __init__(self, out: Path):
         self.folder = out.with_name(out.name + ".parts")
-        self.were_there = self.folder.is_dir()
         self._lock: int | None = None
 
     def __enter__(self) -> Parts:
@@ -265,8 +265,11 @@ class Parts:
                 raise Locked from None
             if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
                 self._lock = lock
-                return self
+                break
             os.close(lock)  # the one before removed the folder just now
+        if self.noted("whole"):
+            self.remove()
+        return self
 
     def __exit__(self, *exc: object) -> None:
         """Leaves no folder that has nothing in it."""
@@ -332,9 +335,15 @@ class Parts:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name != "lock":  # which goes last, with the folder
-                path.unlink(missing_ok=True)
+        """Killed meanwhile, it leaves a note, so that the next one goes on with it."""
+        with suppress(OSError):  # a full disk
+            self.note("whole", True)
+        names = {path.name for path in self.folder.iterdir()} - {"lock", "whole.json"}
+        for name in [*names, "whole.json"]:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def are_there(self) -> bool:
+        return any(self.folder.glob("*.part"))
 
     def size(self) -> int:
         return sum(path.stat().st_size for path in self.folder.iterdir())

@@ -573,7 +573,7 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
     check_output(options.out, sum(map(seconds_for, texts)))
     search = Search(finder_for(options, os.environ), progress, options.wait, options.start)
     with Parts(options.out) as parts:
-        if options.out.exists() and not parts.were_there:
+        if options.out.exists() and not parts.are_there() and options.again is None:
             raise Hopeless(EX_USAGE, f"{options.out} is there already; remove it, or name another"
                                      " file")
         job = Job(options, book, parts, search, progress)

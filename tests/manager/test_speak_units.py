@@ -136,6 +136,25 @@ def test_a_part_comes_back_as_it_was_kept_or_not_at_all(tmp_path: Path) -> None:
             assert parts.load("a") is None
 
 
+def test_parts_that_are_no_more_needed_go_to_the_last_however_often_that_is_broken_off(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is whole is not taken for half, and spoken once more."""
+    def end(self: Path, missing_ok: bool = False) -> None:
+        os.unlink(self)
+        raise KeyboardInterrupt
+    with Parts(tmp_path / "o.wav") as parts:
+        for name in "abc":
+            parts.save(name, part_of(0.1))
+        monkeypatch.setattr(Path, "unlink", end)
+        with pytest.raises(KeyboardInterrupt):
+            parts.remove()
+        monkeypatch.undo()
+        assert parts.are_there()
+    with Parts(tmp_path / "o.wav") as parts:
+        assert not parts.are_there() and os.listdir(parts.folder) == ["lock"]
+    assert os.listdir(tmp_path) == []
+
+
 def test_all_that_decides_how_it_sounds_makes_another_name() -> None:
     manners = [Manner("m", "v"), Manner("n", "v"), Manner("m", "w"), Manner("m", "v", 7),
                Manner("m", "v", None, False)]
