@@ -324,15 +324,16 @@ class Job:
         bound = Plan(pieces, manner, index.get("seeds", {}))
         seeds = self.parts.noted("seeds") or {}
         if options.again is not None:
-            seeds = self._drawn_again(bound, index.get("plan"))
+            seeds = self._drawn_again(bound, index)
         self.plan = Plan(pieces, manner, seeds)
         self.maker = Maker(self.parts, self.plan, bound, self._keep)
         self.briefs = self.parts.briefs(self.plan.firsts)
 
-    def _drawn_again(self, bound: Plan, names: list[str] | None) -> dict[str, Seeds]:
+    def _drawn_again(self, bound: Plan, index: Mapping[str, Any]) -> dict[str, Seeds]:
         """The seeds with another one for the sentence that is heard at --again."""
         options, briefs = self.options, self.parts.briefs(bound.firsts)
-        if names != bound.plain_names or len(briefs) < len(bound.firsts):
+        if index.get("plan") != bound.plain_names or \
+                not bound.firsts.keys() <= {*briefs, *index.get("failed", ())}:
             raise Hopeless(EX_USAGE, f"the parts of {options.out} are not there, or {options.file}"
                            " or an option is another than when they were bound; speak it once more"
                            " without --again, but with --keep, so that they stay")
@@ -500,7 +501,8 @@ def put_away(job: Job, result: Result) -> None:
     if not (job.options.keep or result.failed or bad_takes):
         job.parts.remove()
         return
-    job.parts.note("index", {"plan": job.plan.plain_names, "seeds": job.plan.seeds})
+    job.parts.note("index", {"plan": job.plan.plain_names, "seeds": job.plan.seeds,
+                             "failed": [*job.failures]})
     what = "the same command tries what failed once more" if result.failed else \
         "--again TIME makes a sentence anew"
     job.progress.say(f"the parts stay in {job.parts.folder} ({job.parts.size() / 1e6:.0f} MB):"

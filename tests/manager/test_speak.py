@@ -207,6 +207,10 @@ def test_what_cannot_be_spoken_is_told_with_its_place_and_tried_again_by_the_sam
     assert (failed["line"], failed["chapter"]) == (5, "1") and told["spoken"] == 7
     assert "not spoken, a silence at " in run.stderr and "line 5: " in run.stderr
     assert sum("three" in text for text in gate.texts) == 4
+    gate.bodies.clear()
+    assert desk.speak("t.txt", "-o", "o.wav", "--again", "0:00").status == 1
+    seeds = [body["seeds"] for body in gate.bodies if "seeds" in body]
+    assert [list(each) for each in seeds] == [["0"]]  # though one is missing
     gate.spoil = lambda text, count: None
     gate.bodies.clear()
     assert desk.spoken("t.txt", "-o", "o.wav")["reused"] == 7
