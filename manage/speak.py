@@ -280,11 +280,12 @@ class Job:
 
     def _find_worker(self) -> tuple[Worker | Endpoint, Facts] | None:
         """And makes the plan. Where all is spoken already, what was noted of the worker will do."""
-        noted = self.parts.noted("worker")
+        noted = self.parts.noted("worker") or {}
+        is_same = noted.pop("asked", None) == self.options.voice
         try:
             found = self.search.once()
         except (Gone, Hopeless) as error:
-            if noted and self.options.again is None:
+            if is_same and self.options.again is None:
                 self._make_plan(**noted)
                 if not self._missing():
                     return None
@@ -292,8 +293,10 @@ class Job:
                 raise
             found = self.search.wait(error)
         told = self._told(found[1])
+        # what was cut for another worker stays so, where this one takes as much
+        told["limit"] = min(told["limit"], noted.get("limit", told["limit"]))
         self._make_plan(**told)
-        self.parts.note("worker", told)
+        self.parts.note("worker", {**told, "asked": self.options.voice})
         if self.book.language and told["language"] not in ("", self.book.language):
             self.progress.say(f"the book is in '{self.book.language}', and {told['voice']} speaks"
                               f" '{told['language']}'; --voice takes another")

@@ -268,6 +268,9 @@ def test_where_all_is_spoken_the_whole_is_made_without_a_worker(desk: Desk) -> N
     desk.spoken("t.txt", "-o", "o.wav", "--keep")
     sound = (desk.folder / "o.wav").read_bytes()
     (desk.folder / "o.wav").unlink()
+    other = desk.speak("t.txt", "-o", "o.wav", "--voice", "v2/en_speaker_1", "--wait", "0",
+                       url="http://127.0.0.1:9")
+    assert other.status == 6 and "no worker was ready" in other.stderr
     assert desk.spoken("t.txt", "-o", "o.wav", url="http://127.0.0.1:9")["spoken"] == 0
     assert (desk.folder / "o.wav").read_bytes() == sound
 
