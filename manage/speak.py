@@ -457,12 +457,14 @@ def bind_whole(job: Job) -> Result:
         reasons = sorted(set(job.failures.values()))[:3] or ["there is no word in it"]
         raise Hopeless(EX_UNHEALTHY, f"nothing could be spoken: {'; '.join(reasons)}")
     out, book = job.options.out, job.book
-    check_output(out, length_of(heard))
+    whole = length_of(heard)
+    check_output(out, whole)
     bind(out, sounds_of(job.parts, heard), marks_of(book.chapters, heard), title=book.title,
-         author=book.author, language=book.language, cover=book.cover)
+         author=book.author, language=book.language, cover=book.cover,
+         on_progress=lambda at: job.progress.show(f"writing {out.name}: {100 * at / whole:.0f} %"))
     dollars = job.progress.dollars
     count = len(job.plan.firsts)
-    return Result(str(out), round(length_of(heard), 3), count, job.made,
+    return Result(str(out), round(whole, 3), count, job.made,
                   count - job.made - len(job.failures),
                   [{**told_place(book, one.piece), "at": clock(one.start),
                     "reason": job.failures.get(one.name, "")} for one in heard if not one.brief],
