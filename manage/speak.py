@@ -573,7 +573,8 @@ def report(result: Result, progress: Progress, as_json: bool) -> None:
 
 def run(options: argparse.Namespace, progress: Progress) -> int:
     """The exit status. Raises what `main` tells."""
-    book = read_book(read_file(options.file), options.file)
+    # a name may be in no encoding, and becomes a title
+    book = read_book(read_file(options.file), os.fsencode(options.file).decode(errors="replace"))
     for remark in book.remarks:
         progress.say(remark)
     texts = [paragraph.text for chapter in book.chapters for paragraph in chapter.paragraphs]
@@ -622,6 +623,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
     status = main(sys.argv[1:])
     os._exit(status)  # threads may still wait for an answer

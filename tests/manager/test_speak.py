@@ -16,7 +16,7 @@ import av
 import pytest
 from conftest import Worker, running_worker, wait_until
 from epubs import epub
-from manager import Run
+from manager import BASH, Run
 from speaking import KEY, Desk, Gate, gate_before, make_program, pcm_of, seconds_of
 from test_rented import CommandLines
 
@@ -99,13 +99,17 @@ def test_without_json_the_answer_is_a_line_and_standard_input_is_read(
     assert gate.texts == ["Hello."]
 
 
-def test_readers_that_leave_end_nothing(desk: Desk) -> None:
-    desk.write("t.txt", "Hello.")
+@pytest.mark.parametrize("closing", ["", pytest.param("exec <&- >&- 2>&-;", marks=LONG_ALONE)])
+def test_readers_that_leave_end_nothing(desk: Desk, closing: str) -> None:
+    """Nor does a name in no encoding."""
+    name = os.fsdecode(b"caf\xe9")
+    desk.write(f"{name}.txt", "Hello.")
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([desk.program, "speak", "t.txt", "-o", "o.wav", "--url", desk.url],
-                          cwd=desk.folder, env={**os.environ, "BARK_API_KEY": KEY}, timeout=60,
-                          stdout=writer, stderr=writer, check=False)
+    done = subprocess.run(
+        [BASH, "-c", f'{closing} exec "$@"', "", desk.program, "speak", f"{name}.txt", "-o",
+         f"{name}.m4b", "--url", desk.url], cwd=desk.folder, timeout=60, check=False,
+        env={**os.environ, "BARK_API_KEY": KEY}, stdout=writer, stderr=writer)
     os.close(writer)
     assert done.returncode == 0 and (desk.folder / "o.wav").exists()
 
