@@ -598,7 +598,6 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    listen_for_signals()
     progress = Progress("-q" in arguments or "--quiet" in arguments)
     goes_on = "what is spoken stays, and the same command goes on from there"
     try:
@@ -627,5 +626,6 @@ if __name__ == "__main__":
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
+    listen_for_signals()
     status = main(sys.argv[1:])
     os._exit(status)  # threads may still wait for an answer

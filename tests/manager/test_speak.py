@@ -22,7 +22,8 @@ from test_rented import CommandLines
 
 TEXT = "\n\n".join(f"Paragraph {word} is here." for word in
                    ("one", "two", "three", "four", "five", "six", "seven", "eight"))
-BOOK = "# One\n\nThe first words.\n\nThe next words.\n\n# Two\n\nThe last words.\n"
+BOOK = ("# One\n\nThe first words.\n\n*nods*\n\nThe next words.\n\n# Two\n\nThe last words.\n\n"
+        "The first words.\n")
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +56,30 @@ def desk(program: Path, gate: Gate, tmp_path: Path) -> Iterator[Desk]:
 LONG_ALONE = pytest.mark.long  # not by itself, but run.sh is full
 
 
-@pytest.mark.parametrize("out", [
-    "o.wav",
-    *(pytest.param(f"o.{form}", marks=LONG_ALONE) for form in ("mp3", "opus", "flac", "m4b"))])
-def test_a_book_becomes_one_file_and_its_parts_go(desk: Desk, gate: Gate, out: str) -> None:
+def test_a_book_becomes_one_file_and_its_parts_go(desk: Desk, gate: Gate) -> None:
+    """Each text is spoken once; what has no word in it is a pause. No list of processes has the
+    key."""
+    desk.write("book.md", BOOK)
+    with CommandLines() as lines:
+        run = desk.launch("book.md", "-o", "o.wav", "--json").wait()
+    assert run.status == 0, run.stderr
+    told = json.loads(run.stdout)
+    assert (told["out"], told["parts"], told["spoken"], told["reused"]) == ("o.wav", 6, 6, 0)
+    assert (told["failed"], told["warnings"], told["dollars"]) == ([], [], None)
+    assert len(gate.texts) == 6 and len(gate.spoken) == 5
+    sound = (desk.folder / "o.wav").read_bytes()
+    assert seconds_of(sound) == pytest.approx(told["seconds"], abs=0.1)
+    assert sorted(path.name for path in desk.folder.iterdir()) == ["book.md", "o.wav"]
+    assert any(b"speak.py" in line for line in lines.seen)
+    assert lines.holding(KEY) == [] and KEY not in run.stdout + run.stderr
+
+
+@LONG_ALONE
+@pytest.mark.parametrize("out", ["o.mp3", "o.opus", "o.flac", "o.m4b"])
+def test_a_book_becomes_a_file_of_each_kind(desk: Desk, out: str) -> None:
     desk.write("book.md", BOOK)
     told = desk.spoken("book.md", "-o", out)
-    assert (told["out"], told["parts"], told["spoken"], told["reused"]) == (out, 5, 5, 0)
-    assert (told["failed"], told["warnings"], told["dollars"]) == ([], [], None)
     assert seconds_of((desk.folder / out).read_bytes()) == pytest.approx(told["seconds"], abs=0.1)
-    assert sorted(path.name for path in desk.folder.iterdir()) == ["book.md", out]
     if out == "o.m4b":
         with av.open(str(desk.folder / out)) as file:
             assert [each["metadata"]["title"] for each in file.chapters()] == ["One", "Two"]
@@ -94,7 +109,7 @@ def test_without_json_the_answer_is_a_line_and_standard_input_is_read(
         desk: Desk, gate: Gate) -> None:
     desk.write("t.txt", "Hello.")
     with (desk.folder / "t.txt").open() as file:
-        run = desk.speak("-", "-o", "o.wav", stdin=file)
+        run = desk.launch("-", "-o", "o.wav", stdin=file).wait()
     assert (run.status, run.stdout) == (0, f"o.wav: 0:00:0{run.stdout[-12:-11]} of speech\n")
     assert gate.texts == ["Hello."]
 
@@ -111,14 +126,7 @@ def test_readers_that_leave_end_nothing(desk: Desk, closing: str) -> None:
          f"{name}.m4b", "--url", desk.url], cwd=desk.folder, timeout=60, check=False,
         env={**os.environ, "BARK_API_KEY": KEY}, stdout=writer, stderr=writer)
     os.close(writer)
-    assert done.returncode == 0 and (desk.folder / "o.wav").exists()
-
-
-def test_the_same_text_is_spoken_once(desk: Desk, gate: Gate) -> None:
-    desk.write("t.txt", "Again.\n\nOnce more.\n\nAgain.\n\nAgain.")
-    told = desk.spoken("t.txt", "-o", "o.wav")
-    assert sorted(gate.texts) == ["Again.", "Once more."]
-    assert told["parts"] == 2
+    assert done.returncode == 0 and (desk.folder / f"{name}.m4b").exists()
 
 
 def killed_after(desk: Desk, gate: Gate, count: int, number: int = signal.SIGKILL) -> Run:
@@ -141,6 +149,8 @@ def test_what_was_spoken_before_a_kill_is_not_spoken_again(desk: Desk, gate: Gat
     desk.spoken("t.txt", "-o", "calm.wav")
     assert killed_after(desk, gate, 3).status == -signal.SIGKILL
     kept = {path.name: path.read_bytes() for path in desk.parts("o.wav")}
+    assert [path for path in (desk.folder / "o.wav.parts").iterdir()
+            if KEY.encode() in path.read_bytes()] == []
     gate.bodies.clear()
     told = desk.spoken("t.txt", "-o", "o.wav")
     assert told["reused"] == len(kept) >= 3 and told["spoken"] == 8 - len(kept)
@@ -230,15 +240,6 @@ def test_a_text_that_fails_with_one_seed_gets_another(desk: Desk, gate: Gate) ->
     assert [body.get("seed") for body in gate.bodies] == [None, 1, 2]
 
 
-def test_what_has_no_word_in_it_is_a_pause_and_no_fault(desk: Desk) -> None:
-    desk.write("t.txt", "Before.\n\n***\n\nAfter.")
-    assert desk.spoken("t.txt", "-o", "o.wav")["failed"] == []
-    desk.write("t.txt", "***\n\n...")
-    run = desk.speak("t.txt", "-o", "none.wav")
-    assert run.status == 2 and "t.txt has no text to speak" in run.stderr
-    assert not (desk.folder / "none.wav").exists()
-
-
 def test_a_connection_that_is_cut_is_made_anew(desk: Desk, gate: Gate) -> None:
     desk.write("t.txt", TEXT)
     gate.spoil = lambda text, count: "cut" if count % 3 == 0 else None
@@ -324,45 +325,45 @@ def test_one_sentence_is_made_anew_and_the_others_stay_sample_for_sample(
     assert (desk.folder / "o.wav").read_bytes() == after
 
 
-@pytest.mark.parametrize(("words", "change", "said"), [
-    ((), "", "the parts of o.wav are not there"),
-    (("--keep",), "More.", "the parts of o.wav are not there"),
-    (("--keep",), "", "no sentence is heard at 9:00:00; o.wav has 0:00:")],
-    ids=["parts gone", "text changed", "too late"])
-def test_again_says_what_it_lacks(
-        desk: Desk, words: tuple[str, ...], change: str, said: str) -> None:
+def test_again_says_what_it_lacks(desk: Desk) -> None:
+    def again(at: str) -> str:
+        run = desk.speak("t.txt", "-o", "o.wav", "--again", at)
+        assert run.status == 2
+        return run.stderr
     desk.write("t.txt", "Hello.")
-    desk.spoken("t.txt", "-o", "o.wav", *words)
-    if not words:
-        (desk.folder / "o.wav.parts").mkdir()
-    desk.write("t.txt", f"Hello.{change}")
-    run = desk.speak("t.txt", "-o", "o.wav", "--again", "9:00:00" if not change else "0:00")
-    assert run.status == 2 and said in run.stderr
+    desk.spoken("t.txt", "-o", "o.wav")
+    assert "the parts of o.wav are not there" in again("0:00")
+    (desk.folder / "o.wav").unlink()
+    desk.spoken("t.txt", "-o", "o.wav", "--keep")
+    assert "no sentence is heard at 9:00:00; o.wav has 0:00:" in again("9:00:00")
+    desk.write("t.txt", "Hello. More.")
+    assert "the parts of o.wav are not there" in again("0:00")
 
 
 # Wrong use, and secrets
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (("t.txt",), "speak needs a file to make: -o OUT"),
-    (("-o", "o.wav"), "speak takes one FILE"),
-    (("t.txt", "u.txt", "-o", "o.wav"), "speak takes one FILE"),
-    (("no.txt", "-o", "o.wav"), "no.txt cannot be read: No such file"),
-    (("t.txt", "-o", "o.ogg"), ".m4b"),
-    (("t.txt", "-o", "no/o.wav"), "no"),
-    (("t.txt", "-o", "there.wav"), "there.wav is there already"),
-    (("t.txt", "-o", "o.wav", "--seed", "-1"), "--seed: '-1' must be a whole number from 0 to"),
-    (("t.txt", "-o", "o.wav", "--voice", "nobody"), "--voice is 'nobody'; "),
-    (("t.txt", "-o", "o.wav", "--again", "noon"), "'noon' must be a time such as 12:34"),
-    (("t.txt", "-o", "o.wav", "--wait", "long"), "--wait: 'long' must be a whole number"),
-    (("t.txt", "-o", "o.wav", "--start"), "--url goes without --endpoint and --start"),
-    (("t.txt", "-o", "o.wav", "--speed", "2"), "speak knows no '--speed'"),
-], ids=lambda value: None if isinstance(value, str) else " ".join(value))
+    ("t.txt", "speak needs a file to make: -o OUT"), ("-o o.wav", "speak takes one FILE"),
+    ("t.txt u.txt -o o.wav", "speak takes one FILE"),
+    ("t.txt -o o.wav --speed 2", "speak knows no '--speed'")])
+def test_words_that_speak_does_not_know_are_refused(desk: Desk, words: str, said: str) -> None:
+    run = desk.launch(*words.split()).wait()
+    assert (run.status, run.stdout) == (2, "") and said in run.stderr
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ("no.txt -o o.wav", "no.txt cannot be read: No such file"), ("t.txt -o o.ogg", ".m4b"),
+    ("stars.txt -o o.wav", "stars.txt has no text to speak"), ("t.txt -o no/o.wav", "no"),
+    ("t.txt -o there.wav", "there.wav is there already"),
+    ("t.txt -o o.wav --voice nobody", "--voice is 'nobody'; "),
+    ("t.txt -o o.wav --wait long", "--wait: 'long' must be a whole number")])
 def test_what_is_wrong_is_said_before_anything_is_asked(
-        desk: Desk, gate: Gate, words: tuple[str, ...], said: str) -> None:
+        desk: Desk, gate: Gate, words: str, said: str) -> None:
     desk.write("t.txt", "Hello.")
+    desk.write("stars.txt", "***\n\n...")
     desk.write("there.wav", "")
-    run = desk.speak(*words)
+    run = desk.speak(*words.split())
     assert run.status in (1, 2) and said in run.stderr and run.stdout == ""
     assert gate.bodies == [] and not (desk.folder / "o.wav").exists()
     assert not list(desk.folder.glob("*.parts"))
@@ -372,16 +373,6 @@ def test_a_wrong_key_is_said_at_once(desk: Desk) -> None:
     desk.write("t.txt", "Hello.")
     run = desk.speak("t.txt", "-o", "o.wav", BARK_API_KEY="wrong")
     assert run.status == 3 and "(BARK_API_KEY)" in run.stderr
-
-
-def test_the_key_is_in_no_list_of_processes_and_in_no_part(desk: Desk) -> None:
-    desk.write("t.txt", TEXT)
-    with CommandLines() as lines:
-        desk.spoken("t.txt", "-o", "o.wav", "--keep")
-    assert any(b"speak.py" in line for line in lines.seen)
-    assert lines.holding(KEY) == []
-    assert [path for path in (desk.folder / "o.wav.parts").iterdir()
-            if KEY.encode() in path.read_bytes()] == []
 
 
 @LONG_ALONE
