@@ -47,7 +47,7 @@ class Progress:
     def __init__(self, quiet: bool = False, stream: TextIO | None = None):
         self._stream, self._quiet = stream or sys.stderr, quiet
         self._draws = self._stream.isatty()
-        self._shown, self._is_open = 0.0, False
+        self._shown, self._is_open = time.monotonic(), False
         self._earlier, self._since = 0.0, 0.0
         self.price = 0.0  # dollars an hour
         self.total = self.before = self.estimated = 0.0  # in all, before this run, in it
@@ -64,7 +64,7 @@ class Progress:
             self._stream.flush()
 
     def begin(self, total: float, missing: float) -> None:
-        self.total, self.before, self._shown = total, total - missing, time.monotonic()
+        self.total, self.before = total, total - missing
 
     def resume(self, price: float) -> None:
         self.pause()
@@ -92,8 +92,9 @@ class Progress:
         share = min(1.0, done / self.total) if self.total else 1.0
         told = [f"{100 * share:.0f} %", chapter, *self._outlook(self.total - done), trouble]
         if self._draws:
-            filled = round(share * BAR_WIDTH)
-            told.insert(0, "█" * filled + "░" * (BAR_WIDTH - filled))
+            width = min(BAR_WIDTH, self._columns() // 4)
+            filled = round(share * width)
+            told.insert(0, "█" * filled + "░" * (width - filled))
         return "  ".join(filter(None, told))
 
     def _outlook(self, missing: float) -> list[str]:

@@ -438,12 +438,12 @@ def test_on_a_terminal_one_line_is_redrawn_and_makes_way_for_words(
     progress = Progress(stream=terminal)
     progress.begin(total=100.0, missing=75.0)
     progress._shown -= 1.0
-    progress.show("chapter 1 of 2", "the worker is full")
-    bar = "█" * 6 + "░" * 18 + "  25 %  chapter 1 of 2  the worker is full"
-    assert terminal.getvalue() == "\r\033[K" + bar[:59]
+    progress.show("chapter 1 of 2", "the worker is full of others' words")
+    bar = "█" * 4 + "░" * 11 + "  25 %  chapter 1 of 2  the worker is full o"
+    assert terminal.getvalue() == "\r\033[K" + bar and len(bar) == 59
     progress._shown -= 1.0
     progress.show("第一章 " * 9)
-    assert terminal.getvalue().endswith("25 %  " + "第一章 " * 3 + "第一章")
+    assert terminal.getvalue().endswith("25 %  " + "第一章 " * 5)
     progress.say("a word")
     assert terminal.getvalue().endswith("\r\033[Ka word\n")
     quiet = Progress(True, Terminal())
