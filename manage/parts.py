@@ -272,9 +272,9 @@ class Parts:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Leaves no folder that has nothing in it."""
+        """Leaves no folder without a part in it."""
         if self._lock is not None:
-            if not [path for path in self.folder.iterdir() if path.name != "lock"]:
+            if not self.are_there():
                 shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
 

@@ -366,7 +366,7 @@ class Job:
         crew = Crew(tasks, self.maker.make)
         try:
             self._employ(crew, worker, facts)
-            self._attend(crew)
+            self._attend(crew, worker)
         finally:
             crew.end()
             self.progress.pause()
@@ -394,9 +394,9 @@ class Job:
         self.progress.resume(worker.place.price)
         crew.join(worker, self.options.at_once or requests_for(facts.slots))
 
-    def _attend(self, crew: Crew) -> None:
+    def _attend(self, crew: Crew, worker: Worker | Endpoint) -> None:
         """Until all is spoken or given up."""
-        worker, looked, missed = crew.worker, time.monotonic(), 0
+        looked, missed = time.monotonic(), 0
         while not crew.is_over:
             if crew.worker is None:
                 self.progress.pause()

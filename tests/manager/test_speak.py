@@ -373,6 +373,7 @@ def test_a_wrong_key_is_said_at_once(desk: Desk) -> None:
     desk.write("t.txt", "Hello.")
     run = desk.speak("t.txt", "-o", "o.wav", BARK_API_KEY="wrong")
     assert run.status == 3 and "(BARK_API_KEY)" in run.stderr
+    assert not (desk.folder / "o.wav.parts").exists()
 
 
 @LONG_ALONE
