@@ -40,6 +40,10 @@ class BindingError(Exception):
     """What keeps a sound file from being written, for the person: what, where, what next."""
 
 
+class UnusableName(BindingError):
+    """Nothing can be written under that name."""
+
+
 class Mark(NamedTuple):
     """A chapter, in seconds."""
 
@@ -151,7 +155,7 @@ def silence(seconds: float) -> bytes:
 
 def kind_of(out: Path) -> Format:
     if out.suffix.lower() not in KINDS:
-        raise BindingError(f"{out}: {out.suffix or 'no suffix'} is no kind of sound file that can "
+        raise UnusableName(f"{out}: {out.suffix or 'no suffix'} is no kind of sound file that can "
                            f"be written; use one of {', '.join(FORMATS)}")
     return KINDS[out.suffix.lower()]
 
@@ -160,11 +164,11 @@ def check_output(out: Path, seconds: float) -> None:
     """That so much speech can be written there; raises BindingError if not."""
     size = round(seconds * kind_of(out).size)
     if out.is_dir():
-        raise BindingError(f"{out} is a folder; name a file in it")
+        raise UnusableName(f"{out} is a folder; name a file in it")
     if not out.parent.is_dir():
-        raise BindingError(f"{out}: there is no folder {out.parent}; make it first")
+        raise UnusableName(f"{out}: there is no folder {out.parent}; make it first")
     if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise BindingError(f"{out}: nothing may be written into {out.parent}")
+        raise UnusableName(f"{out}: nothing may be written into {out.parent}")
     if out.suffix.lower() == ".wav" and size > MAX_WAV:
         raise too_long(out, size)
     free = shutil.disk_usage(out.parent).free

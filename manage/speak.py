@@ -23,7 +23,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import av
-from binding import RATE, BindingError, bind, check_output, gain_for, level, measure, silence
+from binding import (
+    RATE,
+    BindingError,
+    UnusableName,
+    bind,
+    check_output,
+    gain_for,
+    level,
+    measure,
+    silence,
+)
 from book import Book, BookError, read_book
 from calling import (
     EX_LATE,
@@ -610,7 +620,7 @@ def main(arguments: Sequence[str]) -> int:
         return hopeless.status
     except Locked:
         progress.say(f"{PROGRAM}: another speak is at work on this output")
-    except BookError as error:
+    except (BookError, UnusableName) as error:
         progress.say(f"{PROGRAM}: {error}")
         return EX_USAGE
     except BindingError as error:
