@@ -31,7 +31,7 @@ def parsed(data: bytes, name: str, is_page: bool = True) -> etree._Element | Non
     try:
         root = etree.fromstring(data, xml_parser())
     except etree.XMLSyntaxError:
-        root = parsed_as_html(data) if is_page else etree.fromstring(data, xml_parser(recover=True))
+        root = parsed_as_html(data) if is_page else parsed_by(xml_parser(recover=True), data)
     if root is None:
         return None
     for entity in declared_entities(root):
@@ -61,6 +61,10 @@ def parsed_as_html(data: bytes) -> etree._Element | None:
         encoding = None  # as it says itself
     parser = etree.HTMLParser(no_network=True, huge_tree=False, remove_comments=True,
                               remove_pis=True, encoding=encoding)
+    return parsed_by(parser, data)
+
+
+def parsed_by(parser: etree.XMLParser | etree.HTMLParser, data: bytes) -> etree._Element | None:
     try:
         return etree.fromstring(data, parser)
     except etree.XMLSyntaxError:  # nothing in it
@@ -107,7 +111,7 @@ def place_of(address: str, source: str) -> Place | None:
     if not parts.path:
         return source, unquote(parts.fragment)
     path = posixpath.join(posixpath.dirname(source), unquote(parts.path))
-    return posixpath.normpath(path), unquote(parts.fragment)
+    return posixpath.normpath(path).lstrip("/"), unquote(parts.fragment)  # "/" is the book's root
 
 
 def places_of(element: etree._Element, source: str) -> Iterator[Place]:

@@ -30,10 +30,11 @@ def test_what_comes_before_the_first_chapter_is_one_without_a_title() -> None:
 
 
 def test_pages_come_in_the_order_of_the_spine_and_paths_may_be_escaped() -> None:
-    book = read_book(epub({"z%20ü.xhtml": "<p>First.</p>", "a.xhtml": "<p>Second.</p>"},
-                          others={"OEBPS/z%20ü.xhtml": None,
-                                  "OEBPS/z ü.xhtml": XHTML.format("<p>First.</p>")}), "a.epub")
-    assert texts(book) == [["First."], ["Second."]]
+    book = read_book(epub({"z%20ü.xhtml": "", "a.xhtml": "<p>Second.</p>", "/c.xhtml": ""},
+                          others={"OEBPS/z%20ü.xhtml": None, "OEBPS//c.xhtml": None,
+                                  "OEBPS/z ü.xhtml": XHTML.format("<p>First.</p>"),
+                                  "c.xhtml": XHTML.format("<p>From the root.</p>")}), "a.epub")
+    assert texts(book) == [["First."], ["Second."], ["From the root."]]
 
 
 def test_navigation_in_the_reading_order_is_left_out() -> None:

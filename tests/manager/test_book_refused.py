@@ -39,6 +39,9 @@ def test_what_is_no_epub_is_refused_with_a_word() -> None:
     assert "broken" in refusal(whole[: len(whole) // 2], "a.epub")
     assert "container.xml" in refusal(packed({"mimetype": "application/epub+zip"}), "a.epub")
     assert "book.opf" in refusal(epub({}, others={"OEBPS/book.opf": None}), "a.epub")
+    for nothing in (b" ", b"\0\0", b"<x"):
+        assert "container.xml" in refusal(epub({}, others={"META-INF/container.xml": nothing}),
+                                          "a.epub")
     assert "names no book" in refusal(epub({}, others={"META-INF/container.xml": "<x/>"}), "a.epub")
     assert "no text to speak" in refusal(epub({}), "a.epub")
     assert "images only" in refusal(epub({"a.xhtml": "<img src='x'/>"}), "a.epub")
