@@ -28,6 +28,7 @@ from book import Book, Chapter, Paragraph
 CLAUSE_PAUSE, SENTENCE_PAUSE, PARAGRAPH_PAUSE = 0.1, 0.25, 0.5
 HEADING_PAUSE, SCENE_PAUSE, CHAPTER_PAUSE = 1.0, 1.5, 2.0
 LONGEST = 1000  # characters of one request, where the worker takes more: so much is lost at most
+LONGEST_TITLE = 200  # an MP3 or MP4 loses chapters whose title passes 64 kB
 LETTER_SECONDS, WIDE_SECONDS = 1 / 15, 1 / 5  # of speech, blanks included; from WIDE on, as 漢
 WIDE = "\u2e80"
 SILENT = Loudness(-70.0, -70.0)
@@ -389,7 +390,8 @@ def marks_of(chapters: Sequence[Chapter], heard: Sequence[Heard]) -> list[Mark]:
         first, *rest = group
         last = [first, *rest][-1]
         end = last.start + last.seconds + last.piece.pause
-        marks.append(Mark(chapters[number].title or str(number + 1), first.start, end))
+        title = chapters[number].title[:LONGEST_TITLE] or str(number + 1)
+        marks.append(Mark(title, first.start, end))
     return marks
 
 
