@@ -23,17 +23,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import av
-from binding import (
-    RATE,
-    BindingError,
-    UnusableName,
-    bind,
-    check_output,
-    gain_for,
-    level,
-    measure,
-    silence,
-)
+import binding
+from binding import RATE
 from book import Book, BookError, read_book
 from calling import (
     EX_LATE,
@@ -184,7 +175,7 @@ class Maker:
         try:
             answer = worker.speak(asked)
             pcm = decoded(answer["audio"])
-            part = Part(pcm, answer["segments"], measure(pcm))
+            part = Part(pcm, answer["segments"], binding.measure(pcm))
         except NothingToSpeak:
             part = Part(b"")
         if seeds:
@@ -461,15 +452,15 @@ class Result:
 
 
 def bind_whole(job: Job) -> Result:
-    """Raises BindingError, OSError, and Hopeless if there is no sound."""
+    """Raises binding.BindingError, OSError, and Hopeless if there is no sound."""
     heard = timeline(job.plan, job.briefs)
     if not any(one.seconds for one in heard):
         reasons = sorted(set(job.failures.values()))[:3] or ["there is no word in it"]
         raise Hopeless(EX_UNHEALTHY, f"nothing could be spoken: {'; '.join(reasons)}")
     out, book = job.options.out, job.book
     whole = length_of(heard)
-    check_output(out, whole)
-    bind(out, sounds_of(job.parts, heard), marks_of(book.chapters, heard), title=book.title,
+    binding.check_output(out, whole)
+    binding.bind(out, sounds_of(job.parts, heard), marks_of(book.chapters, heard), title=book.title,
          author=book.author, language=book.language, cover=book.cover,
          on_progress=lambda at: job.progress.show(f"writing {out.name}: {100 * at / whole:.0f} %"))
     dollars = job.progress.dollars
@@ -489,8 +480,8 @@ def sounds_of(parts: Parts, heard: Sequence[Heard]) -> Iterator[bytes]:
             if part is None:
                 raise Hopeless(EX_UNHEALTHY, f"a part in {parts.folder} broke meanwhile; the same"
                                              " command makes it again")
-            yield level(part.pcm, gain_for(part.loudness))
-        yield silence(one.piece.pause)
+            yield binding.level(part.pcm, binding.gain_for(part.loudness))
+        yield binding.silence(one.piece.pause)
 
 
 def told_place(book: Book, piece: Piece) -> dict[str, Any]:
@@ -588,7 +579,7 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
     for remark in book.remarks:
         progress.say(remark)
     texts = [paragraph.text for chapter in book.chapters for paragraph in chapter.paragraphs]
-    check_output(options.out, sum(map(seconds_for, texts)))
+    binding.check_output(options.out, sum(map(seconds_for, texts)))
     search = Search(finder_for(options, os.environ), progress, options.wait, options.start)
     with Parts(options.out) as parts:
         if options.out.exists() and not parts.are_there() and options.again is None:
@@ -620,10 +611,10 @@ def main(arguments: Sequence[str]) -> int:
         return hopeless.status
     except Locked:
         progress.say(f"{PROGRAM}: another speak is at work on this output")
-    except (BookError, UnusableName) as error:
+    except (BookError, binding.UnusableName) as error:
         progress.say(f"{PROGRAM}: {error}")
         return EX_USAGE
-    except BindingError as error:
+    except binding.BindingError as error:
         progress.say(f"{PROGRAM}: {error}")
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
