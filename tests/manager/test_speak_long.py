@@ -58,11 +58,6 @@ def desk_at(program: Path, folder: Path, **settings: str) -> Iterator[tuple[Desk
             desk.end()
 
 
-def told(run: Run) -> dict[str, object]:
-    assert run.status == 0, run.stderr
-    return json.loads(run.stdout)
-
-
 # Twenty kills
 
 
@@ -121,14 +116,16 @@ def test_after_twenty_kills_the_whole_is_as_without_one(
         storm = Storm(stage, seed=24)
         for _ in range(KILLS):
             storm.blow()
-        answer = told(storm.run.wait(900))
+        run = storm.run.wait(900)
+        assert run.status == 0, run.stderr
+        answer = json.loads(run.stdout)
         print("kills:", *storm.kinds, f"; {len(storm.kept)} parts were kept before the last")
         parts = storm.parts()
         assert len(parts) == 100 == answer["parts"] and storm.kept.items() <= parts.items()
         assert answer["failed"] == []
         with desk_at(program, home, BARK_MODEL=str(home / "toy"), BARK_QUALITY="off",
                      BARK_DETERMINISTIC="on") as (desk, _):
-            told(desk.launch("t.txt", "-o", "calm.wav", "--json").wait(600))
+            desk.spoken("t.txt", "-o", "calm.wav")
         assert pcm_of(home / "o.wav") == pcm_of(home / "calm.wav")
 
 
@@ -181,7 +178,7 @@ def test_a_book_of_three_hundred_paragraphs_in_many_scripts_is_spoken_to_its_end
                  TTS_MAX_LENGTH="150") as (desk, worker), gate_before(worker.url) as gate:
         desk.url = gate.url
         desk.write("t.txt", "\n\n".join(paragraphs))
-        answer = told(desk.launch("t.txt", "-o", "o.opus", "--json").wait(900))
+        answer = desk.spoken("t.txt", "-o", "o.opus")
     assert answer["failed"] == []
     asked = set(gate.texts)
     assert all(len(text) <= 150 for text in asked)
@@ -197,7 +194,7 @@ def test_a_chapter_is_heard_in_order_and_complete(tmp_path: Path, program: Path)
     with desk_at(program, tmp_path, BARK_MODEL=str(BUILTIN), BARK_QUALITY="on") as (desk, _):
         text = CHAPTER.read_text(encoding="utf-8")[:3000].rpartition("\n\n")[0]
         desk.write("t.txt", text)
-        answer = told(desk.launch("t.txt", "-o", "o.wav", "--json").wait(900))
+        answer = desk.spoken("t.txt", "-o", "o.wav")
     with wave.open(str(tmp_path / "o.wav")) as file:
         samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
     heard = words_of(taken_down(samples, 24_000))
