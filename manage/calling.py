@@ -489,7 +489,6 @@ class Crew:
         self._threads: list[threading.Thread] = []
         self.worker: Any = None
         self.pace = Pace(1)
-        self.done: list[Task] = []
         self.failed: list[Task] = []
         self.broken: BaseException | None = None  # what ends all of it
         self.trouble: Exception = Gone("")  # the last, for people
@@ -568,7 +567,6 @@ class Crew:
     def _settle(self, worker: Any, task: Task, error: Exception | None) -> None:
         match error:
             case None:
-                self.done.append(task)
                 self.pace.succeeded()
                 self.busy_since = None
             case Busy():

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import av
@@ -136,14 +137,6 @@ def make_program(folder: Path) -> Path:
     return folder / SCRIPT.name
 
 
-class Said(NamedTuple):
-    """What came of a run."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
 @dataclass
 class Desk:
     """A folder where somebody speaks books, through the worker at `url`."""
@@ -177,16 +170,15 @@ class Desk:
         self.runs.append(run)
         return run
 
-    def speak(self, *words: str, url: str | None = None, **settings: str) -> Said:
+    def speak(self, *words: str, url: str | None = None, **settings: str) -> SimpleNamespace:
         """What comes of it in this process, which spares a start; the key is in none of it."""
         stdout, stderr = io.StringIO(), io.StringIO()
         with contextlib.chdir(self.folder), contextlib.redirect_stdout(stdout), \
                 contextlib.redirect_stderr(stderr), patch.dict(os.environ, {
                     "BARK_API_KEY": KEY, "BARK_POLL": "1", **settings}):
             status = main([*words, "--url", url or self.url])
-        said = Said(status, stdout.getvalue(), stderr.getvalue())
-        assert KEY not in said.stdout + said.stderr
-        return said
+        assert KEY not in stdout.getvalue() + stderr.getvalue()
+        return SimpleNamespace(status=status, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
     def spoken(self, *words: str, **settings: Any) -> dict[str, Any]:
         """What --json tells of a run that succeeds."""

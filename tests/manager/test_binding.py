@@ -85,27 +85,21 @@ def test_a_wav_tells_its_true_sizes(tmp_path: Path) -> None:
     assert int.from_bytes(data[at + 4 : at + 8], "little") == len(data) - at - 8 == 2 * RATE
 
 
-@pytest.mark.parametrize("suffix", [".mp3", ".opus"])
+@pytest.mark.parametrize("suffix", [".mp3", ".opus", ".m4b"])
 def test_what_is_coded_with_loss_is_as_long_and_begins_where_it_did(
         tmp_path: Path, suffix: str) -> None:
-    pcm = silence(0.5) + tone(0.5) + silence(0.37)
+    pcm = silence(0.5) + tone(0.5) + silence(0.377)
     out = tmp_path / f"a{suffix}"
     bind(out, [pcm])
     heard = samples(played(out))
     loud = [at for at, each in enumerate(heard) if abs(each) > 3000]
-    assert len(heard) == len(pcm) // 2
     assert loud[0] == pytest.approx(0.5 * RATE, abs=250)
     assert loud[-1] == pytest.approx(1.0 * RATE, abs=250)
-
-
-def test_an_m4b_begins_where_it_did_and_says_how_long_it_is(tmp_path: Path) -> None:
-    out = tmp_path / "a.m4b"
-    bind(out, [silence(0.5), tone(0.5), silence(0.377)])
-    heard = samples(played(out))
-    assert next(at for at, each in enumerate(heard) if abs(each) > 3000) == \
-        pytest.approx(0.5 * RATE, abs=250)
-    with av.open(str(out)) as container:
-        assert container.duration == pytest.approx(1_377_000, abs=1000)
+    if suffix == ".m4b":  # its last block is played to the end, by what it says it is shorter
+        with av.open(str(out)) as container:
+            assert container.duration == pytest.approx(1_377_000, abs=1000)
+    else:
+        assert len(heard) == len(pcm) // 2
 
 
 @pytest.mark.parametrize("suffix", [".mp3", ".opus", ".flac", ".m4b"])
@@ -246,10 +240,6 @@ def test_a_file_takes_what_its_bit_rate_says_and_no_more_than_the_estimate(
     size = out.stat().st_size
     assert size == pytest.approx(10 * rate, rel=0.12)
     assert size <= 10 * binding.KINDS[suffix].size + 4096
-
-
-def test_silence_has_the_length_that_was_asked_for() -> None:
-    assert silence(0.4) == bytes(19_200)
 
 
 # -----------------------------------------------------------------------------

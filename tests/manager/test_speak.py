@@ -75,17 +75,6 @@ def test_a_book_becomes_one_file_and_its_parts_go(desk: Desk, gate: Gate) -> Non
 
 
 @LONG_ALONE
-@pytest.mark.parametrize("out", ["o.mp3", "o.opus", "o.flac", "o.m4b"])
-def test_a_book_becomes_a_file_of_each_kind(desk: Desk, out: str) -> None:
-    desk.write("book.md", BOOK)
-    told = desk.spoken("book.md", "-o", out)
-    assert seconds_of((desk.folder / out).read_bytes()) == pytest.approx(told["seconds"], abs=0.1)
-    if out == "o.m4b":
-        with av.open(str(desk.folder / out)) as file:
-            assert [each["metadata"]["title"] for each in file.chapters()] == ["One", "Two"]
-
-
-@LONG_ALONE
 def test_an_epub_becomes_an_audiobook(desk: Desk, gate: Gate) -> None:
     """With nested navigation, entities, a note, a page of images; the last page comes first."""
     book = epub({
