@@ -348,7 +348,8 @@ class Endpoint:
 
 def poll_seconds() -> int:
     """Between looks, as the script has it."""
-    return max(1, int(os.environ.get("BARK_POLL") or 5))
+    told = os.environ.get("BARK_POLL", "")
+    return max(1, int(told)) if told.isdecimal() else 5
 
 
 class Fixed:
