@@ -146,15 +146,20 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def decoded(sound: str) -> bytes:
-    """The int16 PCM of FLAC in base64. Raises Faulty if it is none at RATE."""
+    """The int16 PCM of FLAC in base64. Raises Faulty if it is none, Hopeless if not at RATE."""
     try:
         with av.open(io.BytesIO(base64.b64decode(sound))) as file:
             frames = list(file.decode(audio=0))
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise Faulty(f"the answer's audio cannot be read: {error}") from None
     if {frame.sample_rate for frame in frames} - {RATE}:
-        raise Faulty(f"the answer's audio has {frames[0].sample_rate} Hz instead of {RATE}")
+        raise wrong_rate("the worker", frames[0].sample_rate)
     return b"".join(bytes(frame.planes[0])[: 2 * frame.samples] for frame in frames)
+
+
+def wrong_rate(who: str, rate: int) -> Hopeless:
+    return Hopeless(EX_UNHEALTHY, f"{who} speaks at {rate} Hz; only models of {RATE} Hz can be"
+                                  " bound")
 
 
 @dataclass
@@ -306,8 +311,7 @@ class Job:
     def _told(self, facts: Facts) -> dict[str, Any]:
         """What the plan needs to know. Raises Hopeless for a voice that the worker has not."""
         if facts.rate not in (None, RATE):
-            raise Hopeless(EX_UNHEALTHY, f"{facts.model} speaks at {facts.rate} Hz; only models of"
-                                         f" {RATE} Hz can be bound")
+            raise wrong_rate(facts.model, facts.rate)
         known = {name.lower(): name for name in facts.voices}
         voice = (self.options.voice or facts.voice).strip()
         if known and voice.lower() not in known:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import re
 import socket
 import threading
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +52,7 @@ from parts import (
     timeline,
 )
 from progress import Progress, moment
-from speak import Search, finder_for, parse_options, parse_time
+from speak import Search, decoded, finder_for, parse_options, parse_time
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +235,17 @@ def test_what_an_answer_means(
         assert raised.value.seconds == 7
     if code == "generation_failed":
         assert raised.value.needs_seed
+
+
+def test_sound_at_another_rate_is_no_texts_fault() -> None:
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(320))
+    with pytest.raises(Hopeless, match="speaks at 16000 Hz; only models of 24000 Hz can be bound"):
+        decoded(base64.b64encode(sound.getvalue()).decode())
+    with pytest.raises(Faulty, match="the answer's audio cannot be read"):
+        decoded("AAAA")
 
 
 def test_a_page_of_a_proxy_tells_that_the_worker_is_not_there() -> None:
