@@ -27,7 +27,7 @@ def clock(seconds: float) -> str:
 
 def moment(seconds: float) -> str:
     """H:MM:SS.s, just after it, so that it lies within what begins then."""
-    tenths = int(10 * seconds) + 1
+    tenths = int(10 * seconds + 1e-6) + 1
     return f"{clock(tenths / 10)}.{tenths % 10}"
 
 

@@ -456,7 +456,7 @@ class Result:
 
 
 def bind_whole(job: Job) -> Result:
-    """Raises binding.BindingError, OSError, and Hopeless if there is no sound."""
+    """Raises BindingError, OSError, and Hopeless if there is no sound."""
     heard = timeline(job.plan, job.briefs)
     if not any(one.seconds for one in heard):
         reasons = sorted(set(job.failures.values()))[:3] or ["there is no word in it"]
@@ -464,9 +464,10 @@ def bind_whole(job: Job) -> Result:
     out, book = job.options.out, job.book
     whole = length_of(heard)
     binding.check_output(out, whole)
-    binding.bind(out, sounds_of(job.parts, heard), marks_of(book.chapters, heard), title=book.title,
-         author=book.author, language=book.language, cover=book.cover,
-         on_progress=lambda at: job.progress.show(f"writing {out.name}: {100 * at / whole:.0f} %"))
+    binding.bind(
+        out, sounds_of(job.parts, heard), marks_of(book.chapters, heard), title=book.title,
+        author=book.author, language=book.language, cover=book.cover,
+        on_progress=lambda at: job.progress.show(f"writing {out.name}: {100 * at / whole:.0f} %"))
     dollars = job.progress.dollars
     count = len(job.plan.firsts)
     return Result(str(out), round(whole, 3), count, job.made,
@@ -498,8 +499,7 @@ def warnings_of(book: Book, heard: Sequence[Heard]) -> Iterator[dict[str, Any]]:
     for one in heard:
         for segment in one.brief.segments if one.brief else ():
             if segment.get("warnings"):
-                at = one.start + segment["start"]
-                yield {**told_place(book, one.piece), "at": moment(at),
+                yield {**told_place(book, one.piece), "at": moment(one.start + segment["start"]),
                        "text": segment["text"], "warnings": segment["warnings"]}
 
 
