@@ -4,8 +4,8 @@
 # functions.
 #
 # Sections: constants; help; messages; loading; time; options; adapters; facts; instances; the
-#   journal; giving back; offers; waiting for a worker; start; status; logs; stop, destroy; help,
-#   main
+#   journal; giving back; offers; waiting for a worker; start; status; logs; env; stop, destroy;
+#   help, main
 # Call vastai: call_cli (all go through vast)
 # Call curl: send_url health_of known_gpus
 # Change what is billed: order_instance ask_to_start destroy_once give_back_woken stop_one
@@ -304,6 +304,13 @@ readonly "USAGE_logs=usage: $PROGRAM logs [ID] [OPTIONS]
   --daemon        what Vast's daemon says of the container instead
   ID              one of several instances"
 
+readonly "USAGE_env=usage: $PROGRAM env [ID]
+
+Prints BARK_URL and BARK_API_KEY of the instance for an application's .env, and VASTAI_ENDPOINT_ID
+as it is set here: the number of an endpoint, which \`endpoint up\` prints.
+
+  ID    one of several instances"
+
 readonly "USAGE_stop=usage: $PROGRAM stop [ID] [--now]
 
 Waits until the worker has nothing to do, at most $DRAIN_SECONDS s, then ends the GPU's rent. Disk
@@ -375,7 +382,7 @@ load() {
   local part="$1"
   case "$1" in
     search | endpoint | local | test | speak | completion | hints | trace | account) ;;
-    reach | ssh | tunnel | open | env) part=reach ;;
+    reach | ssh | tunnel | open) part=reach ;;
     *) return 0 ;;
   esac
   if is_loaded "$part"; then return 0; fi
@@ -2522,6 +2529,24 @@ new_lines() {
         }
       for (i = 1; i <= m; i++) print log_[i]
     }' "$1" "$2"
+}
+
+# -----------------------------------------------------------------------------
+# env
+
+cmd_env() {
+  read_target env '' "$@"
+  find_running
+  tell "$(endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '
+def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
+"
+# instance \(.id) on Vast; its address changes when it is stopped and started
+BARK_URL=\(.address | quoted)
+BARK_API_KEY=\(.key | quoted)
+# from this environment: the number of an endpoint, as printed by: endpoint up
+VASTAI_ENDPOINT_ID=\(env.endpoint_number | quoted)
+# VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"
+    | .[1:]')"
 }
 
 # -----------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Ways to a rented worker: a shell on its machine, a tunnel, its page in a browser, its address and
-# key. Sourced by manage-bark-worker.sh when one of these commands is called.
+# Ways to a rented worker: a shell on its machine, a tunnel, its page in a browser. Sourced by
+# manage-bark-worker.sh when one of these commands is called.
 #
-# Sections: constants and help; ssh, tunnel; the page; open; env
+# Sections: constants and help; ssh, tunnel; the page; open
 # Call vastai: none
 # Call curl: none
 # Change what is billed: none
@@ -38,13 +38,6 @@ no address, list of processes, history or log.
   --direct       over the open net instead, in plain HTTP: whoever is on the way can read the texts
                  and the key
   ID             one of several instances"
-
-readonly "USAGE_env=usage: $PROGRAM env [ID]
-
-Prints BARK_URL and BARK_API_KEY of the instance for an application's .env, and VASTAI_ENDPOINT_ID
-as it is set here: the number of an endpoint, which \`endpoint up\` prints.
-
-  ID    one of several instances"
 
 readonly CONNECT_SECONDS=10    # that a route may take; then the next is tried
 
@@ -241,24 +234,6 @@ cmd_open() {
     if is_said --port; then usage_error '--port goes without --direct' open; fi
     open_directly
   fi
-}
-
-# -----------------------------------------------------------------------------
-# env
-
-cmd_env() {
-  read_target env '' "$@"
-  find_running
-  tell "$(endpoint_number="${VASTAI_ENDPOINT_ID:-}" fact "$row" '
-def quoted: if test("^[A-Za-z0-9._~:/+=-]*$") then . else @sh end;
-"
-# instance \(.id) on Vast; its address changes when it is stopped and started
-BARK_URL=\(.address | quoted)
-BARK_API_KEY=\(.key | quoted)
-# from this environment: the number of an endpoint, as printed by: endpoint up
-VASTAI_ENDPOINT_ID=\(env.endpoint_number | quoted)
-# VASTAI_API_KEY=... belongs here if the application rents GPUs itself; it is not the key above"
-    | .[1:]')"
 }
 
 loaded="$loaded reach"

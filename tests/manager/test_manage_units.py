@@ -27,8 +27,8 @@ RUN_SECONDS = 30.0  # one run; each takes some hundredths
 HELP_SECONDS = 0.05  # in which help and complaints about usage are there
 TOOLS = ("awk", "sed", "tr")  # all that reading the options takes
 APART = {"search": "search", "test": "test", "ssh": "reach", "tunnel": "reach", "open": "reach",
-         "env": "reach", "endpoint": "endpoint", "local": "local",
-         "speak": "speak", "completion": "completion"}  # lie in manage/
+         "endpoint": "endpoint", "local": "local", "speak": "speak",
+         "completion": "completion"}  # lie in manage/
 COMMANDS = ("start", "status", "test", "logs", "stop", "destroy", "search", "ssh", "tunnel", "open",
             "speak", "env", "endpoint", "local", "completion", "help")
 ENDPOINT_COMMANDS = {"--json": "status", "--out": "test", "--timeout": "test", "--tail": "logs"}
