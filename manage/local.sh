@@ -278,7 +278,7 @@ ensure_venv() {
 # usage: install_packages NAMES PIP_ARGUMENTS...    (NAMES is for people)
 install_packages() {
   forget_halves
-  run_child run_pip install --no-compile "${@:2}" ||    # what is imported gets compiled then
+  run_child run_pip install "${@:2}" ||
     die "$EX_MISSING" "pip could not install $1; its own message stands above. Run this \
 again when that is mended"
 }

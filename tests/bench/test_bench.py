@@ -129,6 +129,7 @@ def test_a_row_that_fails_or_does_not_fit_leaves_the_others(toy_bench: bench.Ben
     assert float(notes[0]) == pytest.approx(toy_bench.audio / 4, rel=0.01)
 
 
+@pytest.mark.long  # run.sh has no room for it
 def test_the_command_prints_a_table_with_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--device", "cpu", "--size", "toy", "--seconds", "0.3", "--batches", "1,2",
                        "--baseline-batches", "2", "--profile"]) == 0

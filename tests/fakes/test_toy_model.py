@@ -114,6 +114,7 @@ def test_every_script_tokenizes(toy: Path, text: str) -> None:
     assert tokenizer.decode(ids).replace(" ", "") == text
 
 
+@pytest.mark.long  # run.sh has no room for it
 def test_greedy_lengths_differ_by_text_and_voice(
     model: BarkModel, processor: BarkProcessor
 ) -> None:
@@ -128,6 +129,7 @@ def test_greedy_lengths_differ_by_text_and_voice(
     assert np.mean(long) > np.mean(short) + 20, lengths
 
 
+@pytest.mark.long  # run.sh has no room for it
 @pytest.mark.parametrize("min_eos_p", [None, 0.2])
 def test_sampled_speech_ends_and_varies_with_the_seed(
     model: BarkModel, processor: BarkProcessor, min_eos_p: float | None
@@ -189,6 +191,7 @@ def test_eos_moves_the_end(tmp_path: Path, eos: str, shortest: int, longest: int
     assert shortest <= semantic_length(*load(tmp_path), "Hi.", "v2/en_speaker_9") <= longest
 
 
+@pytest.mark.long  # run.sh has no room for it
 def test_eos_never_runs_to_max_new_tokens(tmp_path: Path) -> None:
     toy_model.build(tmp_path, greedy=True, eos="never")
     assert semantic_length(*load(tmp_path), "Hi.", "v2/en_speaker_9") == 768
