@@ -31,7 +31,7 @@ step workflows .venv/bin/check-jsonschema --builtin-schema vendor.github-workflo
   .github/workflows/*.yml
 step dependabot .venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 step zizmor .venv/bin/zizmor --offline --no-progress --quiet .github
-step pytest .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+step pytest .venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
   -m 'not long' "$@"
 say "-- $SECONDS s in all"
 if [[ -n "$failed" ]]; then
