@@ -89,6 +89,28 @@ def test_the_worker_speaks_without_a_gpu_and_ends_with_sigterm(engine: Engine, u
         assert worker.process.wait(20) == 0
 
 
+MAKE_PRESET = """
+import numpy
+kinds = ("semantic", "coarse", "fine")
+numpy.savez("/voices/anna.npz", **{
+    f"{kind}_prompt": numpy.load(
+        f"/app/builtin-voice/speaker_embeddings/v2/en_speaker_9_{kind}_prompt.npy")
+    for kind in kinds})
+"""
+
+
+def test_a_preset_below_voices_speaks_and_the_page_and_metrics_are_served(engine: Engine) -> None:
+    with listening(engine.start("10001:10001", BARK_MODEL=BUILTIN_VOICE)) as worker:
+        worker.wait_for("ready")
+        assert b"<!doctype html>" in worker.call("/", headers={"Accept": "text/html"}).body
+        ask(engine, worker, "0:0", f"mkdir -p /voices && python -c {shlex.quote(MAKE_PRESET)}")
+        (anna,) = [each for each in worker.call("/voices").json["voices"] if each.get("own")]
+        assert anna["id"] == "anna" and worker.speak("Good morning.", voice="anna").status == 200
+        assert re.search(rb"^bark_takes_total [1-9]", worker.call("/metrics").body, re.M)
+        engine.terminate(worker)
+        assert worker.process.wait(20) == 0
+
+
 def test_vasts_on_start_command_starts_the_worker_and_starts_it_again(buildah: Buildah) -> None:
     on_start = output_of("bash", "-c", 'source "$1"; printf %s "$ON_START"', "bash", SCRIPT)
     with listening(buildah.start("0:0", "bash", "-c", f"exec >&2\n{on_start}\nwait",
