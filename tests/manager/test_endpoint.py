@@ -331,8 +331,11 @@ def down_finds_workers_whose_endpoint_is_gone(stage: Scene) -> None:
 
 def down_asks(stage: Scene) -> None:
     number = made(stage)
-    ended(endpoint(stage, "down"), 2, f"endpoint {number}: bark-worker", "say --yes")
-    ended(stage.typed("n\n", "down", command="endpoint"), 1, "nothing is deleted")
+    asked = len(stage.vast.requests)
+    ended(endpoint(stage, "down"), 2, "this is no terminal, so say --yes")
+    assert len(stage.vast.requests) == asked
+    ended(stage.typed("n\n", "down", command="endpoint"), 1,
+          f"endpoint {number}: bark-worker", "nothing is deleted")
     assert stage.vast.removed == []
 
 
