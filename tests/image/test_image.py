@@ -102,7 +102,7 @@ numpy.savez("/voices/anna.npz", **{
 def test_a_preset_below_voices_speaks_and_the_page_and_metrics_are_served(engine: Engine) -> None:
     with listening(engine.start("10001:10001", BARK_MODEL=BUILTIN_VOICE)) as worker:
         worker.wait_for("ready")
-        assert b"<!doctype html>" in worker.call("/", headers={"Accept": "text/html"}).body
+        assert b"<!DOCTYPE html>" in worker.call("/", headers={"Accept": "text/html"}).body
         ask(engine, worker, "0:0", f"mkdir -p /voices && python -c {shlex.quote(MAKE_PRESET)}")
         (anna,) = [each for each in worker.call("/voices").json["voices"] if each.get("own")]
         assert anna["id"] == "anna" and worker.speak("Good morning.", voice="anna").status == 200
