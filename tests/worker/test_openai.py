@@ -567,7 +567,7 @@ def test_a_cut_stream_is_asked_for_again_and_goes_on_from_memory(paced: Paced, t
 @pytest.mark.long  # for a worker of its own
 def test_a_stream_over_its_time_is_cut(toy: Path) -> None:
     long = "The old miller walked down to the river and looked at the slow brown water. " * 50
-    with running_worker(BARK_MODEL=str(toy), BARK_MAX_BATCH="1", BARK_TIMEOUT="1") as worker:
+    with running_worker(BARK_MODEL=str(toy), BARK_MAX_BATCH="1", BARK_TIMEOUT="4") as worker:
         worker.wait_for("ready")
         with sdk(worker) as client, speak_streamed(client, long) as reply:
             assert reply.status_code == 200
