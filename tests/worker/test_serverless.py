@@ -39,7 +39,7 @@ from conftest import (
 from Crypto.PublicKey import RSA
 from fake_serverless import ServerlessVast, ServerlessWorker, sign, signing_key
 from fake_vast import reserve_port
-from manager import BASH, SCRIPT, managed
+from manager import managed, sourcing
 from vastai import Serverless
 from vastai.serverless.server import worker as sdk
 from vastai.serverless.server.lib import metrics as sdk_metrics
@@ -479,8 +479,8 @@ def post(url: str, body: object) -> Answer:
 
 def on_start() -> str:
     """What the manager has a worker of an endpoint run."""
-    return subprocess.run([BASH, "-c", 'source "$1"; endpoint_on_start', "test", SCRIPT],
-                          capture_output=True, text=True, check=True).stdout
+    return subprocess.run(sourcing("endpoint_on_start"), capture_output=True, text=True,
+                          check=True).stdout
 
 
 def add_endpoint(vast: ServerlessVast, max_workers: int, command: str, **env: str) -> None:
