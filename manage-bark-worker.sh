@@ -989,7 +989,8 @@ def odd_row: {id: ([objects | .id | numbers][0]), why: oddity, state: "unreadabl
 def may_be_ours: (objects | .label | strings) // env.our_label | . == env.our_label;
 def is_before: "\(.id)" | is_one_of(env.before | split(" "));
 def state_is_live: .state | is_one_of(["running", "loading", "provisioning", "rebooting"]);
-# The instance of another start that came first.
+# An instance that this run ordered; the one of another start that came first.
+def is_own: .key != "" and .key == env.key;
 def is_rival: .known and .key != env.key and .id < (env.rented | tonumber) and (is_before | not)
   and (state_is_live or .state == "scheduling");
 def hours: if .started then [(now - .started) / 3600, 0] | max else null end;
@@ -1379,7 +1380,7 @@ give_back() {
 # Prints the ids of this run's instances, one a line.
 own_ids() {
   all_rows | key="$run_key" rented="$rented_id" facts '.[]
-    | select((.key != "" and .key == env.key) or "\(.id)" == env.rented) | .id'
+    | select(is_own or "\(.id)" == env.rented) | .id'
 }
 
 # Prints the ids of new instances that do not tell yet whose they are.
@@ -1823,8 +1824,8 @@ judge_absence() {
 check_rented() {
   local strays id
   unpack "$(rented="$1" key="$run_key" before="$before" feed "$instances" facts '
-    "\(map(select(is_rival))[0].id // "")|\(map(select(.key != "" and .key == env.key
-      and "\(.id)" != env.rented) | .id) | join(" "))"')" rival strays
+    "\(map(select(is_rival))[0].id // "")|\(map(select(is_own and "\(.id)" != env.rented).id)
+      | join(" "))"')" rival strays
   for id in $strays; do    # late fruit of unanswered orders
     say "instance $id showed up late: destroying it"
     destroy_once "$id" || true
