@@ -59,6 +59,9 @@ class Loudness(NamedTuple):
     peak: float
 
 
+NO_SOUND = Loudness(SILENT, SILENT)
+
+
 class Format(NamedTuple):
     """A kind of file, in FFmpeg's names; `size` in bytes a second at most, for the estimate."""
 
@@ -114,7 +117,7 @@ def filtered(pcm: bytes, name: str, arguments: str) -> Iterator[av.AudioFrame]:
 def measure(pcm: bytes) -> Loudness:
     """How loud a part is. Of less than a second it is the loudness of the part over and over."""
     if not pcm:
-        return Loudness(SILENT, SILENT)
+        return NO_SOUND
     pcm *= math.ceil(MEASURED * RATE * 2 / len(pcm))
     pcm += bytes(-len(pcm) % (RATE // 10 * 2))  # the filter tells only of whole tenths of a second
     told: dict[str, str] = {}

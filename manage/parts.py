@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from binding import RATE, Loudness, Mark
+from binding import NO_SOUND, RATE, Loudness, Mark
 from book import Book, Chapter, Paragraph
 
 # Seconds of silence. The first three are what bark-worker.py makes.
@@ -31,7 +31,6 @@ LONGEST = 1000  # characters of one request, where the worker takes more: so muc
 LONGEST_TITLE = 200  # an MP3 or MP4 loses chapters whose title passes 64 kB
 LETTER_SECONDS, WIDE_SECONDS = 1 / 15, 1 / 5  # of speech, blanks included; from WIDE on, as 漢
 WIDE = "\u2e80"
-SILENT = Loudness(-70.0, -70.0)
 NOTES = {"de": "Anmerkung", "en": "Note", "es": "Nota", "fr": "Note", "it": "Nota", "pl": "Przypis",
          "pt": "Nota", "ru": "Примечание", "tr": "Not", "hi": "टिप्पणी", "ja": "注", "ko": "주",
          "zh": "注释"}
@@ -199,7 +198,7 @@ class Part:
 
     pcm: bytes
     segments: list[dict[str, Any]] = field(default_factory=list)
-    loudness: Loudness = SILENT
+    loudness: Loudness = NO_SOUND
 
     @property
     def seconds(self) -> float:

@@ -407,8 +407,8 @@ def test_times_are_read(text: str, seconds: float) -> None:
     ("--url http://h --start", "--url goes without --endpoint and --start"),
     ("--endpoint --start", "--start goes without --endpoint"),
     *((f"--url {url}", f"'{url}' must be an address such as http://127.0.0.1:8080") for url in (
-        "h:80", "http://", "http://:80", "http://h:0", "http://h:99999", "http://h:a", "http://[::1",
-        "http://me:secret@h", "http://h?x"))])
+        "h:80", "http://", "http://:80", "http://h:0", "http://h:99999", "http://h:a",
+        "http://[::1", "http://me:secret@h", "http://h?x"))])
 def test_values_that_are_none_are_refused(words: str, said: str) -> None:
     with pytest.raises(Hopeless, match=re.escape(said)) as raised:
         parse_options(["t.txt", "-o", "o.wav", *words.split()])
